@@ -1,0 +1,77 @@
+"""Which implementations exist here, why the others do not, and which one a call gets."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import platform
+
+import torch
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+
+@functools.cache
+def native_missing() -> str | None:
+    """Why the compiled CPU module cannot be used; None if it can."""
+    return importlib.import_module(".native", __package__).missing()
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot be used; None if they can. Looks for the module without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'auxkernels[triton]'"
+    return None
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not(backend: str, device: torch.device, compute: torch.dtype) -> str | None:
+    """Why `backend` cannot serve tensors on `device`; None if it can."""
+    if backend == "native":
+        if device.type != "cpu":
+            return f"the compiled module serves CPU tensors, these are on {device}"
+        return native_missing()
+    if backend == "triton":
+        if compute == torch.float64:
+            return "the Triton kernels have no float64"
+        if device.type != "cuda" and not (device.type == "cpu" and triton_interpreted()):
+            return f"Triton kernels run on CUDA or ROCm devices (or interpreted, TRITON_INTERPRET=1), not on {device}"
+        return triton_missing()
+    return None
+
+
+def resolve(backend: str, device: torch.device, compute: torch.dtype) -> str:
+    """The implementation that serves a call: the one named, or an error that says why it cannot; "auto" chooses."""
+    if backend == "auto":
+        preferred = "native" if device.type == "cpu" else "triton"
+        return preferred if _why_not(preferred, device, compute) is None else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    reason = _why_not(backend, device, compute)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot be used: {reason}")
+    return backend
+
+
+def show_config() -> str:
+    """One line for each implementation: available, or why not. Touches no device beyond asking whether there is one."""
+    from . import __version__, native
+
+    cuda = f"{torch.version.cuda or torch.version.hip}" if torch.cuda.is_available() else "no device"
+    triton = triton_missing()
+    if triton is None and not torch.cuda.is_available():
+        triton = "triton is installed, but there is no CUDA or ROCm device (set TRITON_INTERPRET=1 to interpret on CPU)"
+    lines = [
+        f"auxkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, CUDA: {cuda}",
+        "reference   available (plain PyTorch)",
+        f"native      {native.describe()}",
+        f"triton      {'available' if triton is None else 'unavailable: ' + triton}",
+    ]
+    lines += [f"build       {name}: {said}" for name, said in native.build_record().items()]
+    return "\n".join(lines)

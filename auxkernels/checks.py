@@ -1,0 +1,145 @@
+"""Argument checks: one function per rule, one message format (argument, rule, received value)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .sources import Logits
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def plain_tensor(name: str, value: object) -> Tensor:
+    """A dense, unquantised, unsharded tensor; anything else has no strided memory that a kernel could read."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.is_quantized:
+        raise TypeError(f"{name} must not be quantised, got {value.dtype}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a local tensor, got DTensor: pass {name}.to_local() of an unsharded tensor")
+    return value
+
+
+def floating(name: str, value: object) -> Tensor:
+    tensor = plain_tensor(name, value)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    return tensor
+
+
+def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return
+    if not minimum <= value <= maximum:
+        bounds = f"at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+
+
+def source(name: str, given: Logits, shape: torch.Size, device: torch.device) -> None:
+    """One source against the target's shape and device."""
+    values = floating(name, given.values)
+    if values.device != device:
+        raise ValueError(f"{name} must be on the target's device {device}, got {values.device}")
+    if values.dim() != len(shape) + 1 or values.shape[:-1] != shape:
+        raise ValueError(f"{name} must be [*, V] with leading shape {list(shape)}, got {list(values.shape)}")
+    if values.shape[-1] > 1 and values.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}: "
+            f"call .contiguous() on it first"
+        )
+    if given.softcap is not None:
+        real_number(f"softcap of {name}", given.softcap)
+        if not 0 < given.softcap < math.inf:
+            raise ValueError(f"softcap of {name} must be positive and finite, got {given.softcap}")
+    scale(f"scale of {name}", given.scale, shape, device)
+
+
+def scale(name: str, value: object, shape: torch.Size, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        real_number(name, value)
+        return
+    floating(name, value)
+    if value.dim() and value.shape != shape:
+        raise ValueError(f"{name} must have shape [] or {list(shape)}, got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the target's device {device}, got {value.device}")
+
+
+def target(value: object) -> Tensor:
+    tensor = plain_tensor("target", value)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must be int32 or int64, got {tensor.dtype}")
+    return tensor
+
+
+def class_weight(value: object, vocab_size: int, device: torch.device) -> None:
+    tensor = floating("weight", value)
+    if tuple(tensor.shape) != (vocab_size,):
+        raise ValueError(f"weight must have shape [{vocab_size}], got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"weight must be on the target's device {device}, got {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError("weight must not require a gradient: none is computed for it")
+
+
+def common_width(widths: dict[str, int], vocab_size: int | None) -> int:
+    """The number of classes: the sources' common width, or the leading `vocab_size` columns of each."""
+    if vocab_size is None:
+        width = next(iter(widths.values()))
+        if any(other != width for other in widths.values()):
+            listed = ", ".join(f"{name} {size}" for name, size in widths.items())
+            raise ValueError(f"the sources must be equally wide, or vocab_size must be given, got widths {listed}")
+        vocab_size = width
+    else:
+        integer("vocab_size", vocab_size)
+    if vocab_size < 1:
+        raise ValueError(f"there must be at least one class, got {vocab_size}")
+    for name, size in widths.items():
+        if vocab_size > size:
+            raise ValueError(f"vocab_size must be at most the width of {name}, {size}, got {vocab_size}")
+    return vocab_size
+
+
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def int64(name: str, value: object) -> None:
+    integer(name, value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+
+
+def reduction(value: object, normalizer: object) -> None:
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
+    if normalizer is None:
+        return
+    if value != "mean":
+        raise ValueError(f"normalizer needs reduction='mean', got reduction={value!r}")
+    if isinstance(normalizer, Tensor):
+        plain_tensor("normalizer", normalizer)
+        if normalizer.dim() or normalizer.is_complex():
+            raise ValueError(f"normalizer must be a real 0-d tensor, got {normalizer.dtype} {list(normalizer.shape)}")
+    else:
+        real_number("normalizer", normalizer)
+
+
+def in_range_message(shape: torch.Size, row: int, value: int, vocab_size: int, ignore_index: int) -> str:
+    """The text of the IndexError for a target that names no class."""
+    index = []
+    rest = row
+    for size in reversed(shape):
+        index.append(rest % size)
+        rest //= size
+    where = ", ".join(map(str, reversed(index)))
+    return f"target must be in [0, {vocab_size}) or ignore_index={ignore_index}, got target[{where}] = {value} (row {row})"

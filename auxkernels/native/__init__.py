@@ -1,0 +1,45 @@
+"""The compiled modules: loaded on first use, and the reason where one cannot be."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("._cpu", __package__), None
+    except ModuleNotFoundError:
+        return None, build_record().get("cpu", "the CPU module was not built")
+    except ImportError as error:  # built for another Python, or a library that it needs is missing
+        return None, f"the CPU module does not load: {error}"
+
+
+def cpu() -> ModuleType:
+    """The compiled CPU module. Raises RuntimeError with the reason where there is none."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def missing() -> str | None:
+    """Why there is no compiled CPU module here; None if there is one."""
+    return _load()[1]
+
+
+def build_record() -> dict[str, str]:
+    """What the build said of each module, as written beside it."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def describe() -> str:
+    module, reason = _load()
+    if module is None:
+        return f"unavailable: {reason}"
+    return f"available (C++, CPU, instruction set {module.instruction_set()} of {', '.join(module.instruction_sets())})"

@@ -1,0 +1,226 @@
+"""aux_cross_entropy on CPU: from tensors to the pointers, sizes and strides that the compiled module takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checks import in_range_message
+from ..layout import as_rows
+from . import cpu
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_NO_SOURCE = (0, 0, 0, 1, 0, 0, 0, 0)
+_NUM_FIELDS = len(ops.FIELDS)
+
+
+class _Arguments:
+    """The common arguments of a call, and the tensors that must outlive it."""
+
+    __slots__ = ("alive", "compute", "given", "ignore_index", "shape", "vocab_size")
+
+    def __init__(
+        self, base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+    ):
+        self.compute = ops.compute_dtype(base, aux)
+        self.alive: list[Tensor] = []
+        self.shape, self.ignore_index, self.vocab_size = base.shape[:-1], ignore_index, vocab_size
+        if base.device.type != "cpu":
+            raise RuntimeError(f"base must be a CPU tensor for backend='native', got {base.device}")
+        target_pointer = target_is_int32 = 0
+        if target is not None:
+            if target.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"target must be int32 or int64, got {target.dtype}")
+            if target.shape != self.shape:
+                raise ValueError(f"target must have shape {list(self.shape)}, got {list(target.shape)}")
+            target_pointer, target_is_int32 = self._pointer(target), target.dtype == torch.int32
+        weight_pointer = 0
+        if weight is not None:
+            if tuple(weight.shape) != (vocab_size,):
+                raise ValueError(f"weight must have shape [{vocab_size}], got {list(weight.shape)}")
+            weight_pointer = self._pointer(weight.to(self.compute))
+        self.given = (
+            (
+                self.shape.numel(),
+                vocab_size,
+                target_pointer,
+                target_is_int32,
+                ignore_index,
+                weight_pointer,
+                torch.get_num_threads(),
+                self.compute == torch.float64,
+            ),
+            self._source("base", base, base_scale),
+            base_softcap or 0.0,
+            _NO_SOURCE if aux is None else self._source("aux", aux, aux_scale),
+            aux_softcap or 0.0,
+        )
+
+    def _pointer(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
+        self.alive.append(tensor)
+        return tensor.data_ptr()
+
+    def _source(self, name: str, values: Tensor, scale: Tensor | None) -> tuple[int, ...]:
+        code = DTYPE_CODES.get(values.dtype)
+        if code is None:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
+        if values.shape[:-1] != self.shape or values.shape[-1] < self.vocab_size:
+            raise ValueError(
+                f"{name} must be [*, V] with leading shape {list(self.shape)} and V at least {self.vocab_size}, "
+                f"got {list(values.shape)}"
+            )
+        if values.shape[-1] > 1 and values.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}")
+        rows = as_rows(values)
+        self.alive.append(rows.tensor)
+        scale_pointer = scale_stride = 0
+        if scale is not None:
+            if scale.dim() and scale.shape != self.shape:
+                raise ValueError(f"scale of {name} must have shape [] or {list(self.shape)}, got {list(scale.shape)}")
+            scale_pointer, scale_stride = self._pointer(scale.to(self.compute)), int(scale.dim() > 0)
+        return (
+            rows.tensor.data_ptr(),
+            code,
+            values.shape[-1],
+            rows.num_inner,
+            rows.stride_outer,
+            rows.stride_inner,
+            scale_pointer,
+            scale_stride,
+        )
+
+    def row_pointer(self, name: str, values: Tensor | None) -> int:
+        """A [*] tensor of the compute dtype, contiguous."""
+        if values is None:
+            return 0
+        if values.shape != self.shape:
+            raise ValueError(f"{name} must have shape {list(self.shape)}, got {list(values.shape)}")
+        return self._pointer(values.to(self.compute))
+
+    def run(self, function, *rest) -> None:
+        try:
+            function(*self.given, *rest)
+        except IndexError as error:
+            row, value = map(int, str(error).split())
+            raise IndexError(
+                in_range_message(self.shape, row, value, self.vocab_size, self.ignore_index)
+            ) from None
+
+
+def _output_pointers(wanted: int, needs: int, tensors: list[Tensor]) -> list[int]:
+    remaining = iter(tensors)
+    pointers = [next(remaining).data_ptr() if wanted >> i & 1 else 0 for i in range(_NUM_FIELDS)]
+    return pointers + [next(remaining).data_ptr() if needs >> i & 1 else 0 for i in range(4)]
+
+
+def scan(
+    base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
+) -> list[Tensor]:
+    """The wanted fields of every row; arguments as in ops.py."""
+    args = _Arguments(
+        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+    )
+    fields = ops.empty_fields(base, aux, wanted)
+    args.run(cpu().scan, _output_pointers(wanted, 0, fields))
+    return fields
+
+
+def loss(
+    base,
+    aux,
+    target,
+    weight,
+    base_scale,
+    aux_scale,
+    base_softcap,
+    aux_softcap,
+    ignore_index,
+    vocab_size,
+    normalizer,
+    label_smoothing,
+    z_loss,
+    mean,
+    wanted,
+    needs,
+) -> list[Tensor]:
+    """The reduced loss, the wanted fields and the requested gradients, in one pass over the sources."""
+    args = _Arguments(
+        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+    )
+    value = base.new_empty((), dtype=args.compute)
+    outputs = [*ops.empty_fields(base, aux, wanted), *ops.empty_grads(base, aux, needs)]
+    divisor = 1.0 if normalizer is None else float(normalizer)
+    args.run(
+        cpu().loss,
+        _output_pointers(wanted, needs, outputs),
+        value.data_ptr(),
+        normalizer is not None,
+        divisor,
+        label_smoothing,
+        z_loss,
+        mean,
+    )
+    return [value, *outputs]
+
+
+def backward(
+    base,
+    aux,
+    target,
+    weight,
+    base_scale,
+    aux_scale,
+    base_softcap,
+    aux_softcap,
+    ignore_index,
+    vocab_size,
+    max,
+    log_denom,
+    nll,
+    base_max,
+    base_log_denom,
+    coefficients,
+    needs,
+) -> list[Tensor]:
+    """The requested gradients for one number per row and coefficient; arguments as in ops.py."""
+    args = _Arguments(
+        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+    )
+    grads = ops.empty_grads(base, aux, needs)
+    state = zip(
+        ("max", "log_denom", "nll", "base_max", "base_log_denom"),
+        (max, log_denom, nll, base_max, base_log_denom),
+        strict=True,
+    )
+    args.run(
+        cpu().backward,
+        _output_pointers(0, needs, grads),
+        [args.row_pointer(name, values) for name, values in state],
+        [
+            args.row_pointer(f"coefficient {name}", values)
+            for name, values in zip(ops.COEFFICIENTS, coefficients, strict=True)
+        ],
+    )
+    return grads
+
+
+def rescale_(grad: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> None:
+    """grad [*, V] *= factor (0-d) in place, but for ignored rows, which stay +0.0."""
+    factor = float(factor)
+    if factor == 1.0:
+        return
+    target = target.contiguous()
+    width = grad.shape[-1]
+    cpu().rescale(
+        grad.data_ptr(),
+        DTYPE_CODES[grad.dtype],
+        target.numel(),
+        width,
+        target.data_ptr(),
+        target.dtype == torch.int32,
+        ignore_index,
+        factor,
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,164 @@
+"""The operators as PyTorch sees them: schemas, fakes, dispatch to an implementation. Torch alone is imported here.
+
+Row fields. A forward scan of row n, with s the sum of the sources, p = softmax(s), z_b the base's part, q = softmax(z_b),
+m and m_b the maxima of s and z_b, y the target, w the class weights (1 without), gives the numbers of `FIELDS`. Which of
+them a call wants is a bit mask; they come back in this order, each of the target's shape. Ignored rows hold +0.0 (argmax -1).
+
+Coefficients. With one number per row for each name of `COEFFICIENTS`, every gradient has the form
+
+    ds_v   = p_v (A + C (s_v - m) + D (z_b,v - m_b)) + Q q_v + G (p_v - [v = y]) + S w_v
+    dz_i,v = ds_v + [i is base] (D p_v + Q_b q_v + B_b [v = y])
+    dvalues_i,v = scale_i softcap_i'(values_i,v) dz_i,v        dscale_i = sum_v dz_i,v softcap_i(values_i,v)
+
+where 0 * (-inf) = 0, at v = y the G term is -G (1 - p_y) formed from nll without cancellation, and ignored rows get +0.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+FIELDS = (
+    "max",  # m
+    "log_denom",  # log d, d = sum_v exp(s_v - m)
+    "nll",  # log d - (s_y - m), accurate for confident rows
+    "mean_sum",  # E_p[s - m]
+    "mean_base",  # E_p[z_b - m_b]
+    "base_max",  # m_b
+    "base_log_denom",  # log d_b, d_b = sum_v exp(z_b,v - m_b)
+    "base_nll",  # log d_b - (z_b,y - m_b)
+    "weighted_sum",  # sum_v w_v (s_v - m)
+    "argmax",  # int64: of s, lowest index on a tie, the first NaN wins
+    "base_argmax",  # int64: of z_b
+)
+FIELD_BIT = {name: 1 << i for i, name in enumerate(FIELDS)}
+NUM_FLOAT_FIELDS = FIELDS.index("argmax")
+COEFFICIENTS = ("A", "C", "D", "Q", "G", "S", "Q_b", "B_b")
+# bits of `needs`: which gradients a call computes; they come back in this order
+NEEDS_BASE, NEEDS_AUX, NEEDS_BASE_SCALE, NEEDS_AUX_SCALE = 1, 2, 4, 8
+
+_SOURCES = (
+    "Tensor base, Tensor? aux, Tensor? target, Tensor? weight, Tensor? base_scale, Tensor? aux_scale, "
+    "float? base_softcap, float? aux_softcap, int ignore_index, SymInt vocab_size"
+)
+_library = torch.library.Library("auxkernels", "DEF")
+_library.define(f"cross_entropy_scan({_SOURCES}, int wanted, str backend) -> Tensor[]")
+_library.define(
+    f"cross_entropy_loss({_SOURCES}, Tensor? normalizer, float label_smoothing, float z_loss, bool mean, "
+    "int wanted, int needs, str backend) -> Tensor[]"
+)
+_library.define(
+    f"cross_entropy_backward({_SOURCES}, Tensor max, Tensor log_denom, Tensor? nll, Tensor? base_max, "
+    "Tensor? base_log_denom, Tensor?[] coefficients, int needs, str backend) -> Tensor[]"
+)
+_library.define(
+    "cross_entropy_rescale_(Tensor(a!) grad, Tensor factor, Tensor target, int ignore_index, str backend) -> ()"
+)
+_library.define("check_target(Tensor target, SymInt vocab_size, int ignore_index) -> Tensor")
+
+cross_entropy_scan = torch.ops.auxkernels.cross_entropy_scan.default
+cross_entropy_loss = torch.ops.auxkernels.cross_entropy_loss.default
+cross_entropy_backward = torch.ops.auxkernels.cross_entropy_backward.default
+cross_entropy_rescale_ = torch.ops.auxkernels.cross_entropy_rescale_.default
+check_target = torch.ops.auxkernels.check_target.default
+
+
+def fields_in(wanted: int) -> list[str]:
+    """The names of the fields in a mask, in the order in which they come back."""
+    return [name for i, name in enumerate(FIELDS) if wanted >> i & 1]
+
+
+def mask_of(*names: str) -> int:
+    return sum(FIELD_BIT[name] for name in names)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Arithmetic, loss and statistics are float32, or float64 if a source is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# -- allocation, shared by the fakes and the implementations, so that metadata cannot differ ---------------------------
+
+
+def empty_fields(base: Tensor, aux: Tensor | None, wanted: int) -> list[Tensor]:
+    dtype = compute_dtype(base, aux)
+    shape = base.shape[:-1]
+    return [
+        base.new_empty(shape, dtype=dtype if i < NUM_FLOAT_FIELDS else torch.int64)
+        for i in range(len(FIELDS))
+        if wanted >> i & 1
+    ]
+
+
+def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
+    """Requested gradients: dvalues in each source's dtype and full width, dscale per row in the compute dtype."""
+    grads = []
+    if needs & NEEDS_BASE:
+        grads.append(base.new_empty(base.shape))
+    if needs & NEEDS_AUX:
+        grads.append(aux.new_empty(aux.shape))
+    for bit in (NEEDS_BASE_SCALE, NEEDS_AUX_SCALE):
+        if needs & bit:
+            grads.append(base.new_empty(base.shape[:-1], dtype=compute_dtype(base, aux)))
+    return grads
+
+
+# -- dispatch ----------------------------------------------------------------------------------------------------------
+
+
+def _implementation(backend: str):
+    return importlib.import_module(f".{backend}.cross_entropy", __package__)
+
+
+def _scan(*args):
+    return _implementation(args[-1]).scan(*args[:-1])
+
+
+def _loss(*args):
+    return _implementation(args[-1]).loss(*args[:-1])
+
+
+def _backward(*args):
+    return _implementation(args[-1]).backward(*args[:-1])
+
+
+def _rescale_(*args):
+    _implementation(args[-1]).rescale_(*args[:-1])
+
+
+def _scan_fake(base, aux, *args):
+    return empty_fields(base, aux, wanted=args[-2])
+
+
+def _loss_fake(base, aux, *args):
+    wanted, needs = args[-3:-1]
+    loss = base.new_empty((), dtype=compute_dtype(base, aux))
+    return [loss, *empty_fields(base, aux, wanted), *empty_grads(base, aux, needs)]
+
+
+def _backward_fake(base, aux, *args):
+    return empty_grads(base, aux, needs=args[-2])
+
+
+def _check_target(target, vocab_size, ignore_index):
+    bad = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
+    if target.device.type == "cpu" and bool(bad.any()):
+        from .checks import in_range_message
+
+        row = int(bad.flatten().nonzero()[0])
+        value = int(target.flatten()[row])
+        raise IndexError(in_range_message(target.shape, row, value, vocab_size, ignore_index))
+    return target.clone()
+
+
+for _name, _kernel, _fake in (
+    ("cross_entropy_scan", _scan, _scan_fake),
+    ("cross_entropy_loss", _loss, _loss_fake),
+    ("cross_entropy_backward", _backward, _backward_fake),
+    ("cross_entropy_rescale_", _rescale_, lambda *args: None),
+    ("check_target", _check_target, lambda target, vocab_size, ignore_index: torch.empty_like(target)),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"auxkernels::{_name}", _fake, lib=_library)

@@ -1,0 +1,129 @@
+"""The operators in plain PyTorch: the oracle of the tests, and the implementation where nothing faster exists.
+
+Any floating dtype, any device, differentiable by autograd (twice, if asked). Written for clarity: nothing here is shared
+with the fused implementations, so that a mistake in their formulas cannot hide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .sources import Logits, row_scale
+
+
+def sum_of(sources: list[Logits], compute: torch.dtype, vocab_size: int, ignored: Tensor | None) -> Tensor:
+    """Sum of the sources [*, V] in the compute dtype; ignored rows are replaced by zeros, so no gradient enters them."""
+    total = None
+    for source in sources:
+        z = source.values[..., :vocab_size].to(compute)
+        if ignored is not None:
+            z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
+        if source.softcap is not None:
+            z = source.softcap * torch.tanh(z / source.softcap)
+        z = z * row_scale(source.scale, compute)
+        if ignored is not None:  # a scale may be NaN or Inf in an ignored row as well
+            z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
+        total = z if total is None else total + z
+    return total
+
+
+def _picked(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+def _relative(z: Tensor) -> Tensor:
+    """z - max(z), with the maximum as a constant."""
+    return z - z.detach().amax(-1, keepdim=True)
+
+
+def _expectation(p: Tensor, z: Tensor) -> Tensor:
+    """E_p[z] with 0 * (-inf) = 0, in value and gradient."""
+    masked = (p == 0) & (z == -torch.inf)
+    return (p * z.masked_fill(masked, 0.0)).sum(-1)
+
+
+def _classes(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Target safe to gather with, which rows are ignored, which hold no class (poisoned; none on CPU, which raises)."""
+    target = ops.check_target(target, vocab_size, ignore_index).long()
+    ignored = target == ignore_index
+    poisoned = ((target < 0) | (target >= vocab_size)) & ~ignored
+    return target.clamp(0, vocab_size - 1).masked_fill(ignored, 0), ignored, poisoned
+
+
+def cross_entropy(
+    base: list[Logits],
+    aux: list[Logits],
+    target: Tensor,
+    *,
+    compute: torch.dtype,
+    vocab_size: int,
+    ignore_index: int,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    normalizer: Tensor | None,
+) -> Tensor:
+    """The loss as `aux_cross_entropy` defines it. Logits [*, V], target [*]; 0-d, or [*] for reduction="none"."""
+    classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
+    s = sum_of([*base, *aux], compute, vocab_size, ignored)
+    w = s.new_ones(vocab_size) if weight is None else weight.to(compute)
+    w_y = w[classes].masked_fill(ignored, 0.0)
+    log_p = torch.log_softmax(s, -1)
+    loss = (1 - label_smoothing) * w[classes] * -_picked(log_p, classes)
+    if label_smoothing:
+        loss = loss + label_smoothing / vocab_size * -(log_p * w).sum(-1)
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(s, -1).square()
+    # poison by multiplication: the row's loss and, through it, its gradient are NaN
+    loss = loss * torch.ones_like(loss).masked_fill(poisoned, torch.nan)
+    loss = loss.masked_fill(ignored, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if normalizer is None:
+        normalizer = (~ignored).sum() if weight is None else w_y.sum()
+    return loss.sum() / normalizer.detach().to(device=loss.device, dtype=loss.dtype)
+
+
+def statistics(
+    base: list[Logits],
+    aux: list[Logits],
+    target: Tensor | None,
+    *,
+    compute: torch.dtype,
+    vocab_size: int,
+    ignore_index: int,
+) -> dict[str, Tensor | None]:
+    """The fields of `LogitStats` as a dict, each [*]."""
+    ignored = poisoned = classes = None
+    if target is not None:
+        classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
+    z_b = sum_of(base, compute, vocab_size, ignored)
+    s = z_b if not aux else z_b + sum_of(aux, compute, vocab_size, ignored)
+    log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(z_b, -1)
+    p = log_p.exp()
+    mean_sum = _expectation(p, _relative(s))
+    log_denom = torch.logsumexp(_relative(s), -1)
+    stats = {
+        "log_prob": None if classes is None else _picked(log_p, classes),
+        "base_log_prob": None if classes is None else _picked(log_q, classes),
+        "lse": torch.logsumexp(s, -1),
+        "entropy": log_denom - mean_sum,
+        "kl_to_base": (mean_sum - _expectation(p, _relative(z_b)))
+        + (torch.logsumexp(_relative(z_b), -1) - log_denom),
+        "argmax": s.argmax(-1),
+        "base_argmax": z_b.argmax(-1),
+    }
+    if ignored is None:
+        return stats
+    for name, value in stats.items():
+        if value.is_floating_point():
+            value = value * torch.ones_like(value).masked_fill(poisoned, torch.nan)
+            stats[name] = value.masked_fill(ignored, 0.0)
+        else:
+            stats[name] = value.masked_fill(ignored, -1)
+    return stats

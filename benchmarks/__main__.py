@@ -1,0 +1,131 @@
+"""``python -m benchmarks``: times auxkernels against torch on this machine and keeps the rows."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import chart, cross_entropy, harness, machine, report
+
+OPS = {"cross_entropy": cross_entropy}
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition(": ")[2])
+    grid = parser.add_mutually_exclusive_group()
+    grid.add_argument("--quick", action="store_true", help="a few minutes on two cores (the default)")
+    grid.add_argument("--full", action="store_true", help="every pass, dtype and input over all shapes")
+    parser.add_argument("--op", choices=OPS, default="cross_entropy")
+    parser.add_argument("--pass", dest="passes", nargs="+", choices=cross_entropy.PASSES, metavar="PASS")
+    parser.add_argument("--dtype", dest="dtypes", nargs="+", choices=cross_entropy.DTYPES, metavar="DTYPE")
+    parser.add_argument("--inputs", nargs="+", choices=cross_entropy.INPUTS)
+    parser.add_argument("--shape", dest="shapes", nargs="+", type=_shape, metavar="NxV", help="instead of the grid's")
+    parser.add_argument("--rounds", type=_positive, default=15, help="timed calls of each implementation (15)")
+    parser.add_argument("--seconds", type=float, help="a case's rounds stop early after this long (8, full: 30)")
+    parser.add_argument("--threads", type=_positive, help="torch's threads (torch's own choice)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs and of the order of the rounds")
+    parser.add_argument("--reference", action="store_true", help="also time the reference backend")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results")
+    parser.add_argument("--no-plot", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    num_rows, separator, num_columns = text.lower().partition("x")
+    if not (separator and num_rows.isdigit() and num_columns.isdigit() and int(num_rows) and int(num_columns)):
+        raise argparse.ArgumentTypeError(f"must be NxV such as 1024x50257, got {text!r}")
+    return int(num_rows), int(num_columns)
+
+
+def _positive(text: str) -> int:
+    if not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def choose_specs(op, options: argparse.Namespace) -> list:
+    """The grid's cases that pass the filters; with shapes given, their product with the filters instead."""
+    if options.shapes:
+        chosen = (options.passes or ["training"], options.shapes, options.dtypes or ["bf16", "fp32"])
+        return op.product_specs(*chosen, options.inputs or op.INPUTS)
+    specs = op.full_specs() if options.full else op.quick_specs()
+    if options.dtypes and "fp16" in options.dtypes:  # in no grid: it is asked for by name, in place of bf16
+        specs = specs + [spec._replace(dtype="fp16") for spec in specs if spec.dtype == "bf16"]
+    filters = (("pass_name", options.passes), ("dtype", options.dtypes), ("inputs", options.inputs))
+    return [spec for spec in specs if all(not kept or getattr(spec, name) in kept for name, kept in filters)]
+
+
+def run(specs: list, options: argparse.Namespace, device: torch.device, console: Console) -> list[dict]:
+    """Rows of the cases that finished, each case written as it finishes; Ctrl-C ends the run between two writes."""
+    op, rows = OPS[options.op], []
+    columns = (BarColumn(30), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
+        task = progress.add_task("measuring copy bandwidth and GEMM rate", total=len(specs))
+        environment = machine.describe(device)
+        path = options.output / f"{environment['device_slug']}.jsonl"
+        settings = harness.Settings(options.rounds, options.seconds, rng=random.Random(options.seed))
+        try:
+            for done, spec in enumerate(specs):
+                settings.on_step = lambda text, share, done=done: progress.update(
+                    task, completed=done + share, description=text
+                )
+                progress.update(task, completed=done, description=f"drawing inputs of {spec.pass_name} {spec.shape}")
+                case = op.build(spec, device, options.seed, options.reference)
+                case_rows = [{**row, **environment} for row in harness.run_case(case, settings)]
+                report.append_rows(path, case_rows)
+                rows += case_rows
+                console.print(f"[dim]{done + 1}/{len(specs)} {report.summary(case_rows)}", soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print(f"[yellow]interrupted: {done} of {len(specs)} cases finished")
+            options.is_interrupted = True
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    options.is_interrupted = False
+    options.seconds = options.seconds or (30.0 if options.full else 8.0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    specs = choose_specs(OPS[options.op], options)
+    if not specs:
+        console.print("no case of the grid has that pass, dtype and input; --shape names one outside of it")
+        return 2
+    rows = run(specs, options, device, console)
+    if not rows:
+        return 130
+    console.print(report.results_table(rows))
+    for line in report.not_timed(rows):
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    first = rows[0]
+    gemm = ", ".join(f"{name} {rate} GFLOP/s" for name, rate in first["gemm_gflops"].items())
+    console.print(f"{first['device']}, {first['threads']} threads, {first['isa']}, torch {first['torch']}")
+    console.print(f"copy {first['copy_gbps']} GB/s, GEMM {gemm}")
+    if device.type == "cpu":
+        title = "promises, stated for two cores with AVX-512; the worst of the inputs that ran counts"
+        console.print(report.bars_table(OPS[options.op].BARS, rows, title))
+    path = options.output / f"{first['device_slug']}.jsonl"
+    console.print(f"rows: {_shown(path)}")
+    chart_path = path.with_suffix(".png")
+    if not options.no_plot and chart.draw(report.read_rows(path), chart_path):
+        console.print(f"chart: {_shown(chart_path)}")
+    return 130 if options.is_interrupted else 0
+
+
+def _shown(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

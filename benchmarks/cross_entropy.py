@@ -1,0 +1,360 @@
+"""Cases and implementations of aux_cross_entropy and logit_stats: what is timed, against what, and the bars."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .cross_entropy_oracle import Oracle
+from .harness import Accuracy, Case, Implementation, Outputs, Unavailable, copy_floor
+from .report import Bar
+
+OP = "cross_entropy"
+PASSES = ("forward", "training", "both", "stats", "stats_training", "overhead")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+INPUTS = ("flat", "peaked")
+# [N, V] tensors that a perfect kernel reads or writes: both sources, and a gradient for each source that wants one
+FLOOR_UNITS = {"forward": 2, "training": 3, "both": 4, "stats": 2, "stats_training": 3, "overhead": 2}
+OVERHEAD_SHAPE = (1, 32)
+MAIN_SHAPE = (1024, 50257)
+
+
+class Spec(NamedTuple):
+    """Names one case without building it."""
+
+    pass_name: str
+    shape: tuple[int, int]
+    dtype: str
+    inputs: str
+
+
+def quick_specs() -> list[Spec]:
+    """One case or two for every bar and every regime of the width, in a few minutes on two cores."""
+    main = product_specs(PASSES[:-1], [MAIN_SHAPE], ("bf16", "fp32"), ["flat"])
+    main += [Spec("training", MAIN_SHAPE, dtype, "peaked") for dtype in ("bf16", "fp32")]
+    shapes = [(512, 128256), (256, 262144), (4096, 4096), (64, 32000)]
+    return [*main, *(Spec("training", shape, "bf16", "flat") for shape in shapes), _overhead_spec()]
+
+
+def full_specs() -> list[Spec]:
+    """Every pass, dtype and kind of input over the widths of common vocabularies and some odd ones."""
+    shapes = [MAIN_SHAPE, (512, 128256), (256, 262144), (4096, 4096), (64, 32000)]
+    shapes += [(512, 151936), (2048, 32000), (1023, 50257), (4097, 4095), (8192, 1023), (1, 128256)]
+    return product_specs(PASSES, shapes, ("bf16", "fp32"), INPUTS)
+
+
+def product_specs(passes, shapes, dtypes, inputs) -> list[Spec]:
+    """Shapes outermost and passes innermost, so that cases on the same inputs follow each other and share them."""
+    large = [name for name in passes if name != "overhead"]
+    specs = [Spec(p, s, d, i) for s, d, i, p in itertools.product(shapes, dtypes, inputs, large)]
+    return specs + [_overhead_spec()] * ("overhead" in passes)
+
+
+def _overhead_spec() -> Spec:
+    return Spec("overhead", OVERHEAD_SHAPE, "fp32", "flat")
+
+
+def build(spec: Spec, device: torch.device, seed: int, with_reference: bool = False) -> Case:
+    """The case of a spec, with inputs drawn from `seed`; equal seeds give equal values on one kind of device."""
+    base, aux, target, oracle = _inputs_and_oracle(spec.shape, spec.dtype, spec.inputs, str(device), seed)
+    floor_bytes = FLOOR_UNITS[spec.pass_name] * base.numel() * base.element_size()
+    if spec.pass_name == "overhead":
+        implementations, check = _overhead_implementations(base, aux, target, oracle)
+    else:
+        implementations, check = _implementations(spec, base, aux, target, with_reference), oracle.check
+        implementations.append(copy_floor(floor_bytes, device))
+    calls_per_sample = 100 if spec.pass_name == "overhead" else 1
+    place = (OP, spec.pass_name, spec.shape, spec.dtype, spec.inputs, device)
+    return Case(*place, floor_bytes, implementations, check, calls_per_sample)
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs_and_oracle(shape, dtype: str, inputs: str, device: str, seed: int):
+    base, aux, target = make_inputs(shape, DTYPES[dtype], inputs, torch.device(device), seed)
+    return base, aux, target, Oracle(base, aux, target, seed)
+
+
+def make_inputs(shape, dtype: torch.dtype, inputs: str, device: torch.device, seed: int):
+    """base, aux [N, V] and target [N].
+
+    flat     0.1 * randn: every probability near 1 / V, the loss near log V.
+    peaked   the sum has standard deviation 10; in three rows of four the target's probability lies between 0.9 and
+             1 - 1e-12, as in a trained model's easy tokens.
+    """
+    num_rows, num_columns = shape
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    target = torch.randint(num_columns, (num_rows,), generator=generator, device=device)
+    base, aux = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    scale = 0.1 if inputs == "flat" else 10 / math.sqrt(2)
+    for row in range(num_rows):
+        base[row] = scale * draw(num_columns)
+        aux[row] = scale * draw(num_columns)
+        if inputs == "peaked" and row % 4:
+            margin = 2.3 + 25 * torch.rand((), generator=generator, device=device)
+            s_max = (base[row].float() + aux[row].float()).amax()
+            aux[row, target[row]] = (s_max + margin - base[row, target[row]].float()).to(dtype)
+    return base, aux, target
+
+
+def _ours():
+    try:
+        import auxkernels
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
+    return auxkernels
+
+
+def eager(base, aux, target):
+    """What torch does with the sum in the inputs' dtype."""
+    return F.cross_entropy(base + aux, target)
+
+
+def eager_upcast(base, aux, target):
+    """What Hugging Face's causal language models run: the sum in float32."""
+    return F.cross_entropy(base.float() + aux.float(), target)
+
+
+def ours(base, aux, target):
+    return _ours().aux_cross_entropy(base, aux, target)
+
+
+def ours_with_statistics(base, aux, target):
+    return _ours().aux_cross_entropy(base, aux, target, return_stats=True)
+
+
+def reference(base, aux, target):
+    return _ours().aux_cross_entropy(base, aux, target, backend="reference")
+
+
+def eager_statistics(base, aux, target):
+    """All of LogitStats in plain torch, in the inputs' dtype."""
+    s, index = base + aux, target[:, None]
+    log_p, log_q = s.log_softmax(-1), base.log_softmax(-1)
+    p = log_p.exp()
+    return SimpleNamespace(
+        log_prob=log_p.gather(1, index)[:, 0],
+        base_log_prob=log_q.gather(1, index)[:, 0],
+        lse=s.logsumexp(-1),
+        entropy=-(p * log_p).sum(-1),
+        kl_to_base=(p * (log_p - log_q)).sum(-1),
+        argmax=s.argmax(-1),
+        base_argmax=base.argmax(-1),
+    )
+
+
+def eager_upcast_statistics(base, aux, target):
+    return eager_statistics(base.float(), aux.float(), target)
+
+
+def compiled(function: Callable) -> Callable[[], Callable]:
+    """Compiles for the shapes of its case alone; the reset keeps earlier cases from using up the recompile limit."""
+
+    def prepare():
+        torch.compiler.reset()
+        return torch.compile(function, dynamic=False)
+
+    return prepare
+
+
+def _implementations(spec: Spec, base, aux, target, with_reference: bool) -> list[Implementation]:
+    """The yardstick comes first: the checks of ours compare with its error."""
+    is_half = spec.dtype != "fp32"
+
+    def entry(name: str, function: Callable, role: str = "baseline", get_function: Callable | None = None):
+        get_function = get_function or (lambda: function)
+        return Implementation(name, lambda: loss_call(get_function(), spec.pass_name, base, aux, target), role)
+
+    if spec.pass_name == "stats":
+        entries = [entry("eager", eager_statistics, "yardstick")]
+        if is_half:
+            entries.append(entry("eager upcast", eager_upcast_statistics))
+        entries.append(entry("compile upcast", None, get_function=compiled(eager_upcast_statistics)))
+        entries.append(entry("auxkernels logit_stats", lambda *xs: _ours().logit_stats(*xs), "ours"))
+        entries.append(entry("auxkernels return_stats", ours_with_statistics, "ours"))
+        return [*entries, entry("auxkernels", ours, "ours")]
+    entries = [entry("eager", eager, "yardstick")]
+    if is_half:
+        entries.append(entry("eager upcast", eager_upcast))
+    entries.append(entry("compile upcast", None, get_function=compiled(eager_upcast)))
+    if with_reference:
+        entries.append(entry("auxkernels reference", reference, "ours"))
+    if spec.pass_name == "stats_training":
+        entries.append(entry("auxkernels return_stats", ours_with_statistics, "ours"))
+    if spec.pass_name in ("forward", "training"):
+        prepare_kernel = functools.partial(native_kernel_call, spec.pass_name, base, aux, target)
+        entries.append(Implementation("auxkernels kernel alone", prepare_kernel, "ours"))
+    return [*entries, entry("auxkernels", ours, "ours")]
+
+
+def loss_call(function: Callable, pass_name: str, base, aux, target) -> Callable[[], Outputs]:
+    """The work of a pass as one call without arguments. `function` returns loss, (loss, statistics) or statistics."""
+    base, aux = base.detach(), aux.detach()
+    wanted = {"training": [aux], "stats_training": [aux], "both": [base, aux]}.get(pass_name, [])
+    for source in wanted:
+        source.requires_grad_()
+
+    def call() -> Outputs:
+        result = function(base, aux, target)
+        loss, statistics = result if isinstance(result, tuple) else (result, None)
+        if not isinstance(loss, torch.Tensor):
+            return Outputs(statistics=loss)
+        gradients = torch.autograd.grad(loss, wanted) if wanted else ()
+        return Outputs(loss.detach(), gradients, statistics)
+
+    return call
+
+
+def native_kernel_call(pass_name: str, base, aux, target) -> Callable[[], Outputs]:
+    """The compiled kernel itself, into buffers that already exist: no allocation, no page faults, no autograd."""
+    _ours()
+    from auxkernels import ops
+    from auxkernels.native import cpu, cross_entropy, missing
+
+    if base.device.type != "cpu" or missing():
+        raise Unavailable(missing() or f"the compiled module serves CPU tensors, these are on {base.device}")
+    # NaN shows the check whatever the kernel leaves unwritten
+    loss, gradient = torch.full((), math.nan), torch.full_like(aux, math.nan)
+    needs, gradients = (ops.NEEDS_AUX, (gradient,)) if pass_name == "training" else (0, ())
+    no_options = [None] * 5
+    arguments = cross_entropy._Arguments(base, aux, target, *no_options, -100, base.shape[-1])
+    pointers = cross_entropy._output_pointers(0, needs, list(gradients))
+    normalizer, label_smoothing, z_loss, is_mean = (False, 1.0), 0.0, 0.0, True
+
+    def call() -> Outputs:
+        arguments.run(cpu().loss, pointers, loss.data_ptr(), *normalizer, label_smoothing, z_loss, is_mean)
+        return Outputs(loss, gradients)
+
+    return call
+
+
+def _overhead_options(num_columns: int, device: torch.device) -> dict[str, dict]:
+    weight = torch.linspace(0.5, 1.5, num_columns, device=device)
+    options = {
+        "ignore_index": {"ignore_index": -1},
+        "weight": {"weight": weight},
+        "label_smoothing": {"label_smoothing": 0.1},
+        "z_loss": {"z_loss": 1e-4},
+        "normalizer": {"normalizer": 7},
+        "vocab_size": {"vocab_size": num_columns},
+        "return_stats": {"return_stats": True},
+        "recompute": {"recompute": True},
+        "scale and softcap": {"scale": 0.5, "softcap": 30.0},
+        "tensor scale": {"scale": torch.tensor(0.5, device=device)},
+    }
+    everything = {name: value for option in options.values() for name, value in option.items()}
+    return {"plain": {}, **{f"+ {name}": option for name, option in options.items()}, "every option": everything}
+
+
+def _overhead_implementations(base, aux, target, oracle: Oracle):
+    """A call too small for its arithmetic to matter, without options, with each, and with all of them."""
+    options = _overhead_options(base.shape[1], base.device)
+
+    def call_with(option: dict, base, aux, **fixed):
+        package = _ours()
+        keywords = {name: value for name, value in option.items() if name not in ("scale", "softcap")} | fixed
+        source = {name: option[name] for name in ("scale", "softcap") if name in option}
+
+        def call():
+            sources = [package.Logits(values, **source) for values in (base, aux)] if source else (base, aux)
+            return package.aux_cross_entropy(*sources, target, **keywords)
+
+        return call
+
+    def check(implementation: Implementation, result) -> Accuracy:
+        if implementation.name not in options:
+            return oracle.check(implementation, Outputs(result))
+        option = options[implementation.name]
+        expected = call_with(option, base.double(), aux.double(), backend="reference")()
+        result, expected = (value[0] if isinstance(value, tuple) else value for value in (result, expected))
+        error = (abs(result.double() - expected) / abs(expected)).item()
+        problem = None if error <= 64 * torch.finfo(torch.float32).eps else f"loss error {error:.2g}"
+        return Accuracy({"loss": float(f"{error:.3g}")}, problem)
+
+    entries = [Implementation("eager", lambda: lambda: eager(base, aux, target), "yardstick")]
+    for name, option in options.items():
+        entries.append(Implementation(name, functools.partial(call_with, option, base, aux), "ours"))
+    return entries, check
+
+
+def _times(rows: list[dict], pass_name: str, dtype: str, name: str) -> dict[str, dict]:
+    """Timed rows of one implementation on the main shape, by kind of input."""
+    shapes = (list(MAIN_SHAPE), list(OVERHEAD_SHAPE))
+    found = (r for r in rows if (r["pass"], r["dtype"], r["implementation"]) == (pass_name, dtype, name))
+    return {r["inputs"]: r for r in found if r["shape"] in shapes and r["time_us"]}
+
+
+def _speed_up(pass_name: str, dtype: str, baseline: str, rows: list[dict]) -> float | None:
+    own, other = (_times(rows, pass_name, dtype, name) for name in ("auxkernels", baseline))
+    return min((other[i]["time_us"] / own[i]["time_us"] for i in own if i in other), default=None)
+
+
+def _share(pass_name: str, dtype: str, name: str, rows: list[dict]) -> float | None:
+    found = _times(rows, pass_name, dtype, name).values()
+    return min((100 * row["share_of_floor"] for row in found if row["share_of_floor"]), default=None)
+
+
+def _extra_cost(pass_name: str, dtype: str, name: str, rows: list[dict]) -> float | None:
+    with_statistics, plain = (_times(rows, pass_name, dtype, n) for n in (name, "auxkernels"))
+    costs = (100 * (row["time_us"] / plain[i]["time_us"] - 1) for i, row in with_statistics.items() if i in plain)
+    return max(costs, default=None)
+
+
+def _time(name: str, rows: list[dict]) -> float | None:
+    return max((row["time_us"] for row in _times(rows, "overhead", "fp32", name).values()), default=None)
+
+
+def _memory(dtype: str, rows: list[dict]) -> float | None:
+    """Measured peak over what is allowed: the gradient, 32 bytes a row, and a row of float32 and 256 KiB a thread."""
+    num_rows, num_columns = MAIN_SHAPE
+    shares = []
+    for row in _times(rows, "training", dtype, "auxkernels").values():
+        gradient_bytes = num_rows * num_columns * DTYPES[dtype].itemsize
+        allowed = gradient_bytes + 32 * num_rows + (4 * num_columns + (256 << 10)) * row["threads"]
+        if row["peak_bytes"]:
+            shares.append(100 * row["peak_bytes"] / allowed)
+    return max(shares, default=None)
+
+
+def _bars() -> list[Bar]:
+    def at_least(text: str, bar: float, unit: str, measure: Callable, *arguments):
+        return Bar(text, ">=", bar, unit, functools.partial(measure, *arguments))
+
+    def at_most(text: str, bar: float, unit: str, measure: Callable, *arguments):
+        return Bar(text, "<=", bar, unit, functools.partial(measure, *arguments))
+
+    own, kernel = "auxkernels", "auxkernels kernel alone"
+    statistics = ("auxkernels return_stats", "auxkernels logit_stats")
+    return [
+        at_least(
+            "bf16 training, times faster than eager upcast", 10, "x", _speed_up, "training", "bf16", "eager upcast"
+        ),
+        at_least("bf16 training, times faster than eager", 4.5, "x", _speed_up, "training", "bf16", "eager"),
+        at_least("bf16 training, times faster than compile", 2.5, "x", _speed_up, "training", "bf16", "compile upcast"),
+        at_least("fp32 training, times faster than eager", 4.5, "x", _speed_up, "training", "fp32", "eager"),
+        at_least("bf16 forward, times faster than eager", 6, "x", _speed_up, "forward", "bf16", "eager"),
+        at_least("bf16 training, kernel alone, share of floor", 65, "%", _share, "training", "bf16", kernel),
+        at_least("fp32 training, kernel alone, share of floor", 80, "%", _share, "training", "fp32", kernel),
+        at_least("bf16 training, whole call, share of floor", 45, "%", _share, "training", "bf16", own),
+        at_least("fp32 training, whole call, share of floor", 55, "%", _share, "training", "fp32", own),
+        at_most("bf16 all statistics over plain forward", 120, "%", _extra_cost, "stats", "bf16", statistics[0]),
+        at_most("bf16 logit_stats over plain forward", 120, "%", _extra_cost, "stats", "bf16", statistics[1]),
+        at_most("fp32 all statistics over plain forward", 70, "%", _extra_cost, "stats", "fp32", statistics[0]),
+        at_most("fp32 logit_stats over plain forward", 70, "%", _extra_cost, "stats", "fp32", statistics[1]),
+        at_most("bf16 all statistics, training", 70, "%", _extra_cost, "stats_training", "bf16", statistics[0]),
+        at_most("fp32 all statistics, training", 45, "%", _extra_cost, "stats_training", "fp32", statistics[0]),
+        at_most("bf16 training, peak memory of what is allowed", 100, "%", _memory, "bf16"),
+        at_most("fp32 training, peak memory of what is allowed", 100, "%", _memory, "fp32"),
+        at_most("plain call on [1, 32], forward", 30, "us", _time, "plain"),
+        at_most("call on [1, 32] with every option, forward", 60, "us", _time, "every option"),
+    ]
+
+
+BARS = _bars()

@@ -1,0 +1,209 @@
+"""The package's main job on real text: adapt a frozen language model to another domain with an auxiliary model.
+
+A small causal language model is fitted on the code of Python's standard library and frozen. A smaller auxiliary,
+trained with `aux_cross_entropy` on the sum of the two models' logits, adapts it to the library's docstrings. The same
+training with eager PyTorch runs beside it: the loss curves must coincide, or the exit status is 1.
+
+    python -m benchmarks.demo [--scale tiny|small] [--steps N] [--dtype float32|bfloat16]
+
+Source: Zeldes et al. 2020, Technical Report: Auxiliary Tuning and its Application to Conditional Text Generation.
+"""
+
+import argparse
+import dataclasses
+import platform
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+OPTIONAL_DEPENDENCIES = ("tokenizers", "rich", "matplotlib", "psutil")
+
+# Rounding alone drives two equal trainings apart.  TODO measured
+CURVE_BOUND_NATS = {"float32": 1e-3, "bfloat16": 2e-2}
+# float32: rounding of the sum and of exp. bfloat16: the gradient's own 8 significant bits, nothing more.
+GRADIENT_ERROR_BOUND = {"float32": 1e-5, "bfloat16": 2**-8}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of one run: tokens per window, windows per batch, models, steps, held-out windows, timed repeats."""
+
+    max_files: int | None
+    vocab_size: int
+    window: int
+    batch: int
+    base_width: int
+    base_layers: int
+    base_steps: int
+    base_learning_rate: float
+    aux_width: int
+    aux_layers: int
+    aux_steps: int
+    aux_learning_rate: float
+    held_out_windows: int
+    repeats: int
+
+
+SCALES = {
+    "tiny": Scale(60, 1024, 64, 8, 64, 1, 30, 3e-3, 32, 1, 30, 3e-3, 16, 3),
+    "small": Scale(None, 16384, 128, 8, 192, 3, 200, 3e-3, 128, 1, 160, 3e-3, 64, 9),
+}
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=SCALES, default="small", help="tiny: seconds; small: minutes (default)")
+    parser.add_argument("--steps", type=positive, help="training steps of the auxiliary (default: as the scale says)")
+    parser.add_argument("--seed", type=int, default=0, help="of initialisation and data order (default 0)")
+    parser.add_argument("--dtype", choices=CURVE_BOUND_NATS, default="float32", help="of the logits (default float32)")
+    parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: PyTorch's choice)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo"), help="folder of PNG and JSON")
+    parser.add_argument("--cache", type=Path, default=Path("build/demo"), help="folder of the trained vocabulary")
+    return parser.parse_args(argv)
+
+
+def prepare_text(scale, cache_folder, terminal):
+    """Windows of the corpus by part ("train_code", "held_out_docstrings", ...)."""
+    from benchmarks.demo_data import load_corpus, load_tokenizer, make_windows
+
+    with terminal.stage("reading the standard library"):
+        corpus = dataclasses.asdict(load_corpus(scale.max_files))
+    with terminal.stage(f"vocabulary of {scale.vocab_size} tokens"):
+        texts = corpus["train_code"] + corpus["train_docstrings"]
+        tokenizer = load_tokenizer(texts, scale.vocab_size, cache_folder)
+    with terminal.stage("tokenizing"):
+        windows = {part: make_windows(tokenizer, texts, scale.window) for part, texts in corpus.items()}
+    for part, texts in corpus.items():
+        size_mb, tokens = sum(map(len, texts)) / 1e6, windows[part].tokens.numel()
+        terminal.say(f"  {part.replace('_', ' '):19} {len(texts):5} texts {size_mb:5.2f} MB {tokens:8} tokens")
+    return windows
+
+
+def measure_loss_steps(base, auxiliary, batch, repeats, terminal):
+    """LossStep of both losses in both dtypes on the logits that the trained models give for one held-out batch."""
+    import torch
+
+    from benchmarks.demo_loss_step import measure_loss_step
+    from benchmarks.demo_train import base_outputs
+
+    measured = {}
+    with terminal.stage("measuring the loss step", total=repeats * len(CURVE_BOUND_NATS)) as advance, torch.no_grad():
+        for name in CURVE_BOUND_NATS:
+            dtype = getattr(torch, name)
+            hidden, base_logits = base_outputs(base, batch.tokens, dtype)
+            aux_logits = auxiliary(hidden, dtype)
+            with torch.enable_grad():
+                steps = measure_loss_step(base_logits, aux_logits, batch.targets, repeats, advance)
+            measured[name] = {loss: dataclasses.asdict(step) for loss, step in steps.items()}
+    return measured
+
+
+def train_and_measure(arguments, scale, terminal):
+    """The whole job; returns every number of it as JSON-compatible values."""
+    import torch
+
+    from benchmarks import demo_train
+    from benchmarks.demo_model import parameter_count
+
+    dtype, steps = getattr(torch, arguments.dtype), arguments.steps or scale.aux_steps
+    windows = prepare_text(scale, arguments.cache, terminal)
+    held_out = windows["held_out_docstrings"].spread(scale.held_out_windows)
+    held_out_code = windows["held_out_code"].spread(scale.held_out_windows)
+    with terminal.stage("fitting the base on code", total=scale.base_steps) as advance:
+        base = demo_train.fit_base(scale, windows["train_code"], arguments.seed, advance)
+    with terminal.stage("training the auxiliary on docstrings, twice", total=steps) as advance:
+        runs, evaluated_steps = demo_train.train_auxiliaries(
+            base, scale, steps, windows["train_docstrings"], held_out, arguments.seed, dtype, advance
+        )
+    auxiliary = runs["auxkernels"].auxiliary
+    with terminal.stage("evaluating on held-out text"):
+        statistics_docstrings = demo_train.held_out_statistics(base, auxiliary, held_out, scale, dtype)
+        statistics_code = demo_train.held_out_statistics(base, auxiliary, held_out_code, scale, dtype)
+    loss_steps = measure_loss_steps(base, auxiliary, held_out[: scale.batch], scale.repeats, terminal)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": arguments.dtype,
+        "seed": arguments.seed,
+        "scale": dataclasses.asdict(scale),
+        "parameters": {"base": parameter_count(base), "auxiliary": parameter_count(auxiliary)},
+        "held_out": {"docstrings": statistics_docstrings, "code": statistics_code},
+        "curves": {
+            "steps": steps,
+            "evaluated_steps": evaluated_steps,
+            "runs": {
+                name: {
+                    "train_loss": run.train_loss,
+                    "held_out_loss": run.held_out_loss,
+                    "median_step_ms": statistics.median(run.step_ms),
+                }
+                for name, run in runs.items()
+            },
+            "largest_difference": demo_train.largest_difference(runs),
+            "bound": CURVE_BOUND_NATS[arguments.dtype],
+        },
+        "loss_step_shape": [scale.batch * scale.window, scale.vocab_size],
+        "loss_step": loss_steps,
+    }
+
+
+def failures(results):
+    """What makes the run a failure, as sentences; empty if the two trainings agree and the gradient is right."""
+    found = []
+    curves = results["curves"]
+    # written so that NaN fails
+    if not curves["largest_difference"] <= curves["bound"]:
+        found.append(f"the curves part by {curves['largest_difference']:.1e} nats, more than {curves['bound']:.0e}")
+    for dtype, steps in results["loss_step"].items():
+        error = steps["auxkernels"]["gradient_error"]
+        if not error <= GRADIENT_ERROR_BOUND[dtype]:
+            found.append(f"the {dtype} gradient is off by {error:.1e}, more than {GRADIENT_ERROR_BOUND[dtype]:.0e}")
+    return found
+
+
+def run(arguments):
+    import torch
+
+    from benchmarks.demo_report import Terminal, make_table, write_results
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    terminal = Terminal()
+    results = train_and_measure(arguments, SCALES[arguments.scale], terminal)
+    terminal.console.print(make_table(results))
+    for path in write_results(results, arguments.output):
+        terminal.say(f"wrote {path}")
+    found = failures(results)
+    for failure in found:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; no half-written file is left", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL_DEPENDENCIES:
+            raise
+        print(f"the demo needs {error.name}: pip install {' '.join(OPTIONAL_DEPENDENCIES)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

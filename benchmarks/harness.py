@@ -1,0 +1,255 @@
+"""Times implementations of one operator against each other: paired, alternating, and only after a float64 check.
+
+A Case holds implementations of the same work on the same inputs. `run_case` checks each against the case's oracle,
+measures its peak memory once, and then times those that passed in rounds of random order, an untimed call of the same
+implementation directly before each timed one: what runs after another implementation can pay for that one's pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Unavailable(Exception):
+    """An implementation cannot run here; the message says why and becomes its row's status."""
+
+
+class Outputs(NamedTuple):
+    """What a call computed, for the check. `statistics` is whatever the operator's oracle understands."""
+
+    loss: torch.Tensor | None = None
+    gradients: tuple[torch.Tensor, ...] = ()
+    statistics: Any = None
+
+
+class Accuracy(NamedTuple):
+    """Relative error against float64 by quantity, and why the result is refused (None: it is accepted)."""
+
+    errors: dict[str, float]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do the case's work: `prepare()` allocates what the call reuses and returns the call to be timed.
+
+    role   "ours" is held to the error model and to the yardstick's error, "yardstick" is eager torch in the inputs'
+           dtype, "baseline" need only be the same mathematics, "floor" moves the floor's bytes and is not checked.
+    """
+
+    name: str
+    prepare: Callable[[], Callable[[], Any]]
+    role: str = "baseline"
+
+
+@dataclass
+class Case:
+    """The same work for several implementations. `floor_bytes` is what a perfect kernel reads and writes."""
+
+    op: str
+    pass_name: str
+    shape: tuple[int, ...]
+    dtype: str
+    inputs: str
+    device: torch.device
+    floor_bytes: int
+    implementations: list[Implementation]
+    check: Callable[[Implementation, Any], Accuracy]
+    calls_per_sample: int = 1
+
+    @property
+    def title(self) -> str:
+        return f"{self.pass_name} {' x '.join(map(str, self.shape))} {self.dtype} {self.inputs}"
+
+
+@dataclass
+class Settings:
+    """Rounds per case; rounds stop early after `seconds`, but not before `minimum_rounds`."""
+
+    rounds: int = 15
+    seconds: float = 8.0
+    minimum_rounds: int = 5
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    on_step: Callable[[str, float], None] = lambda text, share: None
+
+
+def run_case(case: Case, settings: Settings) -> list[dict]:
+    """One row per implementation, in the case's order; a row without a time says in `status` why."""
+    rows, calls = {}, {}
+    for index, implementation in enumerate(case.implementations):
+        settings.on_step(f"{case.title}: checking {implementation.name}", 0.5 * index / len(case.implementations))
+        rows[implementation.name] = row = _empty_row(case, implementation)
+        try:
+            call = implementation.prepare()
+            if implementation.role != "floor":
+                accuracy = case.check(implementation, call())
+                row["fp64_error"] = accuracy.errors
+                if accuracy.problem:
+                    row["status"] = f"wrong: {accuracy.problem}"
+                    continue
+            call()
+            row["peak_bytes"] = peak_bytes(call, case.device)
+            calls[implementation.name] = call
+        except Exception as error:  # a missing compiler or too little memory is a finding about one row, not the end
+            row["status"] = _reason(error)
+    _fill_times(case, rows, _time_rounds(case, calls, settings))
+    return list(rows.values())
+
+
+def _empty_row(case: Case, implementation: Implementation) -> dict:
+    return {
+        "op": case.op,
+        "pass": case.pass_name,
+        "implementation": implementation.name,
+        "role": implementation.role,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "inputs": case.inputs,
+        "time_us": None,
+        "time_us_p25": None,
+        "time_us_p75": None,
+        "rounds": 0,
+        "floor_bytes": case.floor_bytes,
+        "gbps": None,
+        "share_of_floor": None,
+        "fp64_error": {},
+        "eager_fp64_error": {},
+        "peak_bytes": None,
+        "status": "ok",
+    }
+
+
+def _time_rounds(case: Case, calls: dict[str, Callable], settings: Settings) -> dict[str, list[float]]:
+    times_us = {name: [] for name in calls}
+    order, start = list(calls), time.perf_counter()
+    time_call = _cuda_timer(case) if case.device.type == "cuda" else _host_timer(case)
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(settings.rounds):
+            elapsed = time.perf_counter() - start
+            if done >= settings.minimum_rounds and elapsed > settings.seconds:
+                break
+            share = max(done / settings.rounds, min(elapsed / settings.seconds, 1.0))
+            settings.on_step(f"{case.title}: round {done + 1}", 0.5 + 0.5 * share)
+            settings.rng.shuffle(order)
+            for name in order:
+                times_us[name].append(time_call(calls[name]))
+    finally:
+        gc.enable()
+    return times_us
+
+
+def _host_timer(case: Case) -> Callable[[Callable], float]:
+    def synchronize():
+        if case.device.type == "cuda":
+            torch.cuda.synchronize(case.device)
+
+    def time_call(call: Callable) -> float:
+        """Microseconds of one call, releasing its results included: a training step pays for that too."""
+        call()
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(case.calls_per_sample):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) * 1e6 / case.calls_per_sample
+
+    return time_call
+
+
+def _cuda_timer(case: Case) -> Callable[[Callable], float]:
+    if case.calls_per_sample > 1:  # calls bound by their launch are what the host pays, not what the device does
+        return _host_timer(case)
+    l2_bytes = torch.cuda.get_device_properties(case.device).L2_cache_size
+    flush_buffer = torch.empty(max(2 * l2_bytes, 256 << 20), dtype=torch.uint8, device=case.device)
+
+    def time_call(call: Callable) -> float:
+        call()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # several fills leave L2 cold and keep the device busy while the host queues the call, so that the events do
+        # not time the host
+        for _ in range(4):
+            flush_buffer.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    return time_call
+
+
+def _fill_times(case: Case, rows: dict[str, dict], times_us: dict[str, list[float]]) -> None:
+    for name, samples in times_us.items():
+        row = rows[name]
+        quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+        row["time_us_p25"], row["time_us"], row["time_us_p75"] = (round(value, 3) for value in quartiles)
+        row["rounds"] = len(samples)
+        row["gbps"] = round(case.floor_bytes / row["time_us"] / 1e3, 3)
+    # the floor is a copy of the same number of bytes in the same rounds, so a change in the machine's speed cancels
+    floor_us = next((rows[i.name]["time_us"] for i in case.implementations if i.role == "floor"), None)
+    yardstick = next((rows[i.name]["fp64_error"] for i in case.implementations if i.role == "yardstick"), {})
+    for row in rows.values():
+        if row["time_us"] and floor_us:
+            row["share_of_floor"] = round(floor_us / row["time_us"], 4)
+        row["eager_fp64_error"] = yardstick if row["fp64_error"] else {}
+
+
+def copy_floor(floor_bytes: int, device: torch.device) -> Implementation:
+    """Moves `floor_bytes`, half read and half written, between existing buffers: the floor, measured in every round."""
+
+    def prepare():
+        source = torch.ones(max(1, floor_bytes // 8), dtype=torch.float32, device=device)
+        destination = torch.zeros_like(source)
+        return lambda: destination.copy_(source)
+
+    return Implementation("copy (floor)", prepare, role="floor")
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory one call holds at once beyond what was there before it: temporaries, gradients and the loss.
+
+    On a GPU the caching allocator's own count; on Linux the process's resident high-water mark, good to about 0.2 MiB
+    (the kernel counts pages per CPU in batches) and to 2 MiB where huge pages are used. None where neither exists.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before_bytes = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before_bytes
+    try:
+        # freed pages that the allocator kept are already resident and would hide the same amount of new memory
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # 5 sets the high-water mark back to the present
+        before_bytes = _process_bytes("VmRSS")
+        call()
+        return max(0, _process_bytes("VmHWM") - before_bytes)
+    except (OSError, AttributeError):
+        return None
+
+
+def _process_bytes(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    # a file name tells a reader enough; where it lies is nobody's business
+    text = re.sub(r"(?:/[\w.+-]+)+/", "", lines[0])
+    prefix = "unavailable" if isinstance(error, Unavailable) else f"failed: {type(error).__name__}"
+    return f"{prefix}: {text[:160]}"

@@ -1,0 +1,151 @@
+// The Python face of the CPU kernels: pointers, sizes, strides in elements, dtype codes. No torch headers.
+// auxkernels/native/cross_entropy.py has validated what the pointers mean; what indexes memory (targets) is checked here too.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "cpu/block_ops.h"
+#include "cpu/cross_entropy.h"
+
+namespace py = pybind11;
+
+namespace auxk {
+namespace {
+
+void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); }
+
+// values, dtype, width, num_inner, stride_outer, stride_inner, scale, scale_stride
+using SourceArguments = std::array<int64_t, 8>;
+
+Source source_of(const SourceArguments& a, double softcap) {
+  if (a[1] < 0 || a[1] > 3) throw py::value_error("dtype code must be in [0, 3], got " + std::to_string(a[1]));
+  Source source;
+  source.values = pointer(a[0]);
+  source.dtype = static_cast<DType>(a[1]);
+  source.width = a[2];
+  source.num_inner = a[3], source.stride_outer = a[4], source.stride_inner = a[5];
+  source.scale = pointer(a[6]);
+  source.scale_stride = a[7];
+  source.softcap = softcap;
+  return source;
+}
+
+// num_rows, V, target, target_is_int32, ignore_index, weight, threads, is_double
+using ProblemArguments = std::array<int64_t, 8>;
+
+Problem problem_of(const ProblemArguments& a, const Source& base, const Source& aux) {
+  Problem p;
+  p.base = base, p.aux = aux;
+  p.num_rows = a[0], p.V = a[1];
+  p.target = pointer(a[2]);
+  p.target_is_int32 = a[3] != 0;
+  p.ignore_index = a[4];
+  p.weight = pointer(a[5]);
+  p.threads = static_cast<int>(a[6] < 1 ? 1 : a[6]);
+  if (p.num_rows < 0 || p.V < 1 || p.V > base.width || (aux.values != nullptr && p.V > aux.width))
+    throw py::value_error("V must be in [1, width of each source], got V=" + std::to_string(p.V));
+  return p;
+}
+
+// returns how many rows are kept
+int64_t check_targets(const Problem& p) {
+  int64_t num_kept = 0;
+  const int64_t bad = first_bad_target(p, &num_kept);
+  if (bad >= 0)
+    throw py::index_error(std::to_string(bad) + " " + std::to_string(target_of(p, bad)));
+  return num_kept;
+}
+
+// one pointer for each field, then for each gradient: base, aux, base scale, aux scale
+using OutputArguments = std::array<int64_t, kNumFields + 4>;
+
+Outputs outputs_of(const OutputArguments& a) {
+  Outputs out;
+  for (int f = 0; f < kNumFields; ++f) out.fields[f] = pointer(a[static_cast<size_t>(f)]);
+  out.grad_base = pointer(a[kNumFields]);
+  out.grad_aux = pointer(a[kNumFields + 1]);
+  out.grad_base_scale = pointer(a[kNumFields + 2]);
+  out.grad_aux_scale = pointer(a[kNumFields + 3]);
+  return out;
+}
+
+void py_scan(const ProblemArguments& args, const SourceArguments& base, double base_softcap, const SourceArguments& aux,
+             double aux_softcap, const OutputArguments& outputs) {
+  const Problem p = problem_of(args, source_of(base, base_softcap), source_of(aux, aux_softcap));
+  const Outputs out = outputs_of(outputs);
+  py::gil_scoped_release release;
+  check_targets(p);
+  args[7] != 0 ? scan<double>(p, out) : scan<float>(p, out);
+}
+
+void py_loss(const ProblemArguments& args, const SourceArguments& base, double base_softcap, const SourceArguments& aux,
+             double aux_softcap, const OutputArguments& outputs, int64_t loss_out, bool has_normalizer, double normalizer,
+             double label_smoothing, double z_loss, bool mean) {
+  const Problem p = problem_of(args, source_of(base, base_softcap), source_of(aux, aux_softcap));
+  if (p.target == nullptr) throw py::value_error("a loss needs a target, got none");
+  const Outputs out = outputs_of(outputs);
+  LossOptions options;
+  options.label_smoothing = label_smoothing, options.z_loss = z_loss, options.mean = mean;
+  options.has_normalizer = has_normalizer, options.normalizer = normalizer;
+  py::gil_scoped_release release;
+  const int64_t num_kept = check_targets(p);
+  if (args[7] != 0)
+    *static_cast<double*>(pointer(loss_out)) = loss<double>(p, options, out, num_kept);
+  else
+    *static_cast<float*>(pointer(loss_out)) = static_cast<float>(loss<float>(p, options, out, num_kept));
+}
+
+// state: max, log_denom, nll, base_max, base_log_denom
+void py_backward(const ProblemArguments& args, const SourceArguments& base, double base_softcap, const SourceArguments& aux,
+                 double aux_softcap, const OutputArguments& outputs, const std::array<int64_t, 5>& state,
+                 const std::array<int64_t, kNumCoefficients>& coefficients) {
+  const Problem p = problem_of(args, source_of(base, base_softcap), source_of(aux, aux_softcap));
+  const Outputs out = outputs_of(outputs);
+  BackwardInputs in;
+  in.max = pointer(state[0]), in.log_denom = pointer(state[1]), in.nll = pointer(state[2]);
+  in.base_max = pointer(state[3]), in.base_log_denom = pointer(state[4]);
+  for (size_t c = 0; c < kNumCoefficients; ++c) in.coefficients[c] = pointer(coefficients[c]);
+  py::gil_scoped_release release;
+  check_targets(p);
+  args[7] != 0 ? backward<double>(p, in, out) : backward<float>(p, in, out);
+}
+
+void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_t target, bool target_is_int32,
+                int64_t ignore_index, double factor, int threads) {
+  Problem p;
+  p.num_rows = num_rows, p.V = width, p.target = pointer(target), p.target_is_int32 = target_is_int32;
+  p.ignore_index = ignore_index, p.threads = threads;
+  const DType type = static_cast<DType>(dtype);
+  py::gil_scoped_release release;
+  type == DType::kFloat64 ? rescale<double>(p, pointer(grad), type, width, factor)
+                          : rescale<float>(p, pointer(grad), type, width, factor);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (int i = 0; i < num_instruction_sets(); ++i) names.emplace_back(instruction_set(i).name);
+  return names;
+}
+
+void set_instruction_set(const std::string& name) {
+  for (int i = 0; i < num_instruction_sets(); ++i)
+    if (name == instruction_set(i).name) return use_instruction_set(i);
+  throw py::value_error("instruction set must be one that this processor has, got '" + name + "'");
+}
+
+}  // namespace
+}  // namespace auxk
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  m.doc() = "CPU kernels of auxkernels; called through auxkernels.native.";
+  m.def("scan", &auxk::py_scan);
+  m.def("loss", &auxk::py_loss);
+  m.def("backward", &auxk::py_backward);
+  m.def("rescale", &auxk::py_rescale);
+  m.def("instruction_sets", &auxk::instruction_sets, "Instruction sets that this processor can run, best first.");
+  m.def("instruction_set", [] { return std::string(auxk::current_instruction_set().name); });
+  m.def("set_instruction_set", &auxk::set_instruction_set, "Caps the instruction set, for tests.");
+}

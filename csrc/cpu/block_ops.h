@@ -1,0 +1,85 @@
+// Loops over one block of a row, compiled once for each instruction set from one body (block_ops.inl).
+#pragma once
+
+#include <cstdint>
+
+#include "vector_math.h"
+
+namespace auxk {
+
+// Columns are processed in blocks of this size; the cut depends on nothing but V, so that a row's bits do not depend on how
+// the work was shared out. 4096 floats (16 KiB) and the sources' block together stay in a 48 KiB first-level cache.
+constexpr int64_t kBlock = 4096;
+
+template <class C>
+struct SourceBlock {
+  const void* values;  // first element of the block
+  DType dtype;
+  C scale;
+  C softcap;  // 0: none
+};
+
+// memory that will be read soon
+struct Ahead {
+  const char* first = nullptr;
+  int64_t bytes = 0;
+};
+
+template <class C>
+struct ScanSums {
+  C sum = 0;            // sum_v exp(s_v - m)
+  C sum_times_s = 0;    // sum_v exp(s_v - m) (s_v - m)
+  C sum_times_base = 0; // sum_v exp(s_v - m) (z_b,v - m_b)
+  C base_sum = 0;       // sum_v exp(z_b,v - m_b)
+};
+
+// one row's numbers in the backward form of auxkernels/ops.py
+template <class C>
+struct RowCoefficients {
+  C p_factor = 0;  // A + G
+  C C_ = 0, D = 0, Q = 0, S = 0, Q_b = 0;
+  C max = 0, log_denom = 0, base_max = 0, base_log_denom = 0;
+};
+
+template <class C>
+struct BlockOps {
+  // z = scale * softcap(values); returns the largest z, NaN passed over
+  C (*load)(const SourceBlock<C>&, int64_t n, C* z);
+  // s = z + scale * softcap(values), s may be z; returns the largest s
+  C (*load_add)(const SourceBlock<C>&, int64_t n, const C* z, C* s);
+  // s = sum of two sources without softcaps, the same bits as load and load_add; returns the largest s
+  C (*load_sum)(const SourceBlock<C>&, const SourceBlock<C>&, int64_t n, C* s);
+  // s := exp(s - m); returns the sum. What comes next is fetched meanwhile
+  C (*exp_sum)(C* s, C m, int64_t n, const Ahead&, const Ahead&);
+  // s := exp(s - m); the sums of a scan with statistics, each only if asked for
+  ScanSums<C> (*scan_sums)(C* s, const C* z_b, C m, C m_b, int64_t n, bool moments, bool base);
+  // sum_v w_v (s_v - m); w null: 1
+  C (*weighted_sum)(const C* s, const C* w, C m, int64_t n);
+  // out = e * factor + S w, element `y` (if in the block) replaced by `y_value`; `stream`: past the caches
+  void (*store_scaled)(const C* e, C factor, C S, const C* w, int64_t n, int64_t y, C y_value, DType, void* out,
+                       bool stream);
+  // ds and, unless null, the base's own ds_b = ds + D p + Q_b q of the backward form, without the terms at v = y
+  void (*backward)(const C* s, const C* z_b, const C* w, const RowCoefficients<C>&, int64_t n, C* ds, C* ds_b);
+  // out = scale * softcap' * ds (out null: not wanted); returns sum_v ds softcap(values) if `wants_dscale`
+  C (*finish)(const SourceBlock<C>&, const C* ds, int64_t n, bool wants_dscale, void* out, bool stream);
+  // values *= factor, in place
+  void (*multiply)(void* values, DType, C factor, int64_t n);
+};
+
+struct InstructionSet {
+  const char* name;
+  BlockOps<float> f32;
+  BlockOps<double> f64;
+};
+
+// Those that this processor can run, best first; the last is the baseline.
+int num_instruction_sets();
+const InstructionSet& instruction_set(int i);
+// The one in use: the best, unless capped for tests.
+const InstructionSet& current_instruction_set();
+void use_instruction_set(int i);
+
+template <class C>
+const BlockOps<C>& block_ops();
+
+}  // namespace auxk

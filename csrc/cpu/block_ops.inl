@@ -1,0 +1,325 @@
+// The body of every block loop. Included by block_ops.cpp once for each instruction set, inside a namespace of that name and
+// under that target; no include guard on purpose.
+
+// -- loads -------------------------------------------------------------------------------------------------------------
+
+template <class C, bool kCapped>
+static AUXK_INLINE C transformed(C value, C scale, C softcap, C inverse_cap) {
+  return kCapped ? scale * (softcap * tanh_of(value * inverse_cap)) : scale * value;
+}
+
+template <class C, class T, bool kCapped>
+static C load_as(const SourceBlock<C>& source, int64_t n, C* __restrict__ z) {
+  const T* __restrict__ values = static_cast<const T*>(source.values);
+  const C scale = source.scale, cap = source.softcap, inverse_cap = kCapped ? 1 / cap : 0;
+  C largest = -std::numeric_limits<C>::infinity();
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const C v = transformed<C, kCapped>(static_cast<C>(widen(values[i])), scale, cap, inverse_cap);
+    z[i] = v;
+    largest = v > largest ? v : largest;
+  }
+  return largest;
+}
+
+template <class C, class T, bool kCapped>
+static C load_add_as(const SourceBlock<C>& source, int64_t n, const C* z, C* s) {
+  const T* __restrict__ values = static_cast<const T*>(source.values);
+  const C scale = source.scale, cap = source.softcap, inverse_cap = kCapped ? 1 / cap : 0;
+  C largest = -std::numeric_limits<C>::infinity();
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const C v = z[i] + transformed<C, kCapped>(static_cast<C>(widen(values[i])), scale, cap, inverse_cap);
+    s[i] = v;
+    largest = v > largest ? v : largest;
+  }
+  return largest;
+}
+
+template <class C, class T, class U>
+static C load_sum_as(const SourceBlock<C>& base, const SourceBlock<C>& aux, int64_t n, C* __restrict__ s) {
+  const T* __restrict__ b = static_cast<const T*>(base.values);
+  const U* __restrict__ a = static_cast<const U*>(aux.values);
+  const C scale_b = base.scale, scale_a = aux.scale;
+  C largest = -std::numeric_limits<C>::infinity();
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const C z = scale_b * static_cast<C>(widen(b[i]));
+    const C v = z + scale_a * static_cast<C>(widen(a[i]));
+    s[i] = v;
+    largest = v > largest ? v : largest;
+  }
+  return largest;
+}
+
+// float64 sources only meet the float64 loops: DISPATCH(C) leaves them out of the float32 ones
+#define AUXK_DISPATCH(dtype, T, ...)                                                      \
+  switch (dtype) {                                                                        \
+    case DType::kFloat32: { using T = float; __VA_ARGS__; } break;                        \
+    case DType::kBFloat16: { using T = bfloat16; __VA_ARGS__; } break;                    \
+    case DType::kFloat16: { using T = float16; __VA_ARGS__; } break;                      \
+    case DType::kFloat64: { using T = double; __VA_ARGS__; } break;                       \
+  }
+
+template <class C>
+static C load(const SourceBlock<C>& source, int64_t n, C* z) {
+  AUXK_DISPATCH(source.dtype, T, {
+    return source.softcap != 0 ? load_as<C, T, true>(source, n, z) : load_as<C, T, false>(source, n, z);
+  })
+  return 0;
+}
+
+template <class C>
+static C load_add(const SourceBlock<C>& source, int64_t n, const C* z, C* s) {
+  AUXK_DISPATCH(source.dtype, T, {
+    return source.softcap != 0 ? load_add_as<C, T, true>(source, n, z, s) : load_add_as<C, T, false>(source, n, z, s);
+  })
+  return 0;
+}
+
+template <class C>
+static C load_sum(const SourceBlock<C>& base, const SourceBlock<C>& aux, int64_t n, C* s) {
+  if (base.dtype == aux.dtype) {
+    AUXK_DISPATCH(base.dtype, T, { return load_sum_as<C, T, T>(base, aux, n, s); })
+  }
+  load(base, n, s);
+  return load_add(aux, n, s, s);
+}
+
+// -- sums --------------------------------------------------------------------------------------------------------------
+
+// the reference point of a block: a block of -inf alone has none, and -inf - -inf would be NaN
+template <class C>
+static AUXK_INLINE C finite_or_zero(C m) {
+  return m == -std::numeric_limits<C>::infinity() ? 0 : m;
+}
+
+// share `step` of `steps` of what lies ahead: a few lines at a time, or the processor drops the requests
+static AUXK_INLINE void prefetch(const Ahead& ahead, int64_t step, int64_t steps) {
+  const int64_t end = ahead.bytes * (step + 1) / steps;
+  for (int64_t b = ahead.bytes * step / steps; b < end; b += 64) __builtin_prefetch(ahead.first + b, 0, 2);
+}
+
+template <class C>
+static C exp_sum(C* __restrict__ s, C m, int64_t n, const Ahead& first, const Ahead& second) {
+  constexpr int64_t kStep = 256;
+  m = finite_or_zero(m);
+  C total = 0;
+  const int64_t steps = (n + kStep - 1) / kStep;
+  for (int64_t step = 0; step < steps; ++step) {
+    prefetch(first, step, steps);
+    prefetch(second, step, steps);
+    const int64_t end = (step + 1) * kStep < n ? (step + 1) * kStep : n;
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = step * kStep; i < end; ++i) {
+      const C e = exp_of(s[i] - m);
+      s[i] = e;
+      sum += e;
+    }
+    total += sum;
+  }
+  return total;
+}
+
+template <class C, bool kMoments, bool kBase>
+static ScanSums<C> scan_sums_as(C* __restrict__ s, const C* __restrict__ z_b, C m, C m_b, int64_t n) {
+  C sum = 0, times_s = 0, times_base = 0, base_sum = 0;
+#pragma omp simd reduction(+ : sum, times_s, times_base, base_sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const C x = s[i] - m;
+    const C e = exp_of(x);
+    s[i] = e;
+    sum += e;
+    if (kMoments) times_s += e > 0 ? e * x : 0;  // 0 * (-inf) = 0
+    if (kBase) {
+      const C x_b = z_b[i] - m_b;
+      base_sum += exp_of(x_b);
+      if (kMoments) times_base += e > 0 ? e * x_b : 0;
+    }
+  }
+  return {sum, times_s, times_base, base_sum};
+}
+
+template <class C>
+static ScanSums<C> scan_sums(C* s, const C* z_b, C m, C m_b, int64_t n, bool moments, bool base) {
+  m = finite_or_zero(m);
+  m_b = finite_or_zero(m_b);
+  if (moments) return base ? scan_sums_as<C, true, true>(s, z_b, m, m_b, n) : scan_sums_as<C, true, false>(s, z_b, m, m_b, n);
+  return base ? scan_sums_as<C, false, true>(s, z_b, m, m_b, n) : scan_sums_as<C, false, false>(s, z_b, m, m_b, n);
+}
+
+template <class C>
+static C weighted_sum(const C* __restrict__ s, const C* __restrict__ w, C m, int64_t n) {
+  m = finite_or_zero(m);
+  C total = 0;
+  if (w == nullptr) {
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; ++i) total += s[i] - m;
+  } else {
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; ++i) total += w[i] * (s[i] - m);
+  }
+  return total;
+}
+
+// -- stores ------------------------------------------------------------------------------------------------------------
+
+// A gradient is written once and read much later: past the caches it costs one transfer instead of two (no line is read
+// before it is overwritten). Whole lines only; the ragged ends go the ordinary way.
+static void copy_past_cache(void* out, const void* from, int64_t bytes) {
+  char* o = static_cast<char*>(out);
+  const char* f = static_cast<const char*>(from);
+#if defined(__SSE2__)
+  const int64_t to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(o) & 63);
+  const int64_t head = to_line < bytes ? to_line : bytes;
+  std::memcpy(o, f, static_cast<size_t>(head));
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(o + i), _mm512_loadu_si512(f + i));
+#else
+    for (int64_t j = 0; j < 64; j += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(o + i + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(f + i + j)));
+#endif
+  }
+  std::memcpy(o + i, f + i, static_cast<size_t>(bytes - i));
+#else
+  std::memcpy(o, f, static_cast<size_t>(bytes));
+#endif
+}
+
+template <class C, class T>
+static void scale_into(const C* __restrict__ e, C factor, C S, const C* __restrict__ w, int64_t n, T* __restrict__ out) {
+  if (S == 0) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) narrow(e[i] * factor, out[i]);
+  } else if (w == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) narrow(e[i] * factor + S, out[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) narrow(e[i] * factor + S * w[i], out[i]);
+  }
+}
+
+template <class C>
+static void store_scaled(const C* e, C factor, C S, const C* w, int64_t n, int64_t y, C y_value, DType dtype, void* out,
+                         bool stream) {
+  AUXK_DISPATCH(dtype, T, {
+    alignas(64) T staged[kBlock];
+    T* place = stream ? staged : static_cast<T*>(out);
+    scale_into(e, factor, S, w, n, place);
+    if (y >= 0 && y < n) narrow(y_value, place[y]);
+    if (stream) copy_past_cache(out, staged, n * static_cast<int64_t>(sizeof(T)));
+  })
+}
+
+// -- backward ----------------------------------------------------------------------------------------------------------
+
+template <class C>
+static void add_weights(C S, const C* __restrict__ w, int64_t n, C* __restrict__ d) {
+  if (w == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) d[i] += S;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) d[i] += S * w[i];
+  }
+}
+
+template <class C, bool kMoments, bool kBase>
+static void backward_as(const C* __restrict__ s, const C* __restrict__ z_b, const C* __restrict__ w,
+                        const RowCoefficients<C>& row, int64_t n, C* __restrict__ ds, C* __restrict__ ds_b) {
+  const C m = row.max, log_d = row.log_denom, m_b = row.base_max, log_d_b = row.base_log_denom;
+  const C p_factor = row.p_factor, C_ = row.C_, D = row.D, Q = row.Q, Q_b = row.Q_b, S = row.S;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const C x = s[i] - m;
+    const C p = exp_of(x - log_d);
+    C g = p * p_factor;
+    if (kMoments) {
+      const C x_b = z_b[i] - m_b;
+      g = p == 0 ? 0 : p * (p_factor + C_ * x + D * x_b);
+    }
+    C q = 0;
+    if (kBase) q = exp_of(z_b[i] - m_b - log_d_b);
+    g += Q * q;
+    ds[i] = g;
+    if (kMoments || kBase) ds_b[i] = g + D * p + Q_b * q;
+  }
+  if (S == 0) return;
+  add_weights(S, w, n, ds);
+  if (kMoments || kBase) add_weights(S, w, n, ds_b);
+}
+
+template <class C>
+static void backward(const C* s, const C* z_b, const C* w, const RowCoefficients<C>& row, int64_t n, C* ds, C* ds_b) {
+  const bool moments = row.C_ != 0 || row.D != 0, base = row.Q != 0 || row.Q_b != 0;
+  if (moments && base) return backward_as<C, true, true>(s, z_b, w, row, n, ds, ds_b);
+  if (moments) return backward_as<C, true, false>(s, z_b, w, row, n, ds, ds_b);
+  if (base) return backward_as<C, false, true>(s, z_b, w, row, n, ds, ds_b);
+  backward_as<C, false, false>(s, z_b, w, row, n, ds, ds_b);
+  std::memcpy(ds_b, ds, static_cast<size_t>(n) * sizeof(C));
+}
+
+template <class C, class T, bool kCapped>
+static C finish_as(const SourceBlock<C>& source, const C* __restrict__ ds, int64_t n, bool wants_dscale, T* out, bool stream) {
+  const T* __restrict__ values = static_cast<const T*>(source.values);
+  const C scale = source.scale, cap = source.softcap, inverse_cap = kCapped ? 1 / cap : 0;
+  C dscale = 0;
+  if (wants_dscale) {
+#pragma omp simd reduction(+ : dscale)
+    for (int64_t i = 0; i < n; ++i) {
+      const C v = transformed<C, kCapped>(static_cast<C>(widen(values[i])), 1, cap, inverse_cap);
+      dscale += ds[i] == 0 ? 0 : ds[i] * v;  // 0 * (-inf) = 0
+    }
+  }
+  if (out == nullptr) return dscale;
+  alignas(64) T staged[kBlock];
+  T* __restrict__ place = stream ? staged : out;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    C slope = scale;
+    if (kCapped) {
+      const C t = tanh_of(static_cast<C>(widen(values[i])) * inverse_cap);
+      slope = scale * (1 - t * t);
+    }
+    narrow(slope * ds[i], place[i]);
+  }
+  if (stream) copy_past_cache(out, staged, n * static_cast<int64_t>(sizeof(T)));
+  return dscale;
+}
+
+template <class C>
+static C finish(const SourceBlock<C>& source, const C* ds, int64_t n, bool wants_dscale, void* out, bool stream) {
+  AUXK_DISPATCH(source.dtype, T, {
+    T* place = static_cast<T*>(out);
+    return source.softcap != 0 ? finish_as<C, T, true>(source, ds, n, wants_dscale, place, stream)
+                               : finish_as<C, T, false>(source, ds, n, wants_dscale, place, stream);
+  })
+  return 0;
+}
+
+template <class C, class T>
+static void multiply_as(T* values, C factor, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) narrow(static_cast<C>(widen(values[i])) * factor, values[i]);
+}
+
+template <class C>
+static void multiply(void* values, DType dtype, C factor, int64_t n) {
+  AUXK_DISPATCH(dtype, T, {
+    multiply_as(static_cast<T*>(values), factor, n);
+  })
+}
+
+template <class C>
+static constexpr BlockOps<C> table() {
+  return {&load<C>,         &load_add<C>, &load_sum<C>, &exp_sum<C>,  &scan_sums<C>,
+          &weighted_sum<C>, &store_scaled<C>, &backward<C>, &finish<C>, &multiply<C>};
+}
+
+static const InstructionSet instruction_set = {AUXK_NAME, table<float>(), table<double>()};
+
+#undef AUXK_DISPATCH

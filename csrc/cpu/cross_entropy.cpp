@@ -1,0 +1,292 @@
+#include "cross_entropy.h"
+
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "parallel.h"
+#include "row_kernel.h"
+
+namespace auxk {
+
+int64_t target_of(const Problem& p, int64_t row) {
+  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row] : static_cast<const int64_t*>(p.target)[row];
+}
+
+int64_t first_bad_target(const Problem& p, int64_t* num_kept) {
+  *num_kept = p.num_rows;
+  if (p.target == nullptr) return -1;
+  int64_t kept = 0;
+  for (int64_t n = 0; n < p.num_rows; ++n) {
+    const int64_t y = target_of(p, n);
+    if (y == p.ignore_index) continue;
+    if (static_cast<uint64_t>(y) >= static_cast<uint64_t>(p.V)) return n;
+    ++kept;
+  }
+  *num_kept = kept;
+  return -1;
+}
+
+namespace {
+
+// a fresh buffer costs as much as the kernel in page faults: let the first touch of a large one bring huge pages
+void advise_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kLarge = 4 << 20;
+  constexpr uintptr_t kPage = 2 << 20;
+  if (begin == nullptr || bytes < kLarge) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)begin;
+  (void)bytes;
+#endif
+}
+
+void advise_gradients(const Problem& p, const Outputs& out) {
+  advise_huge_pages(out.grad_base, p.num_rows * p.base.width * size_of(p.base.dtype));
+  advise_huge_pages(out.grad_aux, p.num_rows * p.aux.width * size_of(p.aux.dtype));
+}
+
+ScanWants wants_of(const Outputs& out) {
+  ScanWants wants;
+  wants.moments = out.fields[kMeanSum] != nullptr || out.fields[kMeanBase] != nullptr;
+  for (int f : {kMeanBase, kBaseMax, kBaseLogDenom, kBaseNll, kBaseArgmax}) wants.base |= out.fields[f] != nullptr;
+  wants.weighted = out.fields[kWeightedSum] != nullptr;
+  return wants;
+}
+
+template <class C>
+std::vector<Buffers<C>> make_buffers(const Problem& p, int threads, bool keeps_row) {
+  std::vector<Buffers<C>> buffers;
+  for (int t = 0; t < threads; ++t) buffers.emplace_back(p.V, keeps_row);
+  return buffers;
+}
+
+// Scans every row and calls finish(n, row state, blocks, buffers) for each that is not ignored, ignored(n) for the others.
+// Returns through finish_blocks(n, k, row state, block, buffers), called afterwards for every block of every scanned row.
+//
+// Rows are independent, so threads take rows. Few long rows (decode) are cut instead, into the blocks that a row is scanned
+// in anyway: the same partial sums, merged in the same order, so the same bits.
+template <class C, class Ignored, class Finish, class FinishBlock>
+void for_each_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_row, const Ignored& ignored,
+                  const Finish& finish, const FinishBlock& finish_block) {
+  const Problem& p = kernel.p;
+  const int threads = kernel.useful_threads();
+  const int64_t num_blocks = kernel.num_blocks;
+  if (threads == 1 || !kernel.split_rows()) {
+    auto buffers = make_buffers<C>(p, threads, keeps_row);
+    parallel_for(p.num_rows, threads, kernel.rows_per_chunk(), [&](int64_t n, int t) {
+      if (kernel.ignored(n)) return ignored(n);
+      Buffers<C>& b = buffers[static_cast<size_t>(t)];
+      RowState row;
+      for (int64_t k = 0; k < num_blocks; ++k)
+        b.blocks[k] = kernel.scan_block(n, k, wants, keeps_row ? b.row + k * kBlock : b.s, b.z_b, &row);
+      kernel.merge(b.blocks.get(), wants, &row);
+      finish(n, row, b.blocks.get(), b);
+      for (int64_t k = 0; k < num_blocks; ++k)
+        finish_block(n, k, row, b.blocks[k].max, keeps_row ? b.row + k * kBlock : nullptr, b);
+    });
+    return;
+  }
+  auto buffers = make_buffers<C>(p, threads, false);
+  std::vector<BlockState> blocks(static_cast<size_t>(p.num_rows * num_blocks));
+  std::vector<RowState> rows(static_cast<size_t>(p.num_rows));
+  const auto block_of = [&](int64_t n) { return blocks.data() + n * num_blocks; };
+  parallel_for(p.num_rows * num_blocks, threads, 1, [&](int64_t i, int t) {
+    const int64_t n = i / num_blocks, k = i % num_blocks;
+    Buffers<C>& b = buffers[static_cast<size_t>(t)];
+    if (!kernel.ignored(n)) block_of(n)[k] = kernel.scan_block(n, k, wants, b.s, b.z_b, &rows[static_cast<size_t>(n)]);
+  });
+  for (int64_t n = 0; n < p.num_rows; ++n) {
+    RowState& row = rows[static_cast<size_t>(n)];
+    if (kernel.ignored(n)) {
+      ignored(n);
+      continue;
+    }
+    kernel.merge(block_of(n), wants, &row);
+    finish(n, row, block_of(n), buffers[0]);
+  }
+  parallel_for(p.num_rows * num_blocks, threads, 1, [&](int64_t i, int t) {
+    const int64_t n = i / num_blocks, k = i % num_blocks;
+    Buffers<C>& b = buffers[static_cast<size_t>(t)];
+    if (kernel.ignored(n)) return;
+    if (keeps_row) {
+      RowState unused;
+      kernel.scan_block(n, k, ScanWants{}, b.s, b.z_b, &unused);
+    }
+    finish_block(n, k, rows[static_cast<size_t>(n)], block_of(n)[k].max, keeps_row ? b.s : nullptr, b);
+  });
+}
+
+// dscale of each row, its blocks' shares added in their order: by the one thread that has the row, or afterwards.
+template <class C>
+class ScaleGradients {
+ public:
+  ScaleGradients(const Kernel<C>& kernel, const Outputs& out)
+      : kernel_(kernel), out_(out), places_(kernel.split_rows() ? kernel.num_blocks : 1) {
+    if (out.grad_base_scale != nullptr || out.grad_aux_scale != nullptr)
+      shares_.resize(static_cast<size_t>(2 * kernel.p.num_rows * places_));
+  }
+  void add(int64_t n, int64_t k, const ScaleShares& shares) {
+    if (shares_.empty()) return;
+    double* place = shares_.data() + 2 * (n * places_ + k % places_);
+    place[0] += shares.base;
+    place[1] += shares.aux;
+  }
+  void store() const {
+    for (int64_t n = 0; n < kernel_.p.num_rows && !shares_.empty(); ++n) {
+      if (kernel_.ignored(n)) continue;
+      const double* place = shares_.data() + 2 * n * places_;
+      double base = 0, aux = 0;
+      for (int64_t k = 0; k < places_; ++k) base += place[2 * k], aux += place[2 * k + 1];
+      if (out_.grad_base_scale != nullptr) static_cast<C*>(out_.grad_base_scale)[n] = static_cast<C>(base);
+      if (out_.grad_aux_scale != nullptr) static_cast<C*>(out_.grad_aux_scale)[n] = static_cast<C>(aux);
+    }
+  }
+
+ private:
+  const Kernel<C>& kernel_;
+  const Outputs& out_;
+  const int64_t places_;
+  std::vector<double> shares_;
+};
+
+}  // namespace
+
+template <class C>
+void scan(const Problem& p, const Outputs& out) {
+  const Kernel<C> kernel(p);
+  const ScanWants wants = wants_of(out);
+  for_each_row(
+      kernel, wants, false, [&](int64_t n) { kernel.store_ignored_fields(n, out); },
+      [&](int64_t n, const RowState& row, const BlockState* blocks, Buffers<C>& b) {
+        kernel.store_fields(n, out, wants, row, blocks, b);
+      },
+      [](int64_t, int64_t, const RowState&, double, const C*, Buffers<C>&) {});
+}
+
+template <class C>
+double loss(const Problem& p, const LossOptions& options, const Outputs& out, int64_t num_kept) {
+  const Kernel<C> kernel(p);
+  const double eps = options.label_smoothing, z_loss = options.z_loss, V = static_cast<double>(p.V);
+  const auto weight_at = [&](int64_t v) { return p.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const C*>(p.weight)[v]); };
+  double total_weight = 0;
+  for (int64_t k = 0; k < kernel.num_blocks && eps > 0; ++k) total_weight += kernel.sum_of_weights(k);
+  double divisor = options.has_normalizer ? options.normalizer : static_cast<double>(num_kept);
+  if (!options.has_normalizer && p.weight != nullptr) {
+    divisor = 0;
+    for (int64_t n = 0; n < p.num_rows; ++n)
+      if (!kernel.ignored(n)) divisor += weight_at(kernel.target(n));
+  }
+  if (!options.mean) divisor = 1;
+
+  ScanWants wants = wants_of(out);
+  wants.weighted |= eps > 0;
+  const bool wants_dscale = out.grad_base_scale != nullptr || out.grad_aux_scale != nullptr;
+  const bool wants_grad = out.grad_base != nullptr || out.grad_aux != nullptr || wants_dscale;
+  const bool scaled = !wants_dscale && (out.grad_base == nullptr || p.base.softcap == 0) &&
+                      (out.grad_aux == nullptr || p.aux.softcap == 0);
+  advise_gradients(p, out);
+  std::vector<double> row_loss(static_cast<size_t>(p.num_rows), 0.0);
+  ScaleGradients<C> dscale(kernel, out);
+
+  const auto gradient_of = [&](int64_t n, const RowState& row) {
+    typename Kernel<C>::Gradient g;
+    const double lse = row.max + row.log_denom();
+    g.G = (1 - eps) * weight_at(kernel.target(n)) / divisor;
+    g.row.p_factor = static_cast<C>(g.G + (eps / V * total_weight + 2 * z_loss * lse) / divisor);
+    g.row.S = static_cast<C>(-eps / V / divisor);
+    g.row.max = static_cast<C>(row.max);
+    g.row.log_denom = static_cast<C>(row.log_denom());
+    g.target_term = -g.G * (row.rest / row.denom);
+    return g;
+  };
+  for_each_row(
+      kernel, wants, wants_grad && scaled,
+      [&](int64_t n) {
+        kernel.store_ignored_fields(n, out);
+        kernel.zero_row(out, n);
+      },
+      [&](int64_t n, const RowState& row, const BlockState* blocks, Buffers<C>& b) {
+        double value = (1 - eps) * weight_at(kernel.target(n)) * row.nll();
+        if (eps > 0) value += eps / V * (total_weight * row.log_denom() - row.weighted_sum);
+        const double lse = row.max + row.log_denom();
+        if (z_loss > 0) value += z_loss * lse * lse;
+        row_loss[static_cast<size_t>(n)] = value;
+        kernel.store_fields(n, out, wants, row, blocks, b);
+      },
+      [&](int64_t n, int64_t k, const RowState& row, double block_max, const C* e, Buffers<C>& b) {
+        if (!wants_grad) return;
+        if (scaled)
+          kernel.scaled_block(n, k, gradient_of(n, row), row, block_max, e, out);
+        else
+          dscale.add(n, k, kernel.backward_block(n, k, gradient_of(n, row), out, b));
+      });
+  dscale.store();
+  double total = 0;
+  for (double value : row_loss) total += value;
+  return total / divisor;
+}
+
+template <class C>
+void backward(const Problem& p, const BackwardInputs& in, const Outputs& out) {
+  const Kernel<C> kernel(p);
+  advise_gradients(p, out);
+  ScaleGradients<C> dscale(kernel, out);
+  const auto at = [](const void* values, int64_t n) {
+    return values == nullptr ? 0.0 : static_cast<double>(static_cast<const C*>(values)[n]);
+  };
+  const auto gradient_of = [&](int64_t n) {
+    typename Kernel<C>::Gradient g;
+    const auto coefficient = [&](Coefficient c) { return at(in.coefficients[c], n); };
+    g.G = coefficient(kG);
+    g.row.p_factor = static_cast<C>(coefficient(kA) + g.G);
+    g.row.C_ = static_cast<C>(coefficient(kC));
+    g.row.D = static_cast<C>(coefficient(kD));
+    g.row.Q = static_cast<C>(coefficient(kQ));
+    g.row.S = static_cast<C>(coefficient(kS));
+    g.row.Q_b = static_cast<C>(coefficient(kQ_b));
+    g.row.max = static_cast<C>(at(in.max, n));
+    g.row.log_denom = static_cast<C>(at(in.log_denom, n));
+    g.row.base_max = static_cast<C>(at(in.base_max, n));
+    g.row.base_log_denom = static_cast<C>(at(in.base_log_denom, n));
+    if (g.G != 0) g.target_term = g.G * std::expm1(-at(in.nll, n));
+    g.base_target_term = coefficient(kB_b);
+    return g;
+  };
+  const int threads = kernel.useful_threads();
+  auto buffers = make_buffers<C>(p, threads, false);
+  const int64_t chunk = kernel.split_rows() ? 1 : kernel.num_blocks * kernel.rows_per_chunk();
+  parallel_for(p.num_rows * kernel.num_blocks, threads, chunk, [&](int64_t i, int t) {
+    const int64_t n = i / kernel.num_blocks, k = i % kernel.num_blocks;
+    if (!kernel.ignored(n))
+      dscale.add(n, k, kernel.backward_block(n, k, gradient_of(n), out, buffers[static_cast<size_t>(t)]));
+    else if (k == 0)
+      kernel.zero_row(out, n);
+  });
+  dscale.store();
+}
+
+template <class C>
+void rescale(const Problem& p, void* grad, DType dtype, int64_t width, double factor) {
+  if (factor == 1) return;
+  const Kernel<C> kernel(p);
+  const int64_t row_bytes = width * size_of(dtype);
+  parallel_for(p.num_rows, kernel.useful_threads(), kernel.rows_per_chunk(), [&](int64_t n, int) {
+    if (!kernel.ignored(n)) kernel.ops.multiply(static_cast<char*>(grad) + n * row_bytes, dtype, static_cast<C>(factor), width);
+  });
+}
+
+#define AUXK_INSTANTIATE(C)                                                             \
+  template void scan<C>(const Problem&, const Outputs&);                                \
+  template double loss<C>(const Problem&, const LossOptions&, const Outputs&, int64_t); \
+  template void backward<C>(const Problem&, const BackwardInputs&, const Outputs&);     \
+  template void rescale<C>(const Problem&, void*, DType, int64_t, double);
+AUXK_INSTANTIATE(float)
+AUXK_INSTANTIATE(double)
+
+}  // namespace auxk

@@ -1,0 +1,44 @@
+// Threads over independent tasks. OpenMP where the compiler has it; otherwise, in a forked child, or for one thread, a plain loop.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace auxk {
+
+#if defined(__unix__) || defined(__APPLE__)
+inline const pid_t loader_pid = getpid();
+#endif
+
+inline bool in_forked_child() {
+#if defined(__unix__) || defined(__APPLE__)
+  // the OpenMP runtime's threads do not survive a fork, and entering it in a child hangs. whether the parent (or another
+  // library in it) had entered it is not ours to know: any process other than the one that loaded this module counts.
+  return getpid() != loader_pid;
+#else
+  return false;
+#endif
+}
+
+// Calls task(i, thread) for i in [0, n), thread in [0, threads), in chunks handed out as threads become free.
+template <class Task>
+void parallel_for(int64_t n, int threads, int64_t chunk, const Task& task) {
+#if defined(_OPENMP)
+  if (threads > 1 && n > 1 && !in_forked_child()) {
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) task(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  (void)threads;
+  (void)chunk;
+  for (int64_t i = 0; i < n; ++i) task(i, 0);
+}
+
+}  // namespace auxk

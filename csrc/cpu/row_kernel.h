@@ -1,0 +1,321 @@
+// The work on one row, and on one block of it: scan, merge, gradient. Which thread does what is decided in cross_entropy.cpp.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "block_ops.h"
+#include "cross_entropy.h"
+
+namespace auxk {
+
+inline int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
+
+// What one block of one row adds to the row state, relative to the block's own maxima; without the target's column.
+struct BlockState {
+  double max, base_max;  // with the target's column
+  double sum, sum_times_s, sum_times_base, base_sum;
+  double weighted_sum, weights;
+};
+
+struct RowState {
+  double max = kMinusInf, denom = 0, rest = 0;  // rest: the denominator without the target's column
+  double base_max = kMinusInf, base_denom = 0, base_rest = 0;
+  double mean_sum = 0, mean_base = 0, weighted_sum = 0;
+  double target_logit = kMinusInf, base_target_logit = kMinusInf;
+
+  // log(denom) - (z_y - max), which for a confident row would be the difference of two nearly equal numbers
+  static double nll(double denom, double rest, double relative_target) {
+    const double e = std::exp(relative_target);
+    return e > rest ? std::log1p(rest / e) : std::log(denom) - relative_target;
+  }
+  double nll() const { return nll(denom, rest, target_logit - max); }
+  double base_nll() const { return nll(base_denom, base_rest, base_target_logit - base_max); }
+  double log_denom() const { return std::log(denom); }
+  double base_log_denom() const { return std::log(base_denom); }
+};
+
+struct ScaleShares {
+  double base = 0, aux = 0;
+};
+
+struct ScanWants {
+  bool moments = false, base = false, weighted = false;
+};
+
+// One thread's working memory; uninitialised, so that its pages are touched by the thread that uses them.
+template <class C>
+struct Buffers {
+  std::unique_ptr<C[]> storage;
+  std::unique_ptr<BlockState[]> blocks;
+  C *s, *z_b, *ds, *ds_b, *row;
+
+  // `row`: exp(s - m) of a whole row, where the gradient is made from it
+  Buffers(int64_t V, bool keeps_row) : blocks(new BlockState[static_cast<size_t>((V + kBlock - 1) / kBlock)]) {
+    const int64_t block = (std::min(V, kBlock) + 15) / 16 * 16;
+    storage.reset(new C[static_cast<size_t>(4 * block + (keeps_row ? V : 0) + 16)]);
+    s = reinterpret_cast<C*>((reinterpret_cast<uintptr_t>(storage.get()) + 63) & ~uintptr_t{63});
+    z_b = s + block, ds = z_b + block, ds_b = ds + block, row = ds_b + block;
+  }
+};
+
+template <class C>
+class Kernel {
+ public:
+  explicit Kernel(const Problem& problem)
+      : p(problem), ops(block_ops<C>()), num_blocks((p.V + kBlock - 1) / kBlock) {}
+
+  const Problem& p;
+  const BlockOps<C>& ops;
+  const int64_t num_blocks;
+
+  bool has_aux() const { return p.aux.values != nullptr; }
+  bool ignored(int64_t n) const { return p.target != nullptr && target_of(p, n) == p.ignore_index; }
+  int64_t target(int64_t n) const { return p.target == nullptr ? -1 : target_of(p, n); }
+  int64_t size(int64_t k) const { return std::min(kBlock, p.V - k * kBlock); }
+  const C* weights(int64_t k) const { return p.weight == nullptr ? nullptr : static_cast<const C*>(p.weight) + k * kBlock; }
+
+  static int64_t row_start(const Source& source, int64_t n) {
+    return (n / source.num_inner) * source.stride_outer + (n % source.num_inner) * source.stride_inner;
+  }
+  static C scale(const Source& source, int64_t n) {
+    return source.scale == nullptr ? C(1) : static_cast<const C*>(source.scale)[n * source.scale_stride];
+  }
+  SourceBlock<C> block(const Source& source, int64_t n, int64_t k) const {
+    const char* first = static_cast<const char*>(source.values);
+    return {first + (row_start(source, n) + k * kBlock) * size_of(source.dtype), source.dtype, scale(source, n),
+            static_cast<C>(source.softcap)};
+  }
+
+  // s (and z_b, if wanted) of one block; their maxima in the result
+  std::pair<C, C> load(int64_t n, int64_t k, C* s, C* z_b) const {
+    const SourceBlock<C> base = block(p.base, n, k);
+    const int64_t size = this->size(k);
+    if (z_b == nullptr) {
+      if (!has_aux()) return {ops.load(base, size, s), C(0)};
+      const SourceBlock<C> aux = block(p.aux, n, k);
+      if (base.softcap == 0 && aux.softcap == 0) return {ops.load_sum(base, aux, size, s), C(0)};
+      ops.load(base, size, s);
+      return {ops.load_add(aux, size, s, s), C(0)};
+    }
+    const C base_max = ops.load(base, size, z_b);
+    if (has_aux()) return {ops.load_add(block(p.aux, n, k), size, z_b, s), base_max};
+    std::copy(z_b, z_b + size, s);
+    return {base_max, base_max};
+  }
+
+  // Scans one block. `s` receives exp(s - block maximum), 0 at the target's column, if `wants` is only the plain sum.
+  BlockState scan_block(int64_t n, int64_t k, const ScanWants& wants, C* s, C* z_b, RowState* row) const {
+    const int64_t size = this->size(k), y = target(n) - k * kBlock;
+    const auto [max, base_max] = load(n, k, s, wants.base ? z_b : nullptr);
+    BlockState state{max, base_max, 0, 0, 0, 0, 0, 0};
+    if (wants.weighted) {
+      state.weighted_sum = ops.weighted_sum(s, weights(k), max, size);
+      state.weights = sum_of_weights(k);
+    }
+    if (p.target != nullptr && y >= 0 && y < size) {
+      row->target_logit = s[y];
+      s[y] = static_cast<C>(kMinusInf);
+      if (wants.base) {
+        row->base_target_logit = z_b[y];
+        z_b[y] = static_cast<C>(kMinusInf);
+      }
+    }
+    if (wants.moments || wants.base) {
+      const ScanSums<C> sums = ops.scan_sums(s, z_b, max, base_max, size, wants.moments, wants.base);
+      state.sum = sums.sum, state.sum_times_s = sums.sum_times_s, state.sum_times_base = sums.sum_times_base;
+      state.base_sum = sums.base_sum;
+      return state;
+    }
+    const bool last = k + 1 == num_blocks;
+    const int64_t next_n = last ? std::min(n + 1, p.num_rows - 1) : n, next_k = last ? 0 : k + 1;
+    const auto ahead = [&](const Source& source) -> Ahead {
+      return {static_cast<const char*>(block(source, next_n, next_k).values), size * size_of(source.dtype)};
+    };
+    state.sum = ops.exp_sum(s, max, size, ahead(p.base), has_aux() ? ahead(p.aux) : Ahead{});
+    return state;
+  }
+
+  double sum_of_weights(int64_t k) const {
+    const C* w = weights(k);
+    if (w == nullptr) return static_cast<double>(size(k));
+    double total = 0;
+    for (int64_t i = 0; i < size(k); ++i) total += static_cast<double>(w[i]);
+    return total;
+  }
+
+  // Blocks in their order into the row's state: the same bits whichever thread scanned them.
+  void merge(const BlockState* blocks, const ScanWants& wants, RowState* row) const {
+    for (int64_t k = 0; k < num_blocks; ++k) {
+      row->max = std::max(row->max, blocks[k].max);
+      row->base_max = std::max(row->base_max, blocks[k].base_max);
+    }
+    for (int64_t k = 0; k < num_blocks; ++k) {
+      const BlockState& block = blocks[k];
+      const double factor = std::exp(block.max - row->max);
+      row->rest += factor * block.sum;
+      if (block.max != kMinusInf) {  // a block of -inf alone has probability 0, and its maximum times that is NaN
+        row->mean_sum += factor * (block.sum_times_s + (block.max - row->max) * block.sum);
+        row->mean_base += factor * (block.sum_times_base + (block.base_max - row->base_max) * block.sum);
+      }
+      if (wants.base) row->base_rest += std::exp(block.base_max - row->base_max) * block.base_sum;
+      if (wants.weighted)
+        row->weighted_sum += block.weighted_sum + (finite_or_zero(block.max) - row->max) * block.weights;
+    }
+    const double s_y = row->target_logit - row->max, e_y = p.target == nullptr ? 0 : std::exp(s_y);
+    row->denom = row->rest + e_y;
+    if (wants.base)
+      row->base_denom = row->base_rest + (p.target == nullptr ? 0 : std::exp(row->base_target_logit - row->base_max));
+    if (!wants.moments) return;
+    if (e_y > 0) {
+      row->mean_sum += e_y * s_y;
+      row->mean_base += e_y * (row->base_target_logit - row->base_max);
+    }
+    row->mean_sum /= row->denom;
+    row->mean_base /= row->denom;
+  }
+
+  static double finite_or_zero(double m) { return m == kMinusInf ? 0 : m; }
+
+  void store_fields(int64_t n, const Outputs& out, const ScanWants& wants, const RowState& row,
+                    const BlockState* blocks, const Buffers<C>& b) const {
+    const double values[kNumFloatFields] = {
+        row.max,
+        row.log_denom(),
+        p.target == nullptr ? 0 : row.nll(),
+        row.mean_sum,
+        row.mean_base,
+        row.base_max,
+        wants.base ? row.base_log_denom() : 0,
+        wants.base && p.target != nullptr ? row.base_nll() : 0,
+        row.weighted_sum,
+    };
+    for (int f = 0; f < kNumFloatFields; ++f)
+      if (out.fields[f] != nullptr) static_cast<C*>(out.fields[f])[n] = static_cast<C>(values[f]);
+    if (out.fields[kArgmax] != nullptr)
+      static_cast<int64_t*>(out.fields[kArgmax])[n] = argmax(n, false, row.max, row.denom, blocks, b);
+    if (out.fields[kBaseArgmax] != nullptr)
+      static_cast<int64_t*>(out.fields[kBaseArgmax])[n] = argmax(n, true, row.base_max, row.base_denom, blocks, b);
+  }
+
+  void store_ignored_fields(int64_t n, const Outputs& out) const {
+    for (int f = 0; f < kNumFields; ++f) {
+      if (out.fields[f] == nullptr) continue;
+      if (f < kNumFloatFields)
+        static_cast<C*>(out.fields[f])[n] = 0;
+      else
+        static_cast<int64_t*>(out.fields[f])[n] = -1;
+    }
+  }
+
+  // The scan knows which block holds the maximum, so one block is read again; a NaN row is searched for its first NaN.
+  int64_t argmax(int64_t n, bool of_base, double max, double denom, const BlockState* blocks,
+                 const Buffers<C>& b) const {
+    const bool poisoned = denom != denom;
+    int64_t first = -1;
+    for (int64_t k = 0; k < num_blocks; ++k) {
+      if (!poisoned && (of_base ? blocks[k].base_max : blocks[k].max) != max) continue;
+      load(n, k, b.s, of_base ? b.z_b : nullptr);
+      const C* z = of_base ? b.z_b : b.s;
+      for (int64_t i = 0; i < size(k); ++i) {
+        if (z[i] != z[i]) return k * kBlock + i;
+        if (first < 0 && z[i] == static_cast<C>(max)) first = k * kBlock + i;
+      }
+      if (first >= 0 && !poisoned) return first;
+    }
+    return first;
+  }
+
+  // -- gradients -------------------------------------------------------------------------------------------------------
+
+  char* grad_row(void* grad, const Source& source, int64_t n) const {
+    return static_cast<char*>(grad) + n * source.width * size_of(source.dtype);
+  }
+
+  static bool stream(int64_t num_rows, const Source& source) {
+    // larger than what a core's caches could still hold when the gradient is read
+    return num_rows * source.width * size_of(source.dtype) >= (int64_t{2} << 20);
+  }
+
+  void zero_row(const Outputs& out, int64_t n) const {
+    for (const auto& [grad, source] : {std::make_pair(out.grad_base, &p.base), std::make_pair(out.grad_aux, &p.aux)})
+      if (grad != nullptr)
+        std::memset(grad_row(grad, *source, n), 0, static_cast<size_t>(source->width * size_of(source->dtype)));
+    for (void* grad : {out.grad_base_scale, out.grad_aux_scale})
+      if (grad != nullptr) static_cast<C*>(grad)[n] = 0;
+  }
+
+  // columns beyond V belong to nobody
+  void zero_tail(void* grad, const Source& source, int64_t n) const {
+    if (grad == nullptr || source.width == p.V) return;
+    const int64_t bytes = size_of(source.dtype);
+    std::memset(grad_row(grad, source, n) + p.V * bytes, 0, static_cast<size_t>((source.width - p.V) * bytes));
+  }
+
+  struct Gradient {
+    RowCoefficients<C> row;
+    double target_term = 0, base_target_term = 0;  // what is added at v = y: -G (1 - p_y), B_b
+    double G = 0;
+  };
+
+  // One block of the general form; returns its share of dscale.
+  ScaleShares backward_block(int64_t n, int64_t k, const Gradient& g, const Outputs& out, Buffers<C>& b) const {
+    const int64_t size = this->size(k), y = target(n) - k * kBlock;
+    const bool needs_base_values = g.row.C_ != 0 || g.row.D != 0 || g.row.Q != 0 || g.row.Q_b != 0;
+    load(n, k, b.s, needs_base_values ? b.z_b : nullptr);
+    ops.backward(b.s, b.z_b, weights(k), g.row, size, b.ds, b.ds_b);
+    if (p.target != nullptr && y >= 0 && y < size) {
+      // p_factor holds A + G: at the target the G term is -G (1 - p_y), not G p_y - G
+      const C p_y = exp_of(b.s[y] - g.row.max - g.row.log_denom);
+      const C shift = static_cast<C>(g.target_term) - static_cast<C>(g.G) * p_y;
+      b.ds[y] += shift;
+      b.ds_b[y] += shift + static_cast<C>(g.base_target_term);
+    }
+    const auto finish = [&](const Source& source, const C* ds, void* grad, const void* grad_scale) {
+      if (grad == nullptr && grad_scale == nullptr) return 0.0;
+      void* place = grad == nullptr ? nullptr : grad_row(grad, source, n) + k * kBlock * size_of(source.dtype);
+      return static_cast<double>(
+          ops.finish(block(source, n, k), ds, size, grad_scale != nullptr, place, stream(p.num_rows, source)));
+    };
+    ScaleShares shares;
+    shares.base = finish(p.base, b.ds_b, out.grad_base, out.grad_base_scale);
+    if (has_aux()) shares.aux = finish(p.aux, b.ds, out.grad_aux, out.grad_aux_scale);
+    if (k + 1 == num_blocks) {
+      zero_tail(out.grad_base, p.base, n);
+      zero_tail(out.grad_aux, p.aux, n);
+    }
+    return shares;
+  }
+
+  // One block where only p and constants count (no softcap, no dscale): from e = exp(s - block maximum).
+  void scaled_block(int64_t n, int64_t k, const Gradient& g, const RowState& row, double block_max, const C* e,
+                    const Outputs& out) const {
+    const int64_t size = this->size(k), y = target(n) - k * kBlock;
+    const double share = std::exp(block_max - row.max) / row.denom;
+    const double w_y = p.weight == nullptr ? 1 : (y >= 0 && y < size ? static_cast<double>(weights(k)[y]) : 0);
+    const double p_y = std::exp(row.target_logit - row.max) / row.denom;
+    const double at_y = g.target_term + p_y * (static_cast<double>(g.row.p_factor) - g.G) + static_cast<double>(g.row.S) * w_y;
+    for (const auto& [grad, source] : {std::make_pair(out.grad_base, &p.base), std::make_pair(out.grad_aux, &p.aux)}) {
+      if (grad == nullptr) continue;
+      const double scale = static_cast<double>(Kernel::scale(*source, n));
+      ops.store_scaled(e, static_cast<C>(share * static_cast<double>(g.row.p_factor) * scale),
+                       static_cast<C>(static_cast<double>(g.row.S) * scale), weights(k), size, y,
+                       static_cast<C>(at_y * scale), source->dtype,
+                       grad_row(grad, *source, n) + k * kBlock * size_of(source->dtype), stream(p.num_rows, *source));
+      if (k + 1 == num_blocks) zero_tail(grad, *source, n);
+    }
+  }
+
+  // Few long rows are split over the threads, by blocks; many rows are not.
+  bool split_rows() const { return p.threads > 1 && num_blocks > 1 && p.num_rows < 4 * p.threads; }
+  int useful_threads() const {
+    constexpr int64_t kWorthAThread = 1 << 15;  // elements; entering a parallel region costs some microseconds
+    return static_cast<int>(std::clamp<int64_t>(p.num_rows * p.V / kWorthAThread, 1, p.threads));
+  }
+  int64_t rows_per_chunk() const { return std::max<int64_t>(1, std::min<int64_t>(16, (1 << 15) / p.V)); }
+};
+
+}  // namespace auxk

@@ -1,0 +1,83 @@
+"""Fixtures: the implementations of this machine, and a seed for every test."""
+
+import zlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from auxkernels import backends
+
+
+class Implementation(NamedTuple):
+    backend: str
+    device: str
+
+    def unavailable(self) -> str | None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        missing = {"native": backends.native_missing, "triton": backends.triton_missing}.get(self.backend)
+        return missing() if missing else None
+
+
+def _param(backend: str, device: str):
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    return pytest.param(Implementation(backend, device), id=f"{backend}-{device}", marks=marks)
+
+
+REFERENCE = [_param("reference", "cpu"), _param("reference", "cuda")]
+FUSED = [_param("native", "cpu"), _param("triton", "cuda")]
+
+
+def _available(request) -> Implementation:
+    reason = request.param.unavailable()
+    if reason:
+        pytest.skip(f"{request.param.backend} on {request.param.device}: {reason}")
+    return request.param
+
+
+@pytest.fixture(params=REFERENCE + FUSED)
+def impl(request) -> Implementation:
+    """Every implementation: what the contract promises of all of them."""
+    return _available(request)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request) -> Implementation:
+    """The fused ones: promises about bits, memory, single use of a gradient, and confident rows."""
+    return _available(request)
+
+
+@pytest.fixture(params=[_param("reference", "cpu"), _param("native", "cpu")])
+def on_cpu(request) -> Implementation:
+    """Those that raise IndexError for a target out of range."""
+    return _available(request)
+
+
+@pytest.fixture(params=[_param("reference", "cuda"), _param("triton", "cuda")])
+def on_gpu(request) -> Implementation:
+    """Those that poison the row of such a target."""
+    return _available(request)
+
+
+@pytest.fixture(params=[_param("reference", "cpu"), _param("native", "cpu"), _param("reference", "cuda")])
+def doubles(request) -> Implementation:
+    """Those that know float64."""
+    return _available(request)
+
+
+@pytest.fixture
+def native():
+    """The compiled CPU module."""
+    reason = backends.native_missing()
+    if reason:
+        pytest.skip(f"native on cpu: {reason}")
+    from auxkernels.native import cpu
+
+    return cpu()
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    """The same numbers for a test whatever ran before it, in whatever process."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

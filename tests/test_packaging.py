@@ -1,0 +1,228 @@
+"""The package builds on machines with and without compilers, and records what it built and why.
+
+The native sources are replaced by a module of a few lines, so that a build takes less than a second.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "setup.py").exists():
+    pytest.skip("no source tree around the tests", allow_module_level=True)
+for build_requirement in ("ninja", "pybind11", "setuptools"):
+    pytest.importorskip(build_requirement)
+
+STUB = """
+#include <Python.h>
+#include "answer.h"
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", "", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__cpu() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddIntConstant(module, "answer", kAnswer);
+  return module;
+}
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the source tree with nothing built in it, and the stub for csrc."""
+    tree = tmp_path / "source tree"  # a path with a space must build too
+    not_source = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    shutil.copytree(ROOT / "auxkernels", tree / "auxkernels", ignore=not_source)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "csrc").mkdir()
+    (tree / "csrc/bindings.cpp").write_text(STUB)
+    (tree / "csrc/answer.h").write_text("constexpr int kAnswer = 42;\n")
+    (tree / "tests").mkdir()
+    (tree / "tests/test_nothing.py").touch()
+    return tree
+
+
+def run(tree, *arguments, **variables):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AUXKERNELS_")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=tree, env=environment | variables, capture_output=True, text=True)
+
+
+def build_module(tree, **variables):
+    return run(tree, "setup.py", "build_ext", "--build-lib", "out", "--build-temp", "scratch", **variables)
+
+
+def build_wheel(tree, **variables):
+    done = run(tree, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "wheel", ".", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tree / "wheel").iterdir()
+    return path
+
+
+def record(tree):
+    return json.loads((tree / "out/auxkernels/native/_build.json").read_text())
+
+
+def modules(tree):
+    return list((tree / "out/auxkernels/native").glob("*.so"))
+
+
+def test_wheel_holds_the_compiled_module_and_the_type_marker(tree):
+    path = build_wheel(tree)
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+        (module,) = (name for name in names if name.endswith(".so"))
+        wheel.extract(module, tree)
+    assert "auxkernels/py.typed" in names
+    assert re.fullmatch(r"auxkernels/native/_cpu\..*so", module)
+    assert "none-any" not in path.name
+    spec = importlib.util.spec_from_file_location("_cpu", tree / module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    assert loaded.answer == 42
+
+
+def test_wheel_with_nothing_compiled_fits_every_platform(tree):
+    path = build_wheel(tree, AUXKERNELS_BUILD="none")
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+        outcome = json.loads(wheel.read("auxkernels/native/_build.json"))
+    assert not [name for name in names if name.endswith(".so")]
+    assert path.name.endswith("py3-none-any.whl")
+    assert outcome["cpu"] == "not built: AUXKERNELS_BUILD=none"
+
+
+def test_wheel_builds_without_a_compiler_and_says_why_it_is_pure_python(tree):
+    path = build_wheel(tree, CXX="no-such-compiler")
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+        outcome = json.loads(wheel.read("auxkernels/native/_build.json"))
+    assert not [name for name in names if name.endswith(".so")]
+    assert path.name.endswith("py3-none-any.whl")
+    assert "no-such-compiler not found" in outcome["cpu"]
+
+
+def test_wheel_leaves_out_what_an_editable_build_left_in_the_tree(tree):
+    (tree / "auxkernels/native/_cpu.stale.so").touch()
+    with zipfile.ZipFile(build_wheel(tree, AUXKERNELS_BUILD="none")) as wheel:
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
+
+
+def test_source_archive_holds_everything_that_a_build_and_its_tests_need(tree):
+    done = run(tree, "setup.py", "-q", "sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / "dist").iterdir()
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    expected = {
+        "setup.py",
+        "csrc/bindings.cpp",
+        "csrc/answer.h",
+        "auxkernels/py.typed",
+        "tests/test_nothing.py",
+        "LICENSE",
+    }
+    assert expected <= names
+
+
+def test_unknown_build_mode_is_refused_with_the_allowed_ones(tree):
+    done = build_module(tree, AUXKERNELS_BUILD="gpu")
+    assert done.returncode != 0
+    assert "AUXKERNELS_BUILD must be auto, cpu, cuda or none, got 'gpu'" in done.stderr
+
+
+def test_compile_error_leaves_pure_python_and_the_first_error_message(tree):
+    (tree / "csrc/answer.h").write_text("#error broken on purpose\n")
+    done = build_module(tree)
+    assert done.returncode == 0, done.stderr
+    assert not modules(tree)
+    assert "csrc/answer.h:1" in record(tree)["cpu"]
+    assert "broken on purpose" in record(tree)["cpu"]
+    assert "warning" in done.stderr
+
+
+def test_compile_error_fails_a_build_that_requires_the_module(tree):
+    (tree / "csrc/answer.h").write_text("#error broken on purpose\n")
+    done = build_module(tree, AUXKERNELS_BUILD="cpu")
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stderr
+
+
+def test_required_cuda_module_fails_without_sources_and_without_nvcc(tree):
+    done = build_module(tree, AUXKERNELS_BUILD="cuda")
+    assert done.returncode != 0
+    assert "no cuda sources" in done.stderr
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/kernel.cu").touch()
+    done = build_module(tree, AUXKERNELS_BUILD="cuda", CUDACXX="no-such-nvcc")
+    assert done.returncode != 0
+    assert "no-such-nvcc not found" in done.stderr
+
+
+def test_cuda_module_that_cannot_be_built_does_not_cost_the_cpu_module(tree):
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/kernel.cu").touch()
+    done = build_module(tree, CUDACXX="no-such-nvcc")
+    assert done.returncode == 0, done.stderr
+    assert len(modules(tree)) == 1
+    assert record(tree)["cpu"].startswith("built with")
+    assert "no-such-nvcc not found" in record(tree)["cuda"]
+
+
+def test_module_of_an_earlier_build_does_not_outlive_a_build_without_it(tree):
+    build_module(tree)
+    assert modules(tree)
+    build_module(tree, AUXKERNELS_BUILD="none")
+    assert not modules(tree)
+
+
+def test_changed_header_recompiles_and_an_unchanged_tree_does_not(tree):
+    build_module(tree)
+    before = modules(tree)[0].read_bytes()
+    assert "no work to do" in build_module(tree).stdout
+    (tree / "csrc/answer.h").write_text("constexpr int kAnswer = 43;\n")
+    build_module(tree)
+    assert modules(tree)[0].read_bytes() != before
+
+
+def test_compiler_warnings_fail_the_build_only_on_request(tree):
+    (tree / "csrc/answer.h").write_text("constexpr int kAnswer = 42;\nstatic void unused() {}\n")
+    assert build_module(tree, AUXKERNELS_BUILD="cpu").returncode == 0
+    done = build_module(tree, AUXKERNELS_BUILD="cpu", AUXKERNELS_WERROR="1")
+    assert done.returncode != 0
+    assert "unused" in done.stderr
+
+
+@pytest.mark.parametrize("sanitizers", ["", "address,undefined"])
+def test_flags_keep_ieee_arithmetic_and_the_baseline_instruction_set(tree, sanitizers):
+    build_module(tree, AUXKERNELS_SANITIZE=sanitizers)
+    flags = (tree / "scratch/cpu/build.ninja").read_text().replace("$\n", "").split()
+    assert {"-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"} <= set(flags)
+    forbidden = re.compile(
+        r"-ffast-math|-Ofast|-funsafe.*|-ffinite-math.*|-fassociative-math|-m(arch|tune|cpu)=.*|-mavx.*"
+    )
+    assert not list(filter(forbidden.fullmatch, flags))
+    assert ("-fsanitize=address,undefined" in flags) == bool(sanitizers)
+
+
+def test_native_sources_include_no_torch_header():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources
+    torch_header = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2)\b')
+    assert not [path for path in sources if torch_header.search(path.read_text())]
+
+
+def test_every_development_dependency_has_a_constraint():
+    tomllib = pytest.importorskip("tomllib")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = {re.match(r"[\w-]+", entry)[0] for name in ("triton", "test", "bench", "dev") for entry in extras[name]}
+    pinned = set(re.findall(r"^([\w-]+)[=<>]", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    assert wanted - {"auxkernels"} <= pinned
