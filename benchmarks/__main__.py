@@ -63,35 +63,33 @@ def choose_specs(op, options: argparse.Namespace) -> list:
     return [spec for spec in specs if all(not kept or getattr(spec, name) in kept for name, kept in filters)]
 
 
-def run(specs: list, options: argparse.Namespace, device: torch.device, console: Console) -> list[dict]:
-    """Rows of the cases that finished, each case written as it finishes; Ctrl-C ends the run between two writes."""
-    op, rows = OPS[options.op], []
+def run(specs: list, options: argparse.Namespace, device: torch.device, console: Console) -> tuple[list[dict], bool]:
+    """Rows of the cases that finished, each case written as it finishes, and whether Ctrl-C cut the run short."""
+    op, rows, num_done = OPS[options.op], [], 0
+    settings = harness.Settings(options.rounds, options.seconds, rng=random.Random(options.seed))
     columns = (BarColumn(30), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
         task = progress.add_task("measuring copy bandwidth and GEMM rate", total=len(specs))
-        environment = machine.describe(device)
-        path = options.output / f"{environment['device_slug']}.jsonl"
-        settings = harness.Settings(options.rounds, options.seconds, rng=random.Random(options.seed))
+        settings.on_step = lambda text, share: progress.update(task, completed=num_done + share, description=text)
         try:
-            for done, spec in enumerate(specs):
-                settings.on_step = lambda text, share, done=done: progress.update(
-                    task, completed=done + share, description=text
-                )
-                progress.update(task, completed=done, description=f"drawing inputs of {spec.pass_name} {spec.shape}")
+            environment = machine.describe(device)
+            path = options.output / f"{environment['device_slug']}.jsonl"
+            for spec in specs:
+                settings.on_step(f"drawing inputs of {spec.pass_name} {spec.shape}", 0.0)
                 case = op.build(spec, device, options.seed, options.reference)
                 case_rows = [{**row, **environment} for row in harness.run_case(case, settings)]
                 report.append_rows(path, case_rows)
                 rows += case_rows
-                console.print(f"[dim]{done + 1}/{len(specs)} {report.summary(case_rows)}", soft_wrap=True)
+                num_done += 1
+                console.print(f"[dim]{num_done}/{len(specs)} {report.summary(case_rows)}", soft_wrap=True)
         except KeyboardInterrupt:
-            console.print(f"[yellow]interrupted: {done} of {len(specs)} cases finished")
-            options.is_interrupted = True
-    return rows
+            console.print(f"[yellow]interrupted: {num_done} of {len(specs)} cases finished")
+            return rows, True
+    return rows, False
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    options.is_interrupted = False
     options.seconds = options.seconds or (30.0 if options.full else 8.0)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -101,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not specs:
         console.print("no case of the grid has that pass, dtype and input; --shape names one outside of it")
         return 2
-    rows = run(specs, options, device, console)
+    rows, is_interrupted = run(specs, options, device, console)
     if not rows:
         return 130
     console.print(report.results_table(rows))
@@ -112,14 +110,15 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{first['device']}, {first['threads']} threads, {first['isa']}, torch {first['torch']}")
     console.print(f"copy {first['copy_gbps']} GB/s, GEMM {gemm}")
     if device.type == "cpu":
-        title = "promises, stated for two cores with AVX-512; the worst of the inputs that ran counts"
-        console.print(report.bars_table(OPS[options.op].BARS, rows, title))
+        title = "promises for two cores with AVX-512; of flat and peaked the worse counts"
+        table = report.bars_table(OPS[options.op].BARS, rows, title)
+        console.print(table or "none of the cases that promises speak of was run")
     path = options.output / f"{first['device_slug']}.jsonl"
     console.print(f"rows: {_shown(path)}")
     chart_path = path.with_suffix(".png")
     if not options.no_plot and chart.draw(report.read_rows(path), chart_path):
         console.print(f"chart: {_shown(chart_path)}")
-    return 130 if options.is_interrupted else 0
+    return 130 if is_interrupted else 0
 
 
 def _shown(path: Path) -> str:

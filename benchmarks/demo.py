@@ -19,8 +19,9 @@ from pathlib import Path
 
 OPTIONAL_DEPENDENCIES = ("tokenizers", "rich", "matplotlib", "psutil")
 
-# Rounding alone drives two equal trainings apart.  TODO measured
-CURVE_BOUND_NATS = {"float32": 1e-3, "bfloat16": 2e-2}
+# Two equal trainings part by rounding alone: a training of the default size against the same one with its loss in
+# float64 by 1.4e-6 nats in float32. With bfloat16 by 3.5e-3, because eager rounds the sum of the logits to 8 bits.
+CURVE_BOUND_NATS = {"float32": 1e-4, "bfloat16": 2e-2}
 # float32: rounding of the sum and of exp. bfloat16: the gradient's own 8 significant bits, nothing more.
 GRADIENT_ERROR_BOUND = {"float32": 1e-5, "bfloat16": 2**-8}
 
@@ -36,18 +37,42 @@ class Scale:
     base_width: int
     base_layers: int
     base_steps: int
-    base_learning_rate: float
     aux_width: int
     aux_layers: int
     aux_steps: int
-    aux_learning_rate: float
     held_out_windows: int
     repeats: int
 
 
 SCALES = {
-    "tiny": Scale(60, 1024, 64, 8, 64, 1, 30, 3e-3, 32, 1, 30, 3e-3, 16, 3),
-    "small": Scale(None, 16384, 128, 8, 192, 3, 200, 3e-3, 128, 1, 160, 3e-3, 64, 9),
+    "tiny": Scale(
+        max_files=60,
+        vocab_size=1024,
+        window=64,
+        batch=8,
+        base_width=64,
+        base_layers=1,
+        base_steps=30,
+        aux_width=32,
+        aux_layers=1,
+        aux_steps=30,
+        held_out_windows=16,
+        repeats=3,
+    ),
+    "small": Scale(
+        max_files=None,
+        vocab_size=16384,
+        window=128,
+        batch=8,
+        base_width=192,
+        base_layers=3,
+        base_steps=200,
+        aux_width=128,
+        aux_layers=1,
+        aux_steps=160,
+        held_out_windows=32,
+        repeats=7,
+    ),
 }
 
 
@@ -108,6 +133,26 @@ def measure_loss_steps(base, auxiliary, batch, repeats, terminal):
     return measured
 
 
+def describe_curves(runs, evaluated_steps, bound):
+    from benchmarks.demo_train import largest_difference
+
+    described = {
+        name: {
+            "train_loss": run.train_loss,
+            "held_out_loss": run.held_out_loss,
+            "median_step_ms": statistics.median(run.step_ms),
+        }
+        for name, run in runs.items()
+    }
+    return {
+        "steps": evaluated_steps[-1],
+        "evaluated_steps": evaluated_steps,
+        "runs": described,
+        "largest_difference": largest_difference(runs),
+        "bound": bound,
+    }
+
+
 def train_and_measure(arguments, scale, terminal):
     """The whole job; returns every number of it as JSON-compatible values."""
     import torch
@@ -127,8 +172,10 @@ def train_and_measure(arguments, scale, terminal):
         )
     auxiliary = runs["auxkernels"].auxiliary
     with terminal.stage("evaluating on held-out text"):
-        statistics_docstrings = demo_train.held_out_statistics(base, auxiliary, held_out, scale, dtype)
-        statistics_code = demo_train.held_out_statistics(base, auxiliary, held_out_code, scale, dtype)
+        held_out_statistics = {
+            domain: demo_train.held_out_statistics(base, auxiliary, windows, scale, dtype)
+            for domain, windows in (("docstrings", held_out), ("code", held_out_code))
+        }
     loss_steps = measure_loss_steps(base, auxiliary, held_out[: scale.batch], scale.repeats, terminal)
     return {
         "python": platform.python_version(),
@@ -139,21 +186,8 @@ def train_and_measure(arguments, scale, terminal):
         "seed": arguments.seed,
         "scale": dataclasses.asdict(scale),
         "parameters": {"base": parameter_count(base), "auxiliary": parameter_count(auxiliary)},
-        "held_out": {"docstrings": statistics_docstrings, "code": statistics_code},
-        "curves": {
-            "steps": steps,
-            "evaluated_steps": evaluated_steps,
-            "runs": {
-                name: {
-                    "train_loss": run.train_loss,
-                    "held_out_loss": run.held_out_loss,
-                    "median_step_ms": statistics.median(run.step_ms),
-                }
-                for name, run in runs.items()
-            },
-            "largest_difference": demo_train.largest_difference(runs),
-            "bound": CURVE_BOUND_NATS[arguments.dtype],
-        },
+        "held_out": held_out_statistics,
+        "curves": describe_curves(runs, evaluated_steps, CURVE_BOUND_NATS[arguments.dtype]),
         "loss_step_shape": [scale.batch * scale.window, scale.vocab_size],
         "loss_step": loss_steps,
     }
@@ -178,6 +212,7 @@ def run(arguments):
 
     from benchmarks.demo_report import Terminal, make_table, write_results
 
+    arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     terminal = Terminal()
@@ -192,6 +227,7 @@ def run(arguments):
 
 
 def main(argv=None):
+    """Run the demo; returns the exit status: 0, 1 for a failed check or a missing dependency, 130 for Ctrl-C."""
     arguments = parse_arguments(argv)
     try:
         return run(arguments)
@@ -201,8 +237,10 @@ def main(argv=None):
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL_DEPENDENCIES:
             raise
-        print(f"the demo needs {error.name}: pip install {' '.join(OPTIONAL_DEPENDENCIES)}", file=sys.stderr)
-        return 1
+        print(f"the demo needs {error.name}: pip install '.[bench]'", file=sys.stderr)
+    except OSError as error:
+        print(f"the demo cannot go on: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

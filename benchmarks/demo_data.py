@@ -30,9 +30,8 @@ HELD_OUT_ONE_IN = 10
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 # not library code as people write it: tests, installed packages, generated tables, and prose stored as a module
-EXCLUDED_FOLDERS = frozenset(
-    "__pycache__ dist-packages encodings ensurepip idlelib lib2to3 pydoc_data site-packages test tests turtledemo".split()
-)
+EXCLUDED_FOLDERS = {"__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data"}
+EXCLUDED_FOLDERS |= {"site-packages", "test", "tests", "turtledemo"}
 EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")
 
 
@@ -84,7 +83,7 @@ def path_digest(relative_path):
 
 
 def library_files(max_files=None):
-    """(relative path, path) of the library's modules in path order; with `max_files`, those with the smallest hashes."""
+    """(relative path, path) of the library's modules in path order; with `max_files` those of the smallest hashes."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for path in root.rglob("*.py"):
@@ -118,7 +117,7 @@ def split_source(text):
 
 
 def load_corpus(max_files=None):
-    """Read and split the running interpreter's standard library. Raises RuntimeError where its sources are missing."""
+    """Read and split the running interpreter's standard library; FileNotFoundError where its sources are missing."""
     corpus = Corpus([], [], [], [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ast warns about invalid escapes in old modules
@@ -132,14 +131,14 @@ def load_corpus(max_files=None):
             (corpus.held_out_code if is_held_out else corpus.train_code).append(code)
             (corpus.held_out_docstrings if is_held_out else corpus.train_docstrings).extend(docstrings)
     if not (corpus.train_docstrings and corpus.held_out_docstrings):
-        raise RuntimeError(f"no standard library sources with docstrings in {sysconfig.get_path('stdlib')}")
+        raise FileNotFoundError(f"no sources of the standard library in {sysconfig.get_path('stdlib')}")
     return corpus
 
 
 def load_tokenizer(texts, vocab_size, cache_folder):
     """Byte-level BPE trained on the texts, or read from `cache_folder` if it was trained on the same texts before.
 
-    Raises RuntimeError if the texts are too few for the size.
+    Raises FileNotFoundError if the texts are too few for the size, as where only a part of the library is installed.
     """
     key = hashlib.sha256(f"{tokenizers.__version__} {vocab_size}".encode())
     for text in texts:
@@ -158,7 +157,9 @@ def load_tokenizer(texts, vocab_size, cache_folder):
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise RuntimeError(f"the texts give {tokenizer.get_vocab_size()} tokens, the vocabulary needs {vocab_size}")
+        raise FileNotFoundError(
+            f"too little text: {tokenizer.get_vocab_size()} tokens for a vocabulary of {vocab_size}"
+        )
     write_atomically(path, tokenizer.to_str().encode())
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""The demo's terminal output and results: progress bars, one table, one PNG of the curves, one JSON with every number."""
+"""What the demo shows and keeps: progress bars, one table, a PNG of the curves, a JSON file with every number."""
 
 import contextlib
 import io
@@ -13,7 +13,9 @@ from rich.table import Table
 
 from benchmarks.demo_data import write_atomically
 
-COLORS = {"auxkernels": "#1f77b4", "eager": "#ff7f0e", "base": "#555555", "difference": "#9467bd"}
+COLORS = {"auxkernels": "#1f77b4", "eager": "#ff7f0e", "base": "#555555", "distance": "#9467bd"}
+# equal losses have no logarithm
+SMALLEST_SHOWN_NATS = 1e-8
 
 
 class Terminal:
@@ -37,82 +39,81 @@ class Terminal:
         self.say(f"{name}: {time.perf_counter() - start:.1f} s")
 
 
-def loss_and_perplexity(loss):
-    return f"{loss:.4f} (ppl {math.exp(loss):,.0f})"
+def with_perplexity(loss):
+    return f"{loss:.4f}, ppl {math.exp(loss):,.0f}"
 
 
-def add_loss_step_rows(table, dtype, steps):
+def add_loss_step_rows(table, dtype, shape, steps):
     ours, eager = steps["auxkernels"], steps["eager"]
-    rows = (("time, median (ms)", "time_ms", ".1f"), ("peak memory beyond the inputs (MiB)", "peak_mib", ".0f"))
     table.add_section()
-    for label, key, form in rows:
+    table.add_row(f"[bold]loss step, {dtype} {shape[0]} x {shape[1]}")
+    for label, key, form in (("time, median (ms)", "time_ms", ".1f"), ("peak memory (MiB)", "peak_mib", ".0f")):
         ratio = f"{eager[key] / ours[key]:.1f}x" if ours[key] else ""
-        table.add_row(f"{dtype}: {label}", format(ours[key], form), format(eager[key], form), ratio)
-    for label, key in (("loss error (nats)", "loss_error"), ("gradient error (relative)", "gradient_error")):
-        table.add_row(f"{dtype}: {label}", f"{ours[key]:.1e}", f"{eager[key]:.1e}", "")
+        table.add_row(f"  {label}", format(ours[key], form), format(eager[key], form), ratio)
+    for label, key in (("error of the loss (nats)", "loss_error"), ("error of the gradient", "gradient_error")):
+        table.add_row(f"  {label}", f"{ours[key]:.1e}", f"{eager[key]:.1e}")
 
 
 def make_table(results):
     """The summary: held-out losses, agreement of the curves, cost and error of the loss step, for both trainings."""
-    held_out, curves, shape = results["held_out"]["docstrings"], results["curves"], results["loss_step_shape"]
-    table = Table(title=f"Auxiliary tuning, {results['dtype']} logits", title_justify="left")
-    table.add_column("held-out docstrings, nats per token")
-    for name in ("auxkernels", "eager PyTorch"):
-        table.add_column(name, justify="right")
-    table.add_column("", justify="right")
-    table.add_row("base alone", loss_and_perplexity(held_out["base_loss"]), "", "")
+    base_loss, curves = results["held_out"]["docstrings"]["base_loss"], results["curves"]
     ours, eager = (run["held_out_loss"] for run in curves["runs"].values())
-    gain = f"-{held_out['base_loss'] - ours[-1]:.2f}"
-    table.add_row("base + auxiliary, step 0", f"{ours[0]:.4f}", f"{eager[0]:.4f}", "")
-    table.add_row(
-        f"base + auxiliary, step {curves['steps']}", loss_and_perplexity(ours[-1]), loss_and_perplexity(eager[-1]), gain
+    caption = (
+        "A loss step is the loss and the gradient of the auxiliary's logits. Its peak memory is counted beyond the "
+        "inputs and includes the gradient; its errors are against float64, the gradient's relative to its norm."
     )
-    difference = f"{curves['largest_difference']:.1e}"
-    table.add_row("largest distance of the curves", difference, "", f"< {curves['bound']:.0e}")
-    table.add_row(
-        "training step, median (ms)", *(f"{run['median_step_ms']:.0f}" for run in curves["runs"].values()), ""
-    )
-    table.add_section()
-    table.add_row(f"[bold]one loss step, {shape[0]} x {shape[1]}: loss + gradient", "", "", "")
+    table = Table(title=f"Auxiliary tuning with {results['dtype']} logits", caption=caption, caption_justify="left")
+    table.add_column()
+    for name in ("auxkernels", "eager PyTorch", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("[bold]held-out docstrings (nats/token)")
+    table.add_row("  base alone", with_perplexity(base_loss))
+    table.add_row("  base + auxiliary, step 0", with_perplexity(ours[0]), with_perplexity(eager[0]))
+    last = [with_perplexity(losses[-1]) for losses in (ours, eager)]
+    table.add_row(f"  base + auxiliary, step {curves['steps']}", *last, f"{ours[-1] - base_loss:+.2f}")
+    table.add_row("  largest distance of curves", f"{curves['largest_difference']:.1e}", f"bound {curves['bound']:.0e}")
+    step_times_ms = [run["median_step_ms"] for run in curves["runs"].values()]
+    ratio = f"{step_times_ms[1] / step_times_ms[0]:.1f}x"
+    table.add_row("  training step, median (ms)", *(f"{time_ms:.0f}" for time_ms in step_times_ms), ratio)
     for dtype, steps in results["loss_step"].items():
-        add_loss_step_rows(table, dtype, steps)
+        add_loss_step_rows(table, dtype, results["loss_step_shape"], steps)
     return table
 
 
+def plot_runs(axes, curves):
+    """Held-out losses as marked lines over the faint losses of the training batches; eager dashed above ours."""
+    styles = {"auxkernels": ("-", 3.5, "o"), "eager": ("--", 1.2, "x")}
+    steps = range(1, curves["steps"] + 1)
+    for name, run in curves["runs"].items():
+        dashes, width, marker = styles[name]
+        axes.plot(steps, run["train_loss"], dashes, color=COLORS[name], linewidth=width / 2, alpha=0.25)
+    for name, run in curves["runs"].items():
+        dashes, width, marker = styles[name]
+        label = f"base + auxiliary, held-out: {name}"
+        style = {"color": COLORS[name], "linewidth": width, "marker": marker, "markersize": 7, "label": label}
+        axes.plot(curves["evaluated_steps"], run["held_out_loss"], dashes, **style)
+    axes.plot([], [], color=COLORS["auxkernels"], alpha=0.25, label="base + auxiliary, training batches (both)")
+
+
 def plot_curves(results):
-    """PNG bytes: losses of both runs over the base's held-out loss, and below them their distance on a log scale."""
+    """PNG bytes: losses of both runs below the base's held-out loss, and their distance on a log scale."""
     curves = results["curves"]
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.axhline(
-        results["held_out"]["docstrings"]["base_loss"],
-        color=COLORS["base"],
-        linestyle=":",
-        label="base alone, held-out",
-    )
-    styles = {"auxkernels": {"linewidth": 3, "alpha": 0.6}, "eager": {"linewidth": 1, "linestyle": "--"}}
-    trained = range(1, curves["steps"] + 1)
-    for name, run in curves["runs"].items():
-        upper.plot(trained, run["train_loss"], color=COLORS[name], linewidth=styles[name]["linewidth"] / 3, alpha=0.35)
-        marker = "o" if name == "auxkernels" else "x"
-        label = f"base + auxiliary, held-out, {name}"
-        upper.plot(
-            curves["evaluated_steps"],
-            run["held_out_loss"],
-            color=COLORS[name],
-            marker=marker,
-            label=label,
-            **styles[name],
-        )
-    upper.set(ylabel="loss (nats per token)", title="Auxiliary tuning: base fitted on code, auxiliary on docstrings")
-    upper.plot([], [], color="gray", alpha=0.6, linewidth=1, label="training batches, faint")
-    upper.legend(frameon=False)
+    base_loss = results["held_out"]["docstrings"]["base_loss"]
+    upper.axhline(base_loss, color=COLORS["base"], linestyle=":", label="base alone, held-out")
+    plot_runs(upper, curves)
+    upper.set(ylabel="loss (nats per token)")
+    figure.suptitle("Auxiliary tuning: base fitted on code and frozen, auxiliary trained on docstrings")
+    upper.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     first, second = (run["train_loss"] for run in curves["runs"].values())
-    distance = [max(abs(a - b), 1e-9) for a, b in zip(first, second, strict=True)]
-    lower.semilogy(trained, distance, color=COLORS["difference"], linewidth=1)
-    lower.axhline(curves["bound"], color=COLORS["base"], linestyle=":", label="bound")
-    lower.set(xlabel="step", ylabel="|auxkernels - eager|")
-    lower.legend(frameon=False)
+    distance = [max(abs(a - b), SMALLEST_SHOWN_NATS) for a, b in zip(first, second, strict=True)]
+    lower.semilogy(range(1, curves["steps"] + 1), distance, color=COLORS["distance"], linewidth=1)
+    lower.axhline(curves["bound"], color=COLORS["base"], linestyle="--")
+    lower.annotate(
+        "bound", (1, curves["bound"]), (0, -3), lower.get_yaxis_transform(), "offset points", ha="right", va="top"
+    )
+    lower.set(xlabel="step", ylabel="distance (nats)")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

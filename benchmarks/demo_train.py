@@ -1,4 +1,4 @@
-"""The demo's training: fit the base on code, then train one auxiliary per loss implementation, step by step together."""
+"""The demo's training: fit the base on code, then train one auxiliary per loss function, step by step together."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ from auxkernels import aux_cross_entropy, logit_stats
 from benchmarks.demo_data import IGNORE_INDEX, batch_order
 from benchmarks.demo_model import Auxiliary, BaseModel
 
+LEARNING_RATE = 3e-3
 WARMUP_STEPS = 10
 EVALUATIONS = 10
 
@@ -40,13 +41,13 @@ def eager_loss(base_logits, aux_logits, target, reduction="mean"):
 LOSSES = {"auxkernels": fused_loss, "eager": eager_loss}
 
 
-def make_optimizer(model, learning_rate, steps):
+def make_optimizer(model, steps):
     """AdamW with a linear warm-up and a cosine decay to a tenth; returns (optimizer, scheduler)."""
 
     def factor(step):
         return min((step + 1) / WARMUP_STEPS, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -54,7 +55,7 @@ def fit_base(scale, windows, seed, on_step):
     """Fit the base on windows of code and freeze it."""
     torch.manual_seed(seed)
     base = BaseModel(scale.vocab_size, scale.window, scale.base_width, scale.base_layers)
-    optimizer, scheduler = make_optimizer(base, scale.base_learning_rate, scale.base_steps)
+    optimizer, scheduler = make_optimizer(base, scale.base_steps)
     for index in batch_order(len(windows), scale.batch, scale.base_steps, seed):
         batch = windows[index]
         loss = aux_cross_entropy(base.logits(base.hidden(batch.tokens)), None, batch.targets, ignore_index=IGNORE_INDEX)
@@ -104,7 +105,7 @@ def held_out_losses(base, runs, windows, scale, dtype):
 
 
 def train_step(run, loss_function, hidden, base_logits, targets, dtype):
-    """One step of one run; returns its loss in nats."""
+    """One step of one run: forward of the auxiliary, loss, backward, update."""
     start = time.perf_counter()
     loss = loss_function(base_logits, run.auxiliary(hidden, dtype), targets)
     run.optimizer.zero_grad()
@@ -125,7 +126,7 @@ def train_auxiliaries(base, scale, steps, windows, held_out, seed, dtype, on_ste
     runs, schedulers = {}, []
     for name in LOSSES:
         auxiliary = copy.deepcopy(initial)
-        optimizer, scheduler = make_optimizer(auxiliary, scale.aux_learning_rate, steps)
+        optimizer, scheduler = make_optimizer(auxiliary, steps)
         runs[name] = Run(auxiliary, optimizer)
         schedulers.append(scheduler)
     every = max(1, steps // EVALUATIONS)

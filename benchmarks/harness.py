@@ -197,7 +197,8 @@ def _fill_times(case: Case, rows: dict[str, dict], times_us: dict[str, list[floa
         quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
         row["time_us_p25"], row["time_us"], row["time_us_p75"] = (round(value, 3) for value in quartiles)
         row["rounds"] = len(samples)
-        row["gbps"] = round(case.floor_bytes / row["time_us"] / 1e3, 3)
+        if case.calls_per_sample == 1:  # else a call is too small for its bytes to matter
+            row["gbps"] = round(case.floor_bytes / row["time_us"] / 1e3, 3)
     # the floor is a copy of the same number of bytes in the same rounds, so a change in the machine's speed cancels
     floor_us = next((rows[i.name]["time_us"] for i in case.implementations if i.role == "floor"), None)
     yardstick = next((rows[i.name]["fp64_error"] for i in case.implementations if i.role == "yardstick"), {})

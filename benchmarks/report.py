@@ -61,8 +61,8 @@ def case_key(row: dict) -> tuple:
 def results_table(rows: list[dict]) -> Table:
     """One section per case; the speed-up is over eager in the inputs' dtype."""
     table = Table(
-        title="median and quartiles; the share is that of a copy of the floor's bytes; errors are relative, to float64; "
-        "peak is beyond the inputs"
+        title="median and quartiles; share of a copy of the floor's bytes; errors relative to float64; "
+        "peak memory beyond the inputs"
     )
     table.add_column("case / implementation", no_wrap=True)
     for name in ("time", "quartiles", "over eager", "GB/s", "share", "fp64 error", "peak MiB"):
@@ -70,7 +70,8 @@ def results_table(rows: list[dict]) -> Table:
     for _, group in groupby(rows, key=case_key):
         group = list(group)
         table.add_section()
-        table.add_row(f"[bold]{case_text(group[0])}")
+        errors = max((row["fp64_error"] for row in group), key=len)
+        table.add_row(f"[bold]{case_text(group[0])}", *[""] * 5, f"[dim]{', '.join(errors)}", "")
         eager_us = next((row["time_us"] for row in group if row["role"] == "yardstick"), None)
         for row in group:
             table.add_row(*_cells(row, eager_us))
@@ -89,7 +90,7 @@ def _cells(row: dict, eager_us: float | None) -> list[str]:
         style + time_text,
         " .. ".join(quartiles),
         f"{eager_us / row['time_us']:.2f}x" if eager_us and row["role"] != "floor" else "",
-        f"{row['gbps']:.1f}",
+        f"{row['gbps']:.1f}" if row["gbps"] else "",
         f"{100 * row['share_of_floor']:.0f} %" if row["share_of_floor"] else "",
         errors,
         f"{row['peak_bytes'] / 2**20:.1f}" if row["peak_bytes"] is not None and row["role"] != "floor" else "",
@@ -116,18 +117,18 @@ def _time_text(time_us: float) -> str:
     return f"{time_us:.1f} us" if time_us < 1000 else f"{time_us / 1000:.2f} ms"
 
 
-def bars_table(bars: list[Bar], rows: list[dict], title: str) -> Table:
-    """Bar, measured, met or not; a bar whose cases were not run says so."""
+def bars_table(bars: list[Bar], rows: list[dict], title: str) -> Table | None:
+    """Bar, measured, met or not; a bar whose cases were not run says so. None where that is all of them."""
     table = Table(title=title)
     table.add_column("promise", no_wrap=True)
     for name in ("bar", "measured", "met"):
         table.add_column(name, justify="right", no_wrap=True)
-    for bar in bars:
-        value = bar.measure(rows)
+    values = [bar.measure(rows) for bar in bars]
+    for bar, value in zip(bars, values, strict=True):
         bound = f"{bar.comparison} {bar.bar:g} {bar.unit}"
         if value is None:
-            table.add_row(bar.text, bound, "not run", "")
+            table.add_row(f"[dim]{bar.text}", bound, "[dim]not run", "")
             continue
         is_met = value >= bar.bar if bar.comparison == ">=" else value <= bar.bar
         table.add_row(bar.text, bound, f"{value:.1f} {bar.unit}", "[green]yes" if is_met else "[red]no")
-    return table
+    return None if all(value is None for value in values) else table

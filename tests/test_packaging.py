@@ -46,7 +46,7 @@ def tree(tmp_path):
     (tree / "csrc/bindings.cpp").write_text(STUB)
     (tree / "csrc/answer.h").write_text("constexpr int kAnswer = 42;\n")
     (tree / "tests").mkdir()
-    (tree / "tests/test_nothing.py").touch()
+    (tree / "tests/helper.py").touch()
     return tree
 
 
@@ -127,7 +127,7 @@ def test_source_archive_holds_everything_that_a_build_and_its_tests_need(tree):
         "csrc/bindings.cpp",
         "csrc/answer.h",
         "auxkernels/py.typed",
-        "tests/test_nothing.py",
+        "tests/helper.py",
         "LICENSE",
     }
     assert expected <= names

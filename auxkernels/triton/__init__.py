@@ -1,0 +1,1 @@
+"""Triton kernels, for NVIDIA and AMD devices. Only this package imports Triton."""

@@ -36,16 +36,16 @@ static C load_add_as(const SourceBlock<C>& source, int64_t n, const C* z, C* s) 
   return largest;
 }
 
-template <class C, class T, class U>
+template <class C, class T, bool kScaled>
 static C load_sum_as(const SourceBlock<C>& base, const SourceBlock<C>& aux, int64_t n, C* __restrict__ s) {
   const T* __restrict__ b = static_cast<const T*>(base.values);
-  const U* __restrict__ a = static_cast<const U*>(aux.values);
+  const T* __restrict__ a = static_cast<const T*>(aux.values);
   const C scale_b = base.scale, scale_a = aux.scale;
   C largest = -std::numeric_limits<C>::infinity();
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
-    const C z = scale_b * static_cast<C>(widen(b[i]));
-    const C v = z + scale_a * static_cast<C>(widen(a[i]));
+    const C z_b = static_cast<C>(widen(b[i])), z_a = static_cast<C>(widen(a[i]));
+    const C v = kScaled ? scale_b * z_b + scale_a * z_a : z_b + z_a;
     s[i] = v;
     largest = v > largest ? v : largest;
   }
@@ -80,7 +80,10 @@ static C load_add(const SourceBlock<C>& source, int64_t n, const C* z, C* s) {
 template <class C>
 static C load_sum(const SourceBlock<C>& base, const SourceBlock<C>& aux, int64_t n, C* s) {
   if (base.dtype == aux.dtype) {
-    AUXK_DISPATCH(base.dtype, T, { return load_sum_as<C, T, T>(base, aux, n, s); })
+    AUXK_DISPATCH(base.dtype, T, {
+      return base.scale == 1 && aux.scale == 1 ? load_sum_as<C, T, false>(base, aux, n, s)
+                                               : load_sum_as<C, T, true>(base, aux, n, s);
+    })
   }
   load(base, n, s);
   return load_add(aux, n, s, s);
@@ -100,9 +103,10 @@ static AUXK_INLINE void prefetch(const Ahead& ahead, int64_t step, int64_t steps
   for (int64_t b = ahead.bytes * step / steps; b < end; b += 64) __builtin_prefetch(ahead.first + b, 0, 2);
 }
 
+constexpr int64_t kStep = 256;  // columns between prefetches
+
 template <class C>
 static C exp_sum(C* __restrict__ s, C m, int64_t n, const Ahead& first, const Ahead& second) {
-  constexpr int64_t kStep = 256;
   m = finite_or_zero(m);
   C total = 0;
   const int64_t steps = (n + kStep - 1) / kStep;
@@ -123,30 +127,44 @@ static C exp_sum(C* __restrict__ s, C m, int64_t n, const Ahead& first, const Ah
 }
 
 template <class C, bool kMoments, bool kBase>
-static ScanSums<C> scan_sums_as(C* __restrict__ s, const C* __restrict__ z_b, C m, C m_b, int64_t n) {
-  C sum = 0, times_s = 0, times_base = 0, base_sum = 0;
+static ScanSums<C> scan_sums_as(C* __restrict__ s, const C* __restrict__ z_b, C m, C m_b, int64_t n, const Ahead& first,
+                                const Ahead& second) {
+  ScanSums<C> total;
+  const int64_t steps = (n + kStep - 1) / kStep;
+  for (int64_t step = 0; step < steps; ++step) {
+    prefetch(first, step, steps);
+    prefetch(second, step, steps);
+    const int64_t end = (step + 1) * kStep < n ? (step + 1) * kStep : n;
+    C sum = 0, times_s = 0, times_base = 0, base_sum = 0;
 #pragma omp simd reduction(+ : sum, times_s, times_base, base_sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const C x = s[i] - m;
-    const C e = exp_of(x);
-    s[i] = e;
-    sum += e;
-    if (kMoments) times_s += e > 0 ? e * x : 0;  // 0 * (-inf) = 0
-    if (kBase) {
-      const C x_b = z_b[i] - m_b;
-      base_sum += exp_of(x_b);
-      if (kMoments) times_base += e > 0 ? e * x_b : 0;
+    for (int64_t i = step * kStep; i < end; ++i) {
+      const C x = s[i] - m;
+      const C e = exp_of(x);
+      s[i] = e;
+      sum += e;
+      if (kMoments) times_s += e > 0 ? e * x : 0;  // 0 * (-inf) = 0
+      if (kBase) {
+        const C x_b = z_b[i] - m_b;
+        base_sum += exp_of(x_b);
+        if (kMoments) times_base += e > 0 ? e * x_b : 0;
+      }
     }
+    total.sum += sum;
+    total.sum_times_s += times_s;
+    total.sum_times_base += times_base;
+    total.base_sum += base_sum;
   }
-  return {sum, times_s, times_base, base_sum};
+  return total;
 }
 
 template <class C>
-static ScanSums<C> scan_sums(C* s, const C* z_b, C m, C m_b, int64_t n, bool moments, bool base) {
+static ScanSums<C> scan_sums(C* s, const C* z_b, C m, C m_b, int64_t n, bool moments, bool base, const Ahead& first,
+                             const Ahead& second) {
   m = finite_or_zero(m);
   m_b = finite_or_zero(m_b);
-  if (moments) return base ? scan_sums_as<C, true, true>(s, z_b, m, m_b, n) : scan_sums_as<C, true, false>(s, z_b, m, m_b, n);
-  return base ? scan_sums_as<C, false, true>(s, z_b, m, m_b, n) : scan_sums_as<C, false, false>(s, z_b, m, m_b, n);
+  const auto run = moments ? (base ? scan_sums_as<C, true, true> : scan_sums_as<C, true, false>)
+                           : (base ? scan_sums_as<C, false, true> : scan_sums_as<C, false, false>);
+  return run(s, z_b, m, m_b, n, first, second);
 }
 
 template <class C>
@@ -190,10 +208,18 @@ static void copy_past_cache(void* out, const void* from, int64_t bytes) {
 }
 
 template <class C, class T>
+static AUXK_INLINE void narrow_number(C x, T& out) {
+  narrow(x, out);
+}
+static AUXK_INLINE void narrow_number(float x, bfloat16& out) {
+  out.bits = static_cast<uint16_t>(rounded_to_bfloat16(x) >> 16);
+}
+
+template <class C, class T>
 static void scale_into(const C* __restrict__ e, C factor, C S, const C* __restrict__ w, int64_t n, T* __restrict__ out) {
-  if (S == 0) {
+  if (S == 0 && factor == factor) {  // a NaN among the e would have made the factor NaN
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) narrow(e[i] * factor, out[i]);
+    for (int64_t i = 0; i < n; ++i) narrow_number(e[i] * factor, out[i]);
   } else if (w == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) narrow(e[i] * factor + S, out[i]);

@@ -31,24 +31,34 @@ int64_t first_bad_target(const Problem& p, int64_t* num_kept) {
 
 namespace {
 
-// a fresh buffer costs as much as the kernel in page faults: let the first touch of a large one bring huge pages
-void advise_huge_pages(void* begin, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kLarge = 4 << 20;
-  constexpr uintptr_t kPage = 2 << 20;
+// Brings the pages of a large fresh output in, huge ones, by all threads, before the kernel writes it. Page faults would
+// otherwise cost as much as the kernel: they come in small pages, and a store past the caches to a line that the fault has
+// just zeroed must first wait for that line to be written back (measured: 20 ms for 100 MB, against 10 ms this way).
+void bring_pages_in(void* begin, int64_t bytes, int threads) {
+#if defined(__linux__)
+  constexpr int64_t kLarge = 4 << 20, kHugePage = 2 << 20, kPage = 4096;
   if (begin == nullptr || bytes < kLarge) return;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (first >= last) return;
+  unsigned char resident = 1;
+  if (mincore(reinterpret_cast<void*>(first), kPage, &resident) != 0 || (resident & 1) != 0) return;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  parallel_for(static_cast<int64_t>((last - first) / kHugePage), threads, 1, [&](int64_t i, int) {
+    volatile char* page = reinterpret_cast<char*>(first) + i * kHugePage;
+    for (int64_t offset = 0; offset < kHugePage; offset += kPage) page[offset] = 0;
+  });
 #else
   (void)begin;
   (void)bytes;
+  (void)threads;
 #endif
 }
 
-void advise_gradients(const Problem& p, const Outputs& out) {
-  advise_huge_pages(out.grad_base, p.num_rows * p.base.width * size_of(p.base.dtype));
-  advise_huge_pages(out.grad_aux, p.num_rows * p.aux.width * size_of(p.aux.dtype));
+void bring_gradients_in(const Problem& p, const Outputs& out) {
+  bring_pages_in(out.grad_base, p.num_rows * p.base.width * size_of(p.base.dtype), p.threads);
+  bring_pages_in(out.grad_aux, p.num_rows * p.aux.width * size_of(p.aux.dtype), p.threads);
 }
 
 ScanWants wants_of(const Outputs& out) {
@@ -190,7 +200,7 @@ double loss(const Problem& p, const LossOptions& options, const Outputs& out, in
   const bool wants_grad = out.grad_base != nullptr || out.grad_aux != nullptr || wants_dscale;
   const bool scaled = !wants_dscale && (out.grad_base == nullptr || p.base.softcap == 0) &&
                       (out.grad_aux == nullptr || p.aux.softcap == 0);
-  advise_gradients(p, out);
+  bring_gradients_in(p, out);
   std::vector<double> row_loss(static_cast<size_t>(p.num_rows), 0.0);
   ScaleGradients<C> dscale(kernel, out);
 
@@ -235,7 +245,7 @@ double loss(const Problem& p, const LossOptions& options, const Outputs& out, in
 template <class C>
 void backward(const Problem& p, const BackwardInputs& in, const Outputs& out) {
   const Kernel<C> kernel(p);
-  advise_gradients(p, out);
+  bring_gradients_in(p, out);
   ScaleGradients<C> dscale(kernel, out);
   const auto at = [](const void* values, int64_t n) {
     return values == nullptr ? 0.0 : static_cast<double>(static_cast<const C*>(values)[n]);

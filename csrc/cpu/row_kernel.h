@@ -124,18 +124,19 @@ class Kernel {
         z_b[y] = static_cast<C>(kMinusInf);
       }
     }
-    if (wants.moments || wants.base) {
-      const ScanSums<C> sums = ops.scan_sums(s, z_b, max, base_max, size, wants.moments, wants.base);
-      state.sum = sums.sum, state.sum_times_s = sums.sum_times_s, state.sum_times_base = sums.sum_times_base;
-      state.base_sum = sums.base_sum;
-      return state;
-    }
     const bool last = k + 1 == num_blocks;
     const int64_t next_n = last ? std::min(n + 1, p.num_rows - 1) : n, next_k = last ? 0 : k + 1;
     const auto ahead = [&](const Source& source) -> Ahead {
       return {static_cast<const char*>(block(source, next_n, next_k).values), size * size_of(source.dtype)};
     };
-    state.sum = ops.exp_sum(s, max, size, ahead(p.base), has_aux() ? ahead(p.aux) : Ahead{});
+    const Ahead first = ahead(p.base), second = has_aux() ? ahead(p.aux) : Ahead{};
+    if (!wants.moments && !wants.base) {
+      state.sum = ops.exp_sum(s, max, size, first, second);
+      return state;
+    }
+    const ScanSums<C> sums = ops.scan_sums(s, z_b, max, base_max, size, wants.moments, wants.base, first, second);
+    state.sum = sums.sum, state.sum_times_s = sums.sum_times_s, state.sum_times_base = sums.sum_times_base;
+    state.base_sum = sums.base_sum;
     return state;
   }
 

@@ -50,10 +50,13 @@ AUXK_INLINE void narrow(double x, float& out) { out = static_cast<float>(x); }
 AUXK_INLINE void narrow(double x, double& out) { out = x; }
 AUXK_INLINE void narrow(float x, double& out) { out = x; }
 
-AUXK_INLINE void narrow(float x, bfloat16& out) {
+// to nearest, ties to even, in the upper half; not for NaN, whose payload may carry into the sign
+AUXK_INLINE uint32_t rounded_to_bfloat16(float x) {
   const uint32_t bits = as_bits(x);
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-  out.bits = static_cast<uint16_t>(x == x ? rounded >> 16 : 0x7fc0u);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+AUXK_INLINE void narrow(float x, bfloat16& out) {
+  out.bits = static_cast<uint16_t>(x == x ? rounded_to_bfloat16(x) >> 16 : 0x7fc0u);
 }
 AUXK_INLINE void narrow(double x, bfloat16& out) { narrow(static_cast<float>(x), out); }
 
@@ -71,23 +74,23 @@ AUXK_INLINE void narrow(float x, float16& out) {
 }
 AUXK_INLINE void narrow(double x, float16& out) { narrow(static_cast<float>(x), out); }
 
-// exp(x) for x <= 88, within 1 ulp; below the smallest normal number the result is 0; NaN stays NaN.
+// exp(x) for x <= 88, within 1 ulp and |x| / 2 ulp of 2^-24; below the normal numbers the result is exactly 0; NaN stays NaN.
 // 2^n * (1 + r + r^2 q(r)), q fitted to minimise the relative error on |r| <= ln(2)/2 (3e-9).
 AUXK_INLINE float exp_of(float x) {
   // 1.5 * 2^23 + 127: adding it leaves round(value) in the low mantissa bits, biased as an exponent is
   constexpr float kRound = 12583039.0f;
+  x = x < -88.0f ? -88.0f : x;  // 2^n is then 0, and so is exp(-inf)
   const float shifted = x * 1.44269504089f + kRound;
   const float n = shifted - kRound;
-  float r = x - n * 0.693359375f;  // ln 2 in two parts: n * high is exact
-  r = r + n * 2.12194440e-4f;
+  const float r = x - n * 0.69314718056f;
   float q = 1.381446674e-3f;
   q = q * r + 8.368780429e-3f;
   q = q * r + 4.166839422e-2f;
   q = q * r + 1.666652011e-1f;
   q = q * r + 4.999999341e-1f;
-  const float mantissa = r * r * q + r + 1.0f;
-  const float result = mantissa * as_float(as_bits(shifted) << 23);  // a product: a NaN must come out as one
-  return x < -87.3365f ? 0.0f : result;
+  q = q * r + 1.0f;
+  q = q * r + 1.0f;
+  return q * as_float(as_bits(shifted) << 23);  // a product: a NaN must come out as one
 }
 AUXK_INLINE double exp_of(double x) { return std::exp(x); }
 

@@ -1,0 +1,285 @@
+"""The columns of one row: sources read, segments scanned, gradients written."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .row_state import (
+    absorb,
+    collapse,
+    load_state,
+    merge,
+    no_columns,
+    pairwise_sum,
+    soft_cap,
+)
+
+
+class Source(NamedTuple):
+    """A source as kernels get it, see layout.Rows; `at_row` moves it to one row. `ptr` None: no such source."""
+
+    ptr: Any
+    num_inner: Any
+    stride_outer: Any
+    stride_inner: Any
+    width: Any
+    scale: Any  # None: 1
+    scale_stride: Any
+    softcap: Any  # None: none
+
+
+class Softmax(NamedTuple):
+    """What turns a row's logits into probabilities."""
+
+    max: Any
+    log_denom: Any
+    base_max: Any
+    base_log_denom: Any
+    residual: Any  # 1 - p of the target
+
+
+class Coefficients(NamedTuple):
+    """One row's numbers of ops.COEFFICIENTS. None: 0."""
+
+    A: Any
+    C: Any
+    D: Any
+    Q: Any
+    G: Any
+    S: Any
+    Q_b: Any
+    B_b: Any
+
+
+class Gradients(NamedTuple):
+    """Where the gradients go. None: not wanted."""
+
+    base: Any
+    aux: Any
+    base_scale: Any
+    aux_scale: Any
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def at_row(source, row):
+    """The source's row: `ptr` to its first column, `scale` its number. `row` is 64-bit, so that the products are."""
+    ptr, scale = source.ptr, source.scale
+    if ptr is not None:
+        ptr += (row // source.num_inner) * source.stride_outer + (row % source.num_inner) * source.stride_inner
+    if scale is not None:
+        scale = tl.load(scale + row * source.scale_stride)
+    return Source(
+        ptr,
+        source.num_inner,
+        source.stride_outer,
+        source.stride_inner,
+        source.width,
+        scale,
+        source.scale_stride,
+        source.softcap,
+    )
+
+
+@triton.jit
+def read_source(source, cols, mask, EVICT: tl.constexpr):
+    """(scale * softcap(values), softcap(values), softcap'(values) or None for 1), in float32 before any arithmetic."""
+    bent = tl.load(source.ptr + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    slope = None
+    if source.softcap is not None:
+        bent, slope = soft_cap(bent, source.softcap)
+    return (bent if source.scale is None else bent * source.scale), bent, slope
+
+
+@triton.jit
+def read_sum(base, aux, cols, mask):
+    """(s, z_b)."""
+    z_base, _, _ = read_source(base, cols, mask, "")
+    if aux.ptr is None:
+        return z_base, z_base
+    z_aux, _, _ = read_source(aux, cols, mask, "")
+    return z_base + z_aux, z_base
+
+
+@triton.jit
+def read_target(target, row, ignore_index, V):
+    """(column, or -1 where there is none; whether the row is ignored; whether its target names no class)."""
+    if target is None:
+        return -1, False, False
+    y = tl.load(target + row).to(tl.int64)
+    in_range = (y >= 0) & (y < V)  # in 64 bits: 2**32 + 5 is not class 5
+    is_ignored = y == ignore_index
+    return tl.where(in_range, y, -1).to(tl.int32), is_ignored, (in_range | is_ignored) == 0
+
+
+# -- scan --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scan_segment(
+    base, aux, weight, y, start, stop, WANTED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """The state of the columns [start, stop) without y."""
+    lanes = no_columns([LANES], WANTED)
+    tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for first in range(start, stop, ROWS * LANES):
+        cols = first + tile
+        in_row = cols < stop
+        s, z_base = read_sum(base, aux, cols, in_row)
+        w = 1.0
+        if weight is not None and lanes.weight is not None:
+            w = tl.load(weight + cols, mask=in_row, other=0.0)
+        lanes = absorb(lanes, s, z_base, w, in_row & (cols != y), cols, in_row)
+    return collapse(lanes)
+
+
+@triton.jit
+def scan_row(
+    base,
+    aux,
+    weight,
+    y,
+    V,
+    WANTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """The state of a row without y."""
+    state = no_columns([], WANTED)
+    for start in range(0, V, SEGMENT):
+        stop = tl.minimum(start + SEGMENT, V)
+        state = merge(state, scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES))
+    return state
+
+
+@triton.jit
+def merge_segments(floats, ints, row, num_segments, WANTED: tl.constexpr):
+    """The same from the states that other programs have stored, segment by segment."""
+    state = no_columns([], WANTED)
+    for segment in range(0, num_segments):
+        state = merge(state, load_state(floats, ints, row * num_segments + segment, WANTED))
+    return state
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gradient_of_sum(s, z_base, w, at_y, soft, k):
+    """(dz of every source, what the base's gets on top or None): the formula of auxkernels/ops.py."""
+    z = s - soft.max
+    p = tl.exp(z - soft.log_denom)
+    dz = tl.zeros_like(p)
+    extra = None
+    if k.G is not None:
+        dz = tl.where(at_y, -k.G * soft.residual, k.G * p)
+    if k.A is not None:
+        dz += k.A * p
+    if k.C is not None:
+        dz += tl.where(p == 0, 0.0, k.C * p * z)
+    if k.D is not None:
+        dz += tl.where(p == 0, 0.0, k.D * p * (z_base - soft.base_max))
+        extra = k.D * p
+    if k.S is not None:
+        dz += k.S * w
+    if k.Q is not None or k.Q_b is not None:
+        q = tl.exp((z_base - soft.base_max) - soft.base_log_denom)
+        if k.Q is not None:
+            dz += k.Q * q
+        if k.Q_b is not None:
+            extra = k.Q_b * q if extra is None else extra + k.Q_b * q
+    if k.B_b is not None:
+        at_target = tl.where(at_y, k.B_b, 0.0)
+        extra = at_target if extra is None else extra + at_target
+    return dz, extra
+
+
+@triton.jit
+def write_source_gradient(ptr, cols, mask, dz, source, slope):
+    if ptr is not None:
+        if source.scale is not None:
+            dz = dz * source.scale
+        if slope is not None:
+            dz = dz * slope
+        # streamed past the rows that wait in L2 for their second read
+        tl.store(ptr + cols, dz.to(ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def add_products(lanes, dz, bent):
+    """Lanes of sum dz * softcap(values), where a masked class, 0 * (-inf), counts nothing."""
+    return None if lanes is None else lanes + pairwise_sum(tl.where(dz == 0, 0.0, dz * bent))
+
+
+@triton.jit
+def write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Gradients of the columns [start, stop), the last tile first; where a scale's is wanted these are the whole row."""
+    tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    base_lanes = None if grads.base_scale is None else tl.zeros([LANES], tl.float32)
+    aux_lanes = None if grads.aux_scale is None else tl.zeros([LANES], tl.float32)
+    num_tiles = tl.cdiv(stop - start, ROWS * LANES)
+    for i in range(0, num_tiles):
+        cols = start + (num_tiles - 1 - i) * (ROWS * LANES) + tile
+        mask = cols < stop
+        z_base, bent_base, slope_base = read_source(base, cols, mask, "evict_first")
+        s, bent_aux, slope_aux = z_base, None, None
+        if aux.ptr is not None:
+            z_aux, bent_aux, slope_aux = read_source(aux, cols, mask, "evict_first")
+            s = z_base + z_aux
+        w = 1.0
+        if weight is not None and k.S is not None:
+            w = tl.load(weight + cols, mask=mask, other=0.0)
+        dz, extra = gradient_of_sum(s, z_base, w, cols == y, soft, k)
+        dz_base = dz if extra is None else dz + extra
+        write_source_gradient(grads.base, cols, mask, dz_base, base, slope_base)
+        write_source_gradient(grads.aux, cols, mask, dz, aux, slope_aux)
+        base_lanes = add_products(base_lanes, tl.where(mask, dz_base, 0.0), bent_base)
+        aux_lanes = add_products(aux_lanes, tl.where(mask, dz, 0.0), bent_aux)
+    if base_lanes is not None:
+        tl.store(grads.base_scale + row, pairwise_sum(base_lanes))
+    if aux_lanes is not None:
+        tl.store(grads.aux_scale + row, pairwise_sum(aux_lanes))
+
+
+@triton.jit
+def gradients_at_row(grads, row, base, aux):
+    """`grads` with the sources' gradients, which are contiguous, at one row."""
+    return Gradients(
+        None if grads.base is None else grads.base + row * base.width,
+        None if grads.aux is None else grads.aux + row * aux.width,
+        grads.base_scale,
+        grads.aux_scale,
+    )
+
+
+@triton.jit
+def fill(ptr, start, stop, value, LANES: tl.constexpr):
+    if ptr is not None:
+        for first in range(start, stop, LANES):
+            cols = first + tl.arange(0, LANES)
+            tl.store(ptr + cols, tl.zeros([LANES], ptr.dtype.element_ty) + value, mask=cols < stop)
+
+
+@triton.jit
+def fill_gradients(grads, row, start, stop, value, LANES: tl.constexpr):
+    """Gradients that no formula gives: 0 where the row is ignored, NaN where its target names no class."""
+    fill(grads.base, start, stop, value, LANES)
+    fill(grads.aux, start, stop, value, LANES)
+    if grads.base_scale is not None:
+        tl.store(grads.base_scale + row, value)
+    if grads.aux_scale is not None:
+        tl.store(grads.aux_scale + row, value)
+
+
+@triton.jit
+def fill_tails(grads, base, aux, stop, V, LANES: tl.constexpr):
+    """Columns from V on belong to nobody: 0, written where the row's last columns are."""
+    if stop == V:
+        fill(grads.base, V, base.width, 0.0, LANES)
+        fill(grads.aux, V, aux.width, 0.0, LANES)

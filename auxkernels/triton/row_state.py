@@ -1,0 +1,354 @@
+"""Arithmetic of one row: its state while columns are scanned, the one merge of two states, and accurate scalar functions.
+
+Columns are cut in segments that depend on the vocabulary alone. A segment is scanned by `LANES` independent lanes, each with
+its own maximum, so that the loop has no reduction across threads; `collapse` makes one state of them, and `merge` joins
+segments in their order. Every sum over lanes or rows of a tile is a tree of pairs: its bits do not depend on how the compiler
+lays a tensor out over threads, which changes with alignment. Kernels are compiled without fused multiply-add for the same
+reason: a row has the same bits from every kernel, split or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..ops import FIELD_BIT
+
+MEAN_SUM = tl.constexpr(FIELD_BIT["mean_sum"])
+MEAN_BASE = tl.constexpr(FIELD_BIT["mean_base"])
+BASE_MAX = tl.constexpr(FIELD_BIT["base_max"])
+BASE_DENOM = tl.constexpr(FIELD_BIT["base_log_denom"] | FIELD_BIT["base_nll"])
+BASE = tl.constexpr(FIELD_BIT["mean_base"] | FIELD_BIT["base_max"] | FIELD_BIT["base_log_denom"] | FIELD_BIT["base_nll"])
+WEIGHTED_SUM = tl.constexpr(FIELD_BIT["weighted_sum"])
+ARGMAX = tl.constexpr(FIELD_BIT["argmax"])
+BASE_ARGMAX = tl.constexpr(FIELD_BIT["base_argmax"])
+
+NUM_FLOATS = tl.constexpr(8)  # of a stored state
+NUM_INTS = tl.constexpr(2)
+
+
+class RowState(NamedTuple):
+    """Sums over some columns v, relative to r = max and r_b = base_max (0 while these are -inf). None: not wanted."""
+
+    max: Any  # of s
+    denom: Any  # sum exp(s - r)
+    mean_sum: Any  # sum exp(s - r) (s - r)
+    mean_base: Any  # sum exp(s - r) (z_b - r_b)
+    base_max: Any  # of z_b
+    base_denom: Any  # sum exp(z_b - r_b)
+    weighted_sum: Any  # sum w (s - r)
+    weight: Any  # sum w
+    argmax: Any  # packed value and column
+    base_argmax: Any
+
+
+# -- scalar functions --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def finite_or_zero(m):
+    # a row may hold whole blocks of -inf (masked classes): subtracting their maximum would make NaN of exp(-inf + inf)
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [0, 1], to full relative accuracy: 2 atanh(x / (2 + x)), the series with ratio at most 1/9."""
+    t = tl.math.div_rn(x, 2.0 + x)
+    u = t * t
+    series = 1.0 / 17
+    series = series * u + 1.0 / 15
+    series = series * u + 1.0 / 13
+    series = series * u + 1.0 / 11
+    series = series * u + 1.0 / 9
+    series = series * u + 1.0 / 7
+    series = series * u + 1.0 / 5
+    series = series * u + 1.0 / 3
+    return 2.0 * t + 2.0 * t * (u * series)
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(-x), to full relative accuracy also for x near 0, where it is a Taylor series."""
+    series = 1.0 / 39916800
+    series = 1.0 / 3628800 - x * series
+    series = 1.0 / 362880 - x * series
+    series = 1.0 / 40320 - x * series
+    series = 1.0 / 5040 - x * series
+    series = 1.0 / 720 - x * series
+    series = 1.0 / 120 - x * series
+    series = 1.0 / 24 - x * series
+    series = 1.0 / 6 - x * series
+    series = 0.5 - x * series
+    return tl.where(tl.abs(x) < 1.0, x - x * (x * series), 1.0 - tl.exp(-x))
+
+
+@triton.jit
+def soft_cap(z, cap):
+    """cap * tanh(z / cap) and its derivative, each to a few ulp: tanh.approx of the hardware has 11 bits."""
+    x = z * tl.math.div_rn(1.0, cap)
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    r = 1.0 / (1.0 + e)
+    u = x * x
+    series = -5.70498872745e-3 * u + 2.06390887954e-2
+    series = series * u - 5.37397155531e-2
+    series = series * u + 1.33314422036e-1
+    series = series * u - 3.33332819422e-1
+    far = tl.where(x < 0, e - 1.0, 1.0 - e) * r
+    return cap * tl.where(size < 0.625, x + x * (u * series), far), 4.0 * e * r * r
+
+
+@triton.jit
+def pairwise_sum(x):
+    """Sum over the first dimension, a power of two, as a tree of neighbours."""
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2] + x.shape[1:]), axis=1)
+    return tl.sum(x, axis=0)
+
+
+# -- argmax ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pack(z, cols, in_row):
+    """Value and column as one int64 whose maximum is torch's argmax: NaN above all, ties to the lower column."""
+    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(z != z, 0x7FFFFFFF, key)
+    packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - cols).to(tl.int64)
+    return tl.where(in_row, packed, -(2**63))
+
+
+@triton.jit
+def unpack(packed):
+    return 0x7FFFFFFF - (packed & 0xFFFFFFFF)
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def no_columns(SHAPE: tl.constexpr, WANTED: tl.constexpr):
+    """The state of no columns: the neutral element of `merge`."""
+    zero = tl.full(SHAPE, 0.0, tl.float32)
+    lowest = tl.full(SHAPE, float("-inf"), tl.float32)
+    nowhere = tl.full(SHAPE, -(2**63), tl.int64)
+    return RowState(
+        lowest,
+        zero,
+        zero if WANTED & MEAN_SUM else None,
+        zero if WANTED & MEAN_BASE else None,
+        lowest if WANTED & BASE else None,
+        zero if WANTED & BASE_DENOM else None,
+        zero if WANTED & WEIGHTED_SUM else None,
+        zero if WANTED & WEIGHTED_SUM else None,
+        nowhere if WANTED & ARGMAX else None,
+        nowhere if WANTED & BASE_ARGMAX else None,
+    )
+
+
+@triton.jit
+def rebase(state, new_max, new_base_max):
+    """The same sums relative to other, not smaller, maxima. States, or vectors of states with scalar maxima."""
+    old, ref = finite_or_zero(state.max), finite_or_zero(new_max)
+    factor = tl.exp(state.max - ref)
+    mean_sum, mean_base = state.mean_sum, state.mean_base
+    base_denom, weighted_sum = state.base_denom, state.weighted_sum
+    # what has underflowed to nothing stays nothing: the shift may be infinite there
+    if mean_sum is not None:
+        mean_sum = tl.where(factor == 0, 0.0, factor * (mean_sum + (old - ref) * state.denom))
+    if mean_base is not None:
+        shift = finite_or_zero(state.base_max) - finite_or_zero(new_base_max)
+        mean_base = tl.where(factor == 0, 0.0, factor * (mean_base + shift * state.denom))
+    if base_denom is not None:
+        base_denom = base_denom * tl.exp(state.base_max - finite_or_zero(new_base_max))
+    if weighted_sum is not None:
+        weighted_sum = weighted_sum + (old - ref) * state.weight
+    return RowState(
+        new_max,
+        state.denom * factor,
+        mean_sum,
+        mean_base,
+        new_base_max,
+        base_denom,
+        weighted_sum,
+        state.weight,
+        state.argmax,
+        state.base_argmax,
+    )
+
+
+@triton.jit
+def add(a, b):
+    return None if a is None else a + b
+
+
+@triton.jit
+def larger(a, b):
+    return None if a is None else tl.maximum(a, b)
+
+
+@triton.jit
+def merge(a, b):
+    """The state of the columns of both: segments of a row, or a row without its target and the target."""
+    new_max, new_base_max = tl.maximum(a.max, b.max), larger(a.base_max, b.base_max)
+    a, b = rebase(a, new_max, new_base_max), rebase(b, new_max, new_base_max)
+    return RowState(
+        new_max,
+        a.denom + b.denom,
+        add(a.mean_sum, b.mean_sum),
+        add(a.mean_base, b.mean_base),
+        new_base_max,
+        add(a.base_denom, b.base_denom),
+        add(a.weighted_sum, b.weighted_sum),
+        add(a.weight, b.weight),
+        larger(a.argmax, b.argmax),
+        larger(a.base_argmax, b.base_argmax),
+    )
+
+
+@triton.jit
+def sum_of(x):
+    return None if x is None else pairwise_sum(x)
+
+
+@triton.jit
+def max_of(x):
+    return None if x is None else tl.max(x, axis=0)
+
+
+@triton.jit
+def collapse(lanes):
+    """One state of a vector of states. Maxima are exact in any order."""
+    new_max, new_base_max = tl.max(lanes.max, axis=0), max_of(lanes.base_max)
+    lanes = rebase(lanes, new_max, new_base_max)
+    return RowState(
+        new_max,
+        pairwise_sum(lanes.denom),
+        sum_of(lanes.mean_sum),
+        sum_of(lanes.mean_base),
+        new_base_max,
+        sum_of(lanes.base_denom),
+        sum_of(lanes.weighted_sum),
+        sum_of(lanes.weight),
+        max_of(lanes.argmax),
+        max_of(lanes.base_argmax),
+    )
+
+
+@triton.jit
+def absorb(lanes, s, z_base, w, keep, cols, in_row):
+    """The lanes after a tile [ROWS, LANES] of logits.
+
+    keep      columns that enter the sums: those of the row but the target, which is joined at the end
+    in_row    columns of the row, which all enter the argmaxes
+    """
+    argmax, base_argmax = lanes.argmax, lanes.base_argmax
+    if argmax is not None:
+        argmax = tl.maximum(argmax, tl.max(pack(s, cols, in_row), axis=0))
+    if base_argmax is not None:
+        base_argmax = tl.maximum(base_argmax, tl.max(pack(z_base, cols, in_row), axis=0))
+    s = tl.where(keep, s, float("-inf"))
+    new_max, new_base_max = tl.maximum(lanes.max, tl.max(s, axis=0)), lanes.base_max
+    if new_base_max is not None:
+        z_base = tl.where(keep, z_base, float("-inf"))
+        new_base_max = tl.maximum(new_base_max, tl.max(z_base, axis=0))
+    lanes = rebase(lanes, new_max, new_base_max)
+    mean_sum, mean_base = lanes.mean_sum, lanes.mean_base
+    base_denom, weighted_sum, weight = lanes.base_denom, lanes.weighted_sum, lanes.weight
+    s = s - finite_or_zero(new_max)[None, :]
+    e = tl.exp(s)
+    if mean_sum is not None:
+        mean_sum += pairwise_sum(tl.where(e == 0, 0.0, e * s))
+    if new_base_max is not None:
+        z_base = z_base - finite_or_zero(new_base_max)[None, :]
+    if mean_base is not None:
+        mean_base += pairwise_sum(tl.where(e == 0, 0.0, e * z_base))
+    if base_denom is not None:
+        base_denom += pairwise_sum(tl.exp(z_base))
+    if weighted_sum is not None:
+        weighted_sum += pairwise_sum(tl.where(keep, w * s, 0.0))
+        weight += pairwise_sum(tl.where(keep, w, 0.0))
+    return RowState(
+        new_max,
+        lanes.denom + pairwise_sum(e),
+        mean_sum,
+        mean_base,
+        new_base_max,
+        base_denom,
+        weighted_sum,
+        weight,
+        argmax,
+        base_argmax,
+    )
+
+
+# -- the target, joined last -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def of_target(s_y, z_y, w_y, rest):
+    """The state of the target's column alone, with what `rest` has. Its column is in the argmaxes already."""
+    zero = s_y - s_y  # 0, or NaN for a logit that is no number
+    zero = tl.where(s_y == float("-inf"), 0.0, zero)
+    return RowState(
+        s_y,
+        tl.exp(s_y - finite_or_zero(s_y)),
+        None if rest.mean_sum is None else zero,
+        None if rest.mean_base is None else tl.where(s_y == float("-inf"), 0.0, z_y - z_y),
+        None if rest.base_max is None else z_y,
+        None if rest.base_denom is None else tl.exp(z_y - finite_or_zero(z_y)),
+        None if rest.weighted_sum is None else w_y * (s_y - finite_or_zero(s_y)),
+        None if rest.weight is None else w_y,
+        rest.argmax,
+        rest.base_argmax,
+    )
+
+
+@triton.jit
+def nll_of(rest_max, rest_denom, new_max, denom, logit):
+    """-log p of the target and 1 - p, neither by cancellation, from the sums without it (rest) and with it."""
+    ref = finite_or_zero(new_max)
+    rest = rest_denom * tl.exp(rest_max - ref)
+    e = tl.exp(logit - ref)
+    nll = tl.where(e > rest, log1p(tl.math.div_rn(rest, e)), tl.log(denom) - (logit - new_max))
+    return nll, tl.math.div_rn(rest, denom)
+
+
+# -- stored states -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_or_skip(ptr, x):
+    if x is not None:
+        tl.store(ptr, x)
+
+
+@triton.jit
+def store_state(floats, ints, index, state):
+    for i in tl.static_range(NUM_FLOATS):
+        store_or_skip(floats + index * NUM_FLOATS + i, state[i])
+    for i in tl.static_range(NUM_INTS):
+        store_or_skip(ints + index * NUM_INTS + i, state[NUM_FLOATS + i])
+
+
+@triton.jit
+def load_state(floats, ints, index, WANTED: tl.constexpr):
+    floats += index * NUM_FLOATS
+    ints += index * NUM_INTS
+    return RowState(
+        tl.load(floats),
+        tl.load(floats + 1),
+        tl.load(floats + 2) if WANTED & MEAN_SUM else None,
+        tl.load(floats + 3) if WANTED & MEAN_BASE else None,
+        tl.load(floats + 4) if WANTED & BASE else None,
+        tl.load(floats + 5) if WANTED & BASE_DENOM else None,
+        tl.load(floats + 6) if WANTED & WEIGHTED_SUM else None,
+        tl.load(floats + 7) if WANTED & WEIGHTED_SUM else None,
+        tl.load(ints) if WANTED & ARGMAX else None,
+        tl.load(ints + 1) if WANTED & BASE_ARGMAX else None,
+    )

@@ -1,0 +1,42 @@
+"""Regression cases for pytest-benchmark: ``pytest benchmarks``, with ``--benchmark-autosave``, ``--benchmark-compare``.
+
+Each checks its result against the float64 oracle before it is timed. Eager is timed too, so that a slower machine is
+not taken for a slower kernel.
+"""
+
+import pytest
+import torch
+
+from .cross_entropy import OVERHEAD_SHAPE, Spec, build
+
+SPECS = [
+    *(Spec(name, (64, 32000), dtype, "flat") for name in ("forward", "training") for dtype in ("bf16", "fp32")),
+    *(Spec("training", (257, 1023), dtype, "peaked") for dtype in ("bf16", "fp32")),
+    *(Spec(name, (64, 32000), "bf16", "flat") for name in ("both", "stats", "stats_training")),
+    Spec("overhead", OVERHEAD_SHAPE, "fp32", "flat"),
+]
+NAMES = {
+    "stats": ("eager", "auxkernels logit_stats"),
+    "stats_training": ("eager", "auxkernels return_stats"),
+    "overhead": ("eager", "plain", "every option"),
+}
+CASES = [(spec, name) for spec in SPECS for name in NAMES.get(spec.pass_name, ("eager", "auxkernels"))]
+
+
+def _id(value):
+    if isinstance(value, str):
+        return value.replace(" ", "_")
+    return f"{value.pass_name}-{'x'.join(map(str, value.shape))}-{value.dtype}-{value.inputs}"
+
+
+@pytest.mark.parametrize(("spec", "name"), CASES, ids=_id)
+def test_result_is_right_and_its_time_is_recorded(benchmark, spec, name):
+    case = build(spec, torch.device("cpu"), seed=0)
+    benchmark.group = case.title
+    for implementation in case.implementations:
+        if implementation.role == "yardstick" or implementation.name == name:
+            call = implementation.prepare()
+            accuracy = case.check(implementation, call())
+            assert accuracy.problem is None
+    benchmark.extra_info["fp64_error"] = accuracy.errors
+    benchmark.pedantic(call, rounds=7, warmup_rounds=1, iterations=case.calls_per_sample)

@@ -1,0 +1,353 @@
+"""`logit_stats` and `return_stats`: values and gradients against the float64 oracle, argmaxes as torch picks them."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from inputs import covering_pairs, label, logits, strided, targets
+from oracle import Case, Coefficients, Rows, assert_close, check, expected_gradients
+
+from auxkernels import Logits, LogitStats, aux_cross_entropy, logit_stats
+
+FLOATS = ("log_prob", "base_log_prob", "lse", "entropy", "kl_to_base")
+INTEGERS = ("argmax", "base_argmax")
+
+
+def stats_of(case: Case, backend: str) -> LogitStats:
+    options = {name: case.options[name] for name in ("ignore_index", "vocab_size") if name in case.options}
+    return logit_stats(case.base, case.aux, case.target, backend=backend, **options)
+
+
+# -- oracle of the statistics ------------------------------------------------------------------------------------------
+
+
+def expected_statistics(rows: Rows) -> dict:
+    """Value and tolerance of each floating statistic, the argmaxes with None."""
+    s, b, eps = rows.sum, rows.base, rows.eps
+    p_z_b = torch.where(s.p == 0, 0.0, b.z)
+    mean_base = (s.p * p_z_b).sum(-1, keepdim=True)
+    mean_base_error = (s.p * (p_z_b.abs() + mean_base.abs() + 1) * (s.p_error + b.p_error)).sum(-1, keepdim=True)
+    sum_error = (s.p * s.sum_error).sum(-1, keepdim=True)
+    found = {
+        "log_prob": (-s.nll(rows.onehot), rows.at_target(s.loss_error)),
+        "base_log_prob": (-b.nll(rows.onehot), rows.at_target(b.loss_error)),
+        "lse": (s.max + s.log_d, 4 * eps * (1 + s.max.abs() + s.log_d) + sum_error),
+        "entropy": (s.log_d - s.mean, 4 * eps * (1 + s.log_d) + s.mean_error),
+        "kl_to_base": (
+            (s.mean - mean_base) + (b.log_d - s.log_d),
+            4 * eps * (2 + s.log_d + b.log_d) + s.mean_error + mean_base_error,
+        ),
+    }
+    found = {k: tuple(torch.where(rows.ignored, 0.0, t).squeeze(-1) for t in v) for k, v in found.items()}
+    for name, softmax in (("argmax", s), ("base_argmax", b)):
+        found[name] = (torch.where(rows.ignored.squeeze(-1), -1, softmax.s.argmax(-1)), None)
+    return found
+
+
+def statistics_coefficients(rows: Rows, upstream: dict) -> Coefficients:
+    s, b = rows.sum, rows.base
+    g = {name: upstream[name].double().unsqueeze(-1) if name in upstream else 0.0 for name in FLOATS}
+    mean_base = (s.p * torch.where(s.p == 0, 0.0, b.z)).sum(-1, keepdim=True)
+    entropy, kl = g["entropy"], g["kl_to_base"]
+    return Coefficients(
+        A=g["lse"] + entropy * s.mean + kl * (mean_base - s.mean),
+        A_size=abs(g["lse"]) + abs(entropy * s.mean) + abs(kl) * (mean_base.abs() + s.mean.abs()),
+        A_error=(abs(entropy) + abs(kl)) * s.mean_error + abs(kl) * s.mean_error.maximum(mean_base.abs() * s.mean_error),
+        C=kl - entropy,
+        D=-kl,
+        G=-g["log_prob"],
+        Q_b=kl - g["base_log_prob"],
+        B_b=g["base_log_prob"],
+    )
+
+
+def check_statistics(case: Case, impl, wanted_gradients=FLOATS) -> LogitStats:
+    rows, stats = Rows(case), stats_of(case, impl.backend)
+    for name, (want, error) in expected_statistics(rows).items():
+        if case.target is None and "log_prob" in name:
+            assert getattr(stats, name) is None
+        elif error is None:
+            assert getattr(stats, name).dtype == torch.int64
+            assert torch.equal(getattr(stats, name), want), name
+        else:
+            assert getattr(stats, name).dtype == rows.compute
+            assert_close(name, getattr(stats, name), want, error)
+    leaves = case.leaves()
+    if leaves:
+        # a statistic of base alone has no gradient where only aux wants one
+        present = [name for name in wanted_gradients if getattr(getattr(stats, name), "requires_grad", False)]
+        upstream = {name: torch.randn_like(getattr(stats, name)) for name in present}
+        outputs = [getattr(stats, name) for name in present]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), list(upstream.values()), allow_unused=True)
+        k = statistics_coefficients(rows, upstream)
+        wanted = expected_gradients(case, rows, k, confident=impl.backend != "reference")
+        for name, got in zip(leaves, grads, strict=True):
+            got = torch.zeros_like(leaves[name]) if got is None else got
+            assert_close(f"gradient of {name}", got, *wanted[name])
+    return stats
+
+
+# -- values and gradients ----------------------------------------------------------------------------------------------
+
+AXES = {
+    "vocab_size": [65, 1, 7, 1030],
+    "lead": [(5,), (2, 3), ()],
+    "base_dtype": [torch.bfloat16, torch.float32, torch.float16],
+    "aux_dtype": [torch.bfloat16, torch.float32, torch.float16, None],
+    "target": [torch.int64, torch.int32, None],
+    "ignored": [0.0, 0.4, 1.0],
+    "scale": [1.0, -0.7, "tensor", "per row"],
+    "softcap": [None, 6.0],
+    "tail": [0, 3],
+    "grads": ["both", "base", "aux", "none"],
+}
+
+
+def case_of(row, device):
+    lead, vocab_size, sources = row["lead"], row["vocab_size"], []
+    for side in ("base", "aux"):
+        needs, dtype = row["grads"] in (side, "both"), row[f"{side}_dtype"]
+        scale = row["scale"] if side == "aux" else 1.0
+        if scale == "tensor":
+            scale = torch.tensor(0.8, device=device, requires_grad=needs)
+        elif scale == "per row":
+            scale = torch.rand(lead, device=device).add(0.25).requires_grad_(needs)
+        if dtype is None:
+            sources.append(None)
+            continue
+        values = logits(*lead, vocab_size + row["tail"], dtype=dtype, device=device, requires_grad=needs)
+        sources.append(Logits(values, scale=scale, softcap=row["softcap"]))
+    target = None
+    if row["target"]:
+        target = targets(*lead, vocab_size=vocab_size, dtype=row["target"], device=device, ignored=row["ignored"])
+    return Case(*sources, target, {"vocab_size": vocab_size})
+
+
+@pytest.mark.parametrize("row", covering_pairs(AXES), ids=label)
+def test_statistics_match_the_oracle(impl, row):
+    check_statistics(case_of(row, impl.device), impl)
+
+
+@pytest.mark.parametrize("row", covering_pairs(AXES, seed=2)[:12], ids=label)
+def test_statistics_match_the_oracle_in_float64(doubles, row):
+    check_statistics(case_of(row | {"base_dtype": torch.float64}, doubles.device), doubles)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_each_statistic_alone_has_its_own_gradient(impl, name):
+    base, aux = (logits(4, 70, device=impl.device, requires_grad=True) for _ in range(2))
+    target = targets(4, vocab_size=70, device=impl.device, ignored=0.25)
+    check_statistics(Case(base, aux, target), impl, wanted_gradients=(name,))
+
+
+@pytest.mark.parametrize("aux", ["tensor", None])
+def test_sequences_of_sources_are_summed_in_the_statistics(impl, aux):
+    base = [logits(4, 70, device=impl.device, requires_grad=True) for _ in range(2)]
+    aux = [Logits(logits(4, 70, device=impl.device, requires_grad=True), scale=-0.5), base[0].detach()] if aux else None
+    check_statistics(Case(base, aux, targets(4, vocab_size=70, device=impl.device, ignored=0.25)), impl)
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e4, 1e4])
+def test_entropy_and_divergence_do_not_lose_accuracy_at_an_offset(impl, offset):
+    base = (logits(4, 300, device=impl.device) + offset).round().requires_grad_()
+    aux = logits(4, 300, device=impl.device, requires_grad=True)
+    stats = check_statistics(Case(base, aux, targets(4, vocab_size=300, device=impl.device)), impl)
+    exact = expected_statistics(Rows(Case(base, aux, None)))
+    assert (stats.entropy.double() - exact["entropy"][0]).abs().max() < 1e-3  # lse - E[s] would be off by 3e-2
+
+
+def test_without_aux_the_divergence_is_exactly_zero(impl):
+    stats = logit_stats(logits(5, 100, device=impl.device), None, backend=impl.backend)
+    assert torch.equal(stats.kl_to_base, torch.zeros(5, device=impl.device))
+    assert torch.equal(stats.argmax, stats.base_argmax)
+
+
+def test_minus_log_prob_is_the_loss_of_each_row(fused):
+    base, aux = (logits(6, 129, device=fused.device) for _ in range(2))
+    target = targets(6, vocab_size=129, device=fused.device, ignored=0.3)
+    loss = aux_cross_entropy(base, aux, target, reduction="none", backend=fused.backend)
+    assert torch.equal(-logit_stats(base, aux, target, backend=fused.backend).log_prob, loss)
+
+
+def test_views_give_the_statistics_of_their_copies(impl):
+    base, aux = (logits(3, 4, 33, device=impl.device) for _ in range(2))
+    views = [strided(tensor, "shifted") for tensor in (base, aux)]
+    check_statistics(Case(*views, targets(3, 4, vocab_size=33, device=impl.device)), impl)
+
+
+# -- infinities --------------------------------------------------------------------------------------------------------
+
+
+def masked_case(device, block):
+    """The sum masked through aux, which leaves base finite, or through both; gradients of both."""
+    base, aux = (logits(4, 100, device=device) for _ in range(2))
+    aux[:, block] = -torch.inf
+    base[2:, block] = -torch.inf
+    target = torch.full((4,), 50, device=device)
+    return base.requires_grad_(), aux.requires_grad_(), target
+
+
+@pytest.mark.parametrize("block", [slice(0, 1), slice(0, 48), slice(60, 100)], ids=["one", "first", "last"])
+def test_a_masked_class_counts_zero_in_value_and_gradient(impl, block):
+    base, aux, target = masked_case(impl.device, block)
+    stats = logit_stats(base, aux, target, backend=impl.backend)
+    keep = torch.ones(100, dtype=torch.bool, device=impl.device)
+    keep[block] = False
+    small = Case(base.detach()[:, keep], aux.detach()[:, keep], None)
+    rows = Rows(small)
+    assert_close("entropy", stats.entropy, *expected_statistics(rows)["entropy"])
+    assert_close("lse", stats.lse, *expected_statistics(rows)["lse"])
+    exact = Rows(Case(base.detach(), aux.detach(), target))
+    assert_close("kl", stats.kl_to_base, *expected_statistics(exact)["kl_to_base"])
+    total = stats.entropy.sum() + stats.kl_to_base.sum() + stats.log_prob.sum() + stats.lse.sum()
+    grads = torch.autograd.grad(total, (base, aux))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[1][:, block].any()
+
+
+def test_a_base_that_masks_what_the_sum_allows_is_infinitely_far(impl):
+    """Not reachable by adding: -inf in the base is -inf in the sum. With a scale of 0 it would be NaN, as in torch."""
+    base, aux = (logits(2, 20, device=impl.device) for _ in range(2))
+    base[0, 5] = -torch.inf
+    target = torch.tensor([5, 5], device=impl.device)
+    stats = logit_stats(base, aux, target, backend=impl.backend)
+    assert stats.log_prob[0] == stats.base_log_prob[0] == -torch.inf
+    assert stats.kl_to_base.isfinite().all() and stats.log_prob[1].isfinite()
+
+
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_a_distribution_is_nan_and_alone(impl, fill):
+    base, aux = (logits(3, 40, device=impl.device) for _ in range(2))
+    target = targets(3, vocab_size=40, device=impl.device)
+    clean = logit_stats(base, aux, target, backend=impl.backend)
+    base[1, 7 if fill != -torch.inf else slice(None)] = fill
+    stats = logit_stats(base, aux, target, backend=impl.backend)
+    for name in ("log_prob", "base_log_prob", "entropy", "kl_to_base"):
+        got = getattr(stats, name)
+        assert got.isnan().tolist() == [False, True, False], name
+        assert torch.equal(got[::2], getattr(clean, name)[::2]), name
+    assert not stats.lse[1].isfinite() and torch.equal(stats.lse[::2], clean.lse[::2])
+
+
+# -- argmax ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [2, 33, 129, 1025, 5000])
+def test_argmax_is_the_lowest_index_of_a_tie(impl, vocab_size):
+    base = torch.zeros(4, vocab_size, device=impl.device)
+    aux = torch.zeros(4, vocab_size, device=impl.device)
+    base[1, vocab_size // 2 :] = 1.0
+    base[2, -1] = 1.0
+    aux[3, vocab_size // 3 :: 2] = 2.0
+    stats = logit_stats(base, aux, backend=impl.backend)
+    assert stats.argmax.tolist() == [0, vocab_size // 2, vocab_size - 1, vocab_size // 3]
+    assert stats.base_argmax.tolist() == [0, vocab_size // 2, vocab_size - 1, 0]
+
+
+@pytest.mark.parametrize("vocab_size", [3, 33, 129, 1025, 5000])
+def test_the_first_nan_wins_the_argmax(impl, vocab_size):
+    base, aux = (logits(4, vocab_size, device=impl.device) for _ in range(2))
+    base[0, vocab_size // 2] = torch.nan
+    base[1, [1, vocab_size - 1]] = torch.nan
+    aux[2, vocab_size - 1] = torch.nan
+    base[2, 0] = torch.inf
+    base[3, 0], aux[3, 0] = torch.inf, -torch.inf  # their sum is NaN
+    stats = logit_stats(base, aux, backend=impl.backend)
+    assert torch.equal(stats.argmax, (base + aux).argmax(-1))
+    assert stats.argmax.tolist() == [vocab_size // 2, 1, vocab_size - 1, 0]
+    assert stats.base_argmax.tolist()[:2] == [vocab_size // 2, 1] and torch.equal(stats.base_argmax, base.argmax(-1))
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.inf])
+def test_argmax_of_a_constant_row_of_infinities_is_torchs(impl, fill):
+    base = torch.full((2, 70), fill, device=impl.device)
+    stats = logit_stats(base, torch.zeros_like(base), backend=impl.backend)
+    assert torch.equal(stats.argmax, base.argmax(-1)) and torch.equal(stats.base_argmax, base.argmax(-1))
+
+
+def test_argmax_of_random_half_precision_sums_is_that_of_the_exact_sum(impl):
+    base, aux = (logits(50, 300, dtype=torch.bfloat16, device=impl.device) for _ in range(2))
+    stats = logit_stats(base, aux, backend=impl.backend)
+    assert torch.equal(stats.argmax, (base.float() + aux.float()).argmax(-1))
+
+
+# -- return_stats ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_return_stats_gives_the_same_loss_and_detached_statistics(doubles, reduction, dtype, recompute):
+    base = logits(2, 3, 70, dtype=dtype, device=doubles.device)
+    aux = logits(2, 3, 70, dtype=dtype, device=doubles.device, requires_grad=True)
+    target = targets(2, 3, vocab_size=70, device=doubles.device, ignored=0.3)
+    options = {"reduction": reduction, "recompute": recompute, "backend": doubles.backend, "z_loss": 0.1}
+    loss, stats = aux_cross_entropy(base, aux, target, return_stats=True, **options)
+    plain = aux_cross_entropy(base, aux, target, **options)
+    assert torch.equal(loss, plain)
+    alone = logit_stats(base, aux, target, backend=doubles.backend)
+    for name in FLOATS + INTEGERS:
+        assert torch.equal(getattr(stats, name), getattr(alone, name)), name
+        assert not getattr(stats, name).requires_grad
+        assert getattr(stats, name).shape == target.shape
+    upstream = torch.rand_like(loss)
+    (with_stats,), (without,) = (torch.autograd.grad(out, aux, upstream) for out in (loss, plain))
+    assert torch.equal(with_stats, without)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_return_stats_losses_match_the_oracle(impl, reduction):
+    base, aux = (logits(4, 70, device=impl.device, requires_grad=True) for _ in range(2))
+    target = targets(4, vocab_size=70, device=impl.device, ignored=0.25)
+    case = Case(base, aux, target, {"reduction": reduction})
+    check(case, impl, torch.rand(4, device=impl.device) if reduction == "none" else None)
+    _, stats = aux_cross_entropy(base, aux, target, reduction=reduction, return_stats=True, backend=impl.backend)
+    for name, (want, error) in expected_statistics(Rows(case)).items():
+        if error is not None:
+            assert_close(name, getattr(stats, name), want, error)
+
+
+# -- ignored rows, and the container -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 3, -(2**63)])
+def test_ignored_rows_hold_plus_zero_and_minus_one(impl, ignore_index):
+    base, aux = (logits(4, 20, device=impl.device) for _ in range(2))
+    base[1] = torch.nan
+    aux[2] = torch.inf
+    base, aux = base.requires_grad_(), aux.requires_grad_()
+    target = torch.tensor([0, ignore_index, ignore_index, 5], device=impl.device)
+    stats = logit_stats(base, aux, target, ignore_index=ignore_index, backend=impl.backend)
+    for name in FLOATS:
+        value = getattr(stats, name)[1:3]
+        assert not value.any() and not torch.signbit(value).any(), name
+    assert stats.argmax[1:3].tolist() == stats.base_argmax[1:3].tolist() == [-1, -1]
+    total = sum(getattr(stats, name).sum() for name in FLOATS)
+    for grad in torch.autograd.grad(total, (base, aux)):
+        assert not grad[1:3].any() and not torch.signbit(grad[1:3]).any()
+        assert grad[0].any() and grad.isfinite().all()
+
+
+def test_without_a_target_no_row_is_ignored_and_log_probs_are_none(impl):
+    stats = logit_stats(logits(3, 20, device=impl.device), logits(3, 20, device=impl.device), backend=impl.backend)
+    assert stats.log_prob is None and stats.base_log_prob is None
+    assert stats.entropy.shape == (3,) and (stats.argmax >= 0).all()
+
+
+def test_the_argmaxes_are_not_differentiable_and_the_rest_is(impl):
+    aux = logits(3, 20, device=impl.device, requires_grad=True)
+    stats = logit_stats(logits(3, 20, device=impl.device), aux, targets(3, vocab_size=20), backend=impl.backend)
+    assert all(getattr(stats, name).requires_grad for name in ("log_prob", "lse", "entropy", "kl_to_base"))
+    assert not any(getattr(stats, name).requires_grad for name in INTEGERS)
+
+
+def test_logit_stats_is_frozen_and_has_the_documented_fields():
+    assert tuple(field.name for field in fields(LogitStats)) == (*FLOATS, *INTEGERS)
+
+    @dataclass(frozen=True, eq=False)
+    class Extended(LogitStats):  # what frozen is for: fields can be added
+        more: int = 0
+
+    stats = Extended(*[torch.zeros(1)] * 7)
+    with pytest.raises(AttributeError):
+        stats.lse = torch.ones(1)
