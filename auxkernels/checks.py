@@ -34,6 +34,8 @@ def floating(name: str, value: object) -> Tensor:
 
 
 def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
+    if type(value) is float and minimum <= value <= maximum:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
@@ -48,9 +50,9 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
     values = floating(name, given.values)
     if values.device != device:
         raise ValueError(f"{name} must be on the target's device {device}, got {values.device}")
-    if values.dim() != len(shape) + 1 or values.shape[:-1] != shape:
+    if values.dim() == 0 or values.shape[:-1] != shape:
         raise ValueError(f"{name} must be [*, V] with leading shape {list(shape)}, got {list(values.shape)}")
-    if values.shape[-1] > 1 and values.stride(-1) != 1:
+    if values.stride(-1) != 1 and values.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}: "
             f"call .contiguous() on it first"
@@ -59,12 +61,17 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
         real_number(f"softcap of {name}", given.softcap)
         if not 0 < given.softcap < math.inf:
             raise ValueError(f"softcap of {name} must be positive and finite, got {given.softcap}")
-    scale(f"scale of {name}", given.scale, shape, device)
+    if type(given.scale) is not float:
+        scale(f"scale of {name}", given.scale, shape, device)
+    elif not math.isfinite(given.scale):
+        raise ValueError(f"scale of {name} must be finite, got {given.scale}")
 
 
 def scale(name: str, value: object, shape: torch.Size, device: torch.device) -> None:
     if not isinstance(value, Tensor):
         real_number(name, value)
+        if not isinstance(value, torch.SymFloat) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
         return
     floating(name, value)
     if value.dim() and value.shape != shape:
@@ -90,21 +97,21 @@ def class_weight(value: object, vocab_size: int, device: torch.device) -> None:
         raise ValueError("weight must not require a gradient: none is computed for it")
 
 
-def common_width(widths: dict[str, int], vocab_size: int | None) -> int:
+def common_width(widths: list[tuple[str, int]], vocab_size: int | None) -> int:
     """The number of classes: the sources' common width, or the leading `vocab_size` columns of each."""
     if vocab_size is None:
-        width = next(iter(widths.values()))
-        if any(other != width for other in widths.values()):
-            listed = ", ".join(f"{name} {size}" for name, size in widths.items())
-            raise ValueError(f"the sources must be equally wide, or vocab_size must be given, got widths {listed}")
-        vocab_size = width
+        vocab_size = widths[0][1]
+        for _, width in widths:
+            if width != vocab_size:
+                listed = ", ".join(f"{name} {width}" for name, width in widths)
+                raise ValueError(f"the sources must be equally wide, or vocab_size must be given, got widths {listed}")
     else:
         integer("vocab_size", vocab_size)
     if vocab_size < 1:
         raise ValueError(f"there must be at least one class, got {vocab_size}")
-    for name, size in widths.items():
-        if vocab_size > size:
-            raise ValueError(f"vocab_size must be at most the width of {name}, {size}, got {vocab_size}")
+    for name, width in widths:
+        if vocab_size > width:
+            raise ValueError(f"vocab_size must be at most the width of {name}, {width}, got {vocab_size}")
     return vocab_size
 
 

@@ -78,8 +78,7 @@ def aux_cross_entropy(
     problem = _problem(base, aux, target, ignore_index, vocab_size, backend)
     if weight is not None:
         checks.class_weight(weight, problem.vocab_size, target.device)
-    if normalizer is not None:
-        normalizer = _number(normalizer, torch.float64, target.device)
+    normalizer = _number(normalizer, torch.float64, target.device)
     options = (weight, label_smoothing, z_loss, reduction, normalizer)
     if problem.backend == "reference":
         loss = _reference_loss(problem, *options)
@@ -90,7 +89,10 @@ def aux_cross_entropy(
         loss, fields = _loss_from_rows(call, *options, wanted)
     else:
         loss, fields = _loss_in_one_pass(call, *options, wanted)
-    return (loss, _detached(_stats_from_fields(fields))) if return_stats else loss
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        return loss, _stats_from_fields(fields)
 
 
 def logit_stats(
@@ -128,32 +130,41 @@ class _Problem(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The leading arguments of every op: at most one source a side, scales as tensors of the compute dtype."""
+    """The leading arguments of every op: at most one source a side, tensor scales in the compute dtype."""
 
     base: Tensor
     aux: Tensor | None
     target: Tensor | None
-    base_scale: Tensor | None
-    aux_scale: Tensor | None
+    base_scale: float | Tensor | None
+    aux_scale: float | Tensor | None
     base_softcap: float | None
     aux_softcap: float | None
     ignore_index: int
     vocab_size: int
     backend: str
 
-    def differentiable(self) -> tuple[Tensor | None, ...]:
+    def differentiable(self) -> tuple[float | Tensor | None, ...]:
         return self.base, self.aux, self.base_scale, self.aux_scale
+
+    def with_tensor_scales(self) -> _Call:
+        """The same call with its scales in a form that autograd can save."""
+        compute = ops.compute_dtype(self.base, self.aux)
+        scales = (ops.number_tensor(s, compute, self.base.device) for s in (self.base_scale, self.aux_scale))
+        return self._replace(**dict(zip(("base_scale", "aux_scale"), scales, strict=True)))
 
     def constants(self) -> tuple:
         return self.base_softcap, self.aux_softcap, self.ignore_index, self.vocab_size
 
     def requires_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.differentiable())
+        if not torch.is_grad_enabled():
+            return False
+        return any([isinstance(t, Tensor) and t.requires_grad for t in self.differentiable()])
 
     def has_half_gradient(self) -> bool:
         # fp16 gradients made in the forward pass would underflow before the grad scaler's factor arrives
+        sources = (self.base, self.aux)
         return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad and t.dtype == torch.float16 for t in (self.base, self.aux)
+            [t is not None and t.dtype == torch.float16 and t.requires_grad for t in sources]
         )
 
 
@@ -168,27 +179,27 @@ def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:
     if target is not None:
         checks.target(target)
         shape, device = target.shape, target.device
-    widths = {}
     compute = torch.float32
+    widths = []
     for side, sources in (("base", base), ("aux", aux)):
         for i, source in enumerate(sources):
             name = side if len(sources) == 1 else f"{side}[{i}]"
             checks.source(name, source, shape, device)
-            widths[name] = source.values.shape[-1]
+            widths.append((name, source.values.shape[-1]))
             if source.values.dtype == torch.float64:
                 compute = torch.float64
     vocab_size = checks.common_width(widths, vocab_size)
     return _Problem(base, aux, target, ignore_index, vocab_size, compute, backends.resolve(backend, device, compute))
 
 
-def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a 0-d tensor: float arguments of an op would make torch.compile recompile for every value."""
+def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> float | Tensor | None:
+    """A number as the ops take it: a tensor while torch.compile traces, otherwise as it is."""
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype)
-    return torch.ones((), dtype=dtype, device=device) * value
+    return ops.number_tensor(value, dtype, device) if torch.compiler.is_compiling() else value
 
 
-def _scale_tensor(source: Logits, compute: torch.dtype) -> Tensor | None:
+def _scale_of(source: Logits, compute: torch.dtype) -> float | Tensor | None:
     scale = source.scale
     if isinstance(scale, Tensor):
         return scale.to(compute)
@@ -201,8 +212,8 @@ def _prepare(problem: _Problem) -> _Call:
         base.values,
         None if aux is None else aux.values,
         problem.target,
-        _scale_tensor(base, problem.compute),
-        None if aux is None else _scale_tensor(aux, problem.compute),
+        _scale_of(base, problem.compute),
+        None if aux is None else _scale_of(aux, problem.compute),
         base.softcap,
         None if aux is None else aux.softcap,
         problem.ignore_index,
@@ -267,10 +278,10 @@ def _statistics(problem: _Problem) -> LogitStats:
 
 def _stats_from_fields(fields: dict[str, Tensor]) -> LogitStats:
     log_denom = fields["log_denom"]
-    # 0.0 - x rather than -x: ignored rows are +0.0. Differences of like terms first, so that aux=None has KL exactly 0.
+    # + 0.0: ignored rows are +0.0, not -0.0. Differences of like terms first, so that aux=None has KL exactly 0.
     return LogitStats(
-        log_prob=0.0 - fields["nll"] if "nll" in fields else None,
-        base_log_prob=0.0 - fields["base_nll"] if "base_nll" in fields else None,
+        log_prob=fields["nll"].neg() + 0.0 if "nll" in fields else None,
+        base_log_prob=fields["base_nll"].neg() + 0.0 if "base_nll" in fields else None,
         lse=fields["max"] + log_denom,
         entropy=log_denom - fields["mean_sum"],
         kl_to_base=(fields["mean_sum"] - fields["mean_base"]) + (fields["base_log_denom"] - log_denom),
@@ -288,10 +299,10 @@ def _detached(stats: LogitStats) -> LogitStats:
 
 def _row_scan(call: _Call, weight: Tensor | None, wanted: int) -> dict[str, Tensor]:
     if call.requires_grad():
+        call = call.with_tensor_scales()
         fields = _RowScan.apply(*call.differentiable(), call.target, weight, call.constants(), wanted, call.backend)
-    else:
-        fields = ops.cross_entropy_scan(*_op_args(call, weight), wanted, call.backend)
-    return dict(zip(ops.fields_in(wanted), fields, strict=True))
+        return dict(zip(ops.fields_in(wanted), fields, strict=True))
+    return ops.named_fields(wanted, ops.cross_entropy_scan(*_op_args(call, weight), wanted, call.backend))[0]
 
 
 def _loss_from_rows(call, weight, label_smoothing, z_loss, reduction, normalizer, wanted):
@@ -318,7 +329,7 @@ def _loss_from_rows(call, weight, label_smoothing, z_loss, reduction, normalizer
     if reduction == "mean":
         if normalizer is None:
             normalizer = (call.target != call.ignore_index).sum() if weight is None else w_y.sum()
-        loss = loss / normalizer.to(loss.dtype)
+        loss = (loss / normalizer).to(loss.dtype)  # a 0-d float64 count must not promote a 0-d float32 loss
     return loss, fields
 
 
@@ -372,19 +383,20 @@ class _RowScan(torch.autograd.Function):
         if wanted & ops.mask_of("base_log_denom", "base_nll", "mean_base"):
             state |= ops.mask_of("base_max", "base_log_denom")
         args = (base, aux, target, weight, base_scale, aux_scale, *constants)
-        names = ops.fields_in(wanted | state)
-        fields = dict(zip(names, ops.cross_entropy_scan(*args, wanted | state, backend), strict=True))
+        fields, _ = ops.named_fields(wanted | state, ops.cross_entropy_scan(*args, wanted | state, backend))
         saved = ("max", "log_denom", "nll", "base_max", "base_log_denom", "mean_sum", "mean_base")
         ctx.save_for_backward(
             base, aux, target, weight, base_scale, aux_scale, *(fields.get(name) for name in saved)
         )
         ctx.constants, ctx.wanted, ctx.backend = constants, wanted, backend
         ctx.set_materialize_grads(False)
+        # copies: an output that is a view could not be modified in place by its user
+        outputs = {name: fields[name].clone() for name in ops.fields_in(wanted)}
         # the maxima are constants of the formulas above the scan: any shift of them cancels there
         ctx.mark_non_differentiable(
-            *(fields[n] for n in ("max", "base_max", "argmax", "base_argmax") if n in ops.fields_in(wanted))
+            *(outputs[name] for name in ("max", "base_max", "argmax", "base_argmax") if name in outputs)
         )
-        return tuple(fields[name] for name in ops.fields_in(wanted))
+        return tuple(outputs.values())
 
     @staticmethod
     def backward(ctx, *upstream):
@@ -430,7 +442,7 @@ def _loss_in_one_pass(call, weight, label_smoothing, z_loss, reduction, normaliz
         )
     else:
         loss, *fields = ops.cross_entropy_loss(*_op_args(call, weight), *options, 0, call.backend)
-    return loss, dict(zip(ops.fields_in(wanted), fields, strict=True))
+    return loss, ops.named_fields(wanted, fields)[0] if wanted else {}
 
 
 class _OnePass(torch.autograd.Function):
@@ -445,10 +457,10 @@ class _OnePass(torch.autograd.Function):
         loss, *rest = ops.cross_entropy_loss(
             *args, normalizer, eps, z_loss, mean, wanted, _needs_mask(needs), backend
         )
-        num_fields = len(ops.fields_in(wanted))
-        fields, grads = rest[:num_fields], rest[num_fields:]
+        num_grads = sum(needs)
+        fields, grads = rest[: len(rest) - num_grads], rest[len(rest) - num_grads :]
         ctx.save_for_backward(target, *grads)
-        ctx.scale_dims = tuple(None if scale is None else scale.dim() for scale in (base_scale, aux_scale))
+        ctx.sums_scale = [isinstance(scale, Tensor) and scale.dim() == 0 for scale in (base_scale, aux_scale)]
         ctx.ignore_index, ctx.backend, ctx.handed_out = constants[2], backend, False
         ctx.mark_non_differentiable(*fields)
         return (loss, *fields)
@@ -473,7 +485,7 @@ class _OnePass(torch.autograd.Function):
                 spread[i] = _rescaled(grad, upstream, target, ctx.ignore_index, ctx.backend)
             else:
                 per_row = (grad * upstream).masked_fill(target == ctx.ignore_index, 0.0)
-                spread[i] = per_row.sum() if ctx.scale_dims[i - 2] == 0 else per_row
+                spread[i] = per_row.sum() if ctx.sums_scale[i - 2] else per_row
         return (*_once(spread), *([None] * 9))
 
 

@@ -2,7 +2,8 @@
 
 Row fields. A forward scan of row n, with s the sum of the sources, p = softmax(s), z_b the base's part, q = softmax(z_b),
 m and m_b the maxima of s and z_b, y the target, w the class weights (1 without), gives the numbers of `FIELDS`. Which of
-them a call wants is a bit mask; they come back in this order, each of the target's shape. Ignored rows hold +0.0 (argmax -1).
+them a call wants is a bit mask; they come back in this order, stacked: one float tensor [F, *], one int64 tensor [A, *].
+Ignored rows hold +0.0 (argmax -1).
 
 Coefficients. With one number per row for each name of `COEFFICIENTS`, every gradient has the form
 
@@ -15,6 +16,7 @@ where 0 * (-inf) = 0, at v = y the G term is -G (1 - p_y) formed from nll withou
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
@@ -58,8 +60,6 @@ _library.define(
 )
 _library.define("check_target(Tensor target, SymInt vocab_size, int ignore_index) -> Tensor")
 
-cross_entropy_scan = torch.ops.auxkernels.cross_entropy_scan.default
-cross_entropy_loss = torch.ops.auxkernels.cross_entropy_loss.default
 cross_entropy_backward = torch.ops.auxkernels.cross_entropy_backward.default
 cross_entropy_rescale_ = torch.ops.auxkernels.cross_entropy_rescale_.default
 check_target = torch.ops.auxkernels.check_target.default
@@ -74,26 +74,39 @@ def mask_of(*names: str) -> int:
     return sum(FIELD_BIT[name] for name in names)
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+def compute_dtype(base: Tensor, aux: Tensor | None) -> torch.dtype:
     """Arithmetic, loss and statistics are float32, or float64 if a source is."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    wide = base.dtype == torch.float64 or (aux is not None and aux.dtype == torch.float64)
+    return torch.float64 if wide else torch.float32
 
 
-# -- allocation, shared by the fakes and the implementations, so that metadata cannot differ ---------------------------
+# -- outputs, shared by the fakes and the implementations, so that metadata cannot differ ------------------------------
+
+_FLOAT_FIELDS = (1 << NUM_FLOAT_FIELDS) - 1
 
 
 def empty_fields(base: Tensor, aux: Tensor | None, wanted: int) -> list[Tensor]:
-    dtype = compute_dtype(base, aux)
+    """Room for the wanted fields: [F, *] of the compute dtype, then [A, *] of int64; each only if F or A is not zero."""
+    num_floats = (wanted & _FLOAT_FIELDS).bit_count()
+    num_ints = wanted.bit_count() - num_floats
     shape = base.shape[:-1]
-    return [
-        base.new_empty(shape, dtype=dtype if i < NUM_FLOAT_FIELDS else torch.int64)
-        for i in range(len(FIELDS))
-        if wanted >> i & 1
-    ]
+    fields = []
+    if num_floats:
+        fields.append(base.new_empty((num_floats, *shape), dtype=compute_dtype(base, aux)))
+    if num_ints:
+        fields.append(base.new_empty((num_ints, *shape), dtype=torch.int64))
+    return fields
+
+
+def named_fields(wanted: int, outputs: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """An op's outputs as the wanted fields by name, and what follows them."""
+    num_tensors = bool(wanted & _FLOAT_FIELDS) + bool(wanted & ~_FLOAT_FIELDS)
+    rows = [row for stacked in outputs[:num_tensors] for row in stacked.unbind()]
+    return dict(zip(fields_in(wanted), rows, strict=True)), outputs[num_tensors:]
 
 
 def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
-    """Requested gradients: dvalues in each source's dtype and full width, dscale per row in the compute dtype."""
+    """Room for the requested gradients: dvalues in each source's dtype and full width, dscale per row in the compute dtype."""
     grads = []
     if needs & NEEDS_BASE:
         grads.append(base.new_empty(base.shape))
@@ -108,8 +121,51 @@ def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
 # -- dispatch ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _implementation(backend: str):
     return importlib.import_module(f".{backend}.cross_entropy", __package__)
+
+
+def _direct(tensor: Tensor, backend: str) -> bool:
+    """Whether a CPU call may skip the dispatcher, which costs a fifth of a small call (6 of 30 us): nothing is tracing."""
+    return (
+        backend == "native"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def number_tensor(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A number as a 0-d tensor: float arguments of an op would make torch.compile compile again for every value."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _with_tensors(args: tuple, positions: tuple[int, ...]) -> list:
+    """The arguments with the numbers at these positions (scales, normalizer) as the tensors that the schema asks for."""
+    args = list(args)
+    dtype = compute_dtype(args[0], args[1])
+    for i in positions:
+        args[i] = number_tensor(args[i], dtype, args[0].device)
+    return args
+
+
+def cross_entropy_scan(*args) -> list[Tensor]:
+    """The op of that name; scales may be numbers."""
+    if _direct(args[0], args[-1]):
+        return _scan(*args)
+    return torch.ops.auxkernels.cross_entropy_scan.default(*_with_tensors(args, (4, 5)))
+
+
+def cross_entropy_loss(*args) -> list[Tensor]:
+    """The op of that name; scales and normalizer may be numbers."""
+    if _direct(args[0], args[-1]):
+        return _loss(*args)
+    return torch.ops.auxkernels.cross_entropy_loss.default(*_with_tensors(args, (4, 5, 10)))
 
 
 def _scan(*args):

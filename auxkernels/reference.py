@@ -64,7 +64,7 @@ def cross_entropy(
     label_smoothing: float,
     z_loss: float,
     reduction: str,
-    normalizer: Tensor | None,
+    normalizer: float | Tensor | None,
 ) -> Tensor:
     """The loss as `aux_cross_entropy` defines it. Logits [*, V], target [*]; 0-d, or [*] for reduction="none"."""
     classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
@@ -86,7 +86,7 @@ def cross_entropy(
         return loss.sum()
     if normalizer is None:
         normalizer = (~ignored).sum() if weight is None else w_y.sum()
-    return loss.sum() / normalizer.detach().to(device=loss.device, dtype=loss.dtype)
+    return (loss.sum() / normalizer).to(compute)  # a 0-d float64 count must not promote a 0-d float32 loss
 
 
 def statistics(

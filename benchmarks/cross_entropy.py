@@ -37,7 +37,8 @@ class Spec(NamedTuple):
 
 def quick_specs() -> list[Spec]:
     """One case or two for every bar and every regime of the width, in a few minutes on two cores."""
-    main = product_specs(PASSES[:-1], [MAIN_SHAPE], ("bf16", "fp32"), ["flat"])
+    main = product_specs(PASSES[:-1], [MAIN_SHAPE], ["bf16"], ["flat"])
+    main += product_specs(["forward", "training", "stats", "stats_training"], [MAIN_SHAPE], ["fp32"], ["flat"])
     main += [Spec("training", MAIN_SHAPE, dtype, "peaked") for dtype in ("bf16", "fp32")]
     shapes = [(512, 128256), (256, 262144), (4096, 4096), (64, 32000)]
     main += [Spec("training", shape, "bf16", "flat") for shape in shapes]

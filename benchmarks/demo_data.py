@@ -8,9 +8,7 @@ are therefore on the same side, and the vocabulary is trained on the training si
 import ast
 import hashlib
 import math
-import os
 import sysconfig
-import tempfile
 import tokenize
 import warnings
 from dataclasses import dataclass
@@ -23,6 +21,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+
+from benchmarks.report import write_atomically
 
 IGNORE_INDEX = -100
 END_OF_TEXT = "<|endoftext|>"
@@ -61,21 +61,6 @@ class Windows:
     def spread(self, count):
         """`count` windows at equal distances, or all of them where there are fewer."""
         return self[torch.linspace(0, len(self) - 1, min(count, len(self))).long()]
-
-
-def write_atomically(path, content):
-    """Write bytes so that `path` holds either what it held before or all of `content`, whenever the process ends."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def path_digest(relative_path):
@@ -160,7 +145,7 @@ def load_tokenizer(texts, vocab_size, cache_folder):
         raise FileNotFoundError(
             f"too little text: {tokenizer.get_vocab_size()} tokens for a vocabulary of {vocab_size}"
         )
-    write_atomically(path, tokenizer.to_str().encode())
+    write_atomically(path, lambda temporary: tokenizer.save(str(temporary)))
     return tokenizer
 
 

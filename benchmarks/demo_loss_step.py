@@ -1,19 +1,17 @@
 """Time, peak memory and error of one loss step (loss and gradient of the auxiliary's logits) for each loss function."""
 
 import statistics
-import threading
 import time
 from dataclasses import dataclass
 
-import psutil
 import torch
 import torch.nn.functional as F
 
 from benchmarks.demo_data import IGNORE_INDEX
 from benchmarks.demo_train import LOSSES
+from benchmarks.harness import peak_bytes
 
 ORACLE_ROWS = 64
-SAMPLING_INTERVAL_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -21,49 +19,15 @@ class LossStep:
     """One implementation's loss step.
 
     time_ms         median over the repeats
-    peak_mib        most memory in use at once beyond the inputs, so the gradient counts
+    peak_mib        most memory held at once beyond the inputs, so the gradient counts; None where it cannot be read
     loss_error      |loss - float64 loss|, in nats
     gradient_error  ||gradient - float64 gradient|| / ||float64 gradient||
     """
 
     time_ms: float
-    peak_mib: float
+    peak_mib: float | None
     loss_error: float
     gradient_error: float
-
-
-class PeakMemory:
-    """Context manager: `peak_mib` is how far the process's resident memory rose above its level at entry.
-
-    Linux keeps the exact high-water mark and can reset it; elsewhere a thread samples the resident size.
-    """
-
-    def __enter__(self):
-        self.process = psutil.Process()
-        self.level_bytes = self.highest_bytes = self.process.memory_info().rss
-        self.is_done = threading.Event()
-        self.sampler = None
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        except OSError:
-            self.sampler = threading.Thread(target=self._sample, daemon=True)
-            self.sampler.start()
-        return self
-
-    def _sample(self):
-        while not self.is_done.wait(SAMPLING_INTERVAL_S):
-            self.highest_bytes = max(self.highest_bytes, self.process.memory_info().rss)
-
-    def __exit__(self, *exception):
-        if self.sampler is None:
-            with open("/proc/self/status") as file:
-                line = next(line for line in file if line.startswith("VmHWM"))
-            self.highest_bytes = int(line.split()[1]) * 1024
-        else:
-            self.is_done.set()
-            self.sampler.join()
-        self.peak_mib = max(0, self.highest_bytes - self.level_bytes) / 2**20
 
 
 def loss_and_gradient(loss_function, base_logits, aux_logits, target):
@@ -94,20 +58,21 @@ def measure_loss_step(base_logits, aux_logits, target, repeats, on_step):
     An untimed call of the same implementation precedes each timed one: what follows another implementation pays for
     the pages that the other gave back.
     """
+
+    def call(name):
+        return loss_and_gradient(LOSSES[name], base_logits, aux_logits, target)
+
     times_ms = {name: [] for name in LOSSES}
-    peaks_mib = {name: [] for name in LOSSES}
     for repeat in range(repeats):
         for name in list(LOSSES) if repeat % 2 == 0 else list(LOSSES)[::-1]:
-            with PeakMemory() as memory:
-                loss_and_gradient(LOSSES[name], base_logits, aux_logits, target)
+            call(name)
             start = time.perf_counter()
-            loss_and_gradient(LOSSES[name], base_logits, aux_logits, target)
+            call(name)
             times_ms[name].append((time.perf_counter() - start) * 1e3)
-            peaks_mib[name].append(memory.peak_mib)
         on_step("")
     measured = {}
-    for name, loss_function in LOSSES.items():
-        loss, gradient = loss_and_gradient(loss_function, base_logits, aux_logits, target)
-        errors = errors_against_float64(loss, gradient, base_logits, aux_logits, target)
-        measured[name] = LossStep(statistics.median(times_ms[name]), statistics.median(peaks_mib[name]), *errors)
+    for name in LOSSES:
+        peak = peak_bytes(lambda name=name: call(name), torch.device("cpu"))
+        errors = errors_against_float64(*call(name), base_logits, aux_logits, target)
+        measured[name] = LossStep(statistics.median(times_ms[name]), None if peak is None else peak / 2**20, *errors)
     return measured

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.demo_data import write_atomically
+from benchmarks.report import write_atomically
 
 COLORS = {"auxkernels": "#1f77b4", "eager": "#ff7f0e", "base": "#555555", "distance": "#9467bd"}
 # equal losses have no logarithm
@@ -30,8 +30,9 @@ class Terminal:
     @contextlib.contextmanager
     def stage(self, name, total=None):
         """Bar of a stage; yields advance(text). The stage's line with its duration is printed when it ends."""
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
+        columns = [TextColumn("{task.description}"), BarColumn()]
+        if total is not None:
+            columns += [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
         start = time.perf_counter()
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(name, total=total, text="")
@@ -48,8 +49,9 @@ def add_loss_step_rows(table, dtype, shape, steps):
     table.add_section()
     table.add_row(f"[bold]loss step, {dtype} {shape[0]} x {shape[1]}")
     for label, key, form in (("time, median (ms)", "time_ms", ".1f"), ("peak memory (MiB)", "peak_mib", ".0f")):
-        ratio = f"{eager[key] / ours[key]:.1f}x" if ours[key] else ""
-        table.add_row(f"  {label}", format(ours[key], form), format(eager[key], form), ratio)
+        if ours[key] is not None:
+            ratio = f"{eager[key] / ours[key]:.1f}x" if ours[key] else ""
+            table.add_row(f"  {label}", format(ours[key], form), format(eager[key], form), ratio)
     for label, key in (("error of the loss (nats)", "loss_error"), ("error of the gradient", "gradient_error")):
         table.add_row(f"  {label}", f"{ours[key]:.1e}", f"{eager[key]:.1e}")
 
@@ -57,8 +59,11 @@ def add_loss_step_rows(table, dtype, shape, steps):
 def make_table(results):
     """The summary: held-out losses, agreement of the curves, cost and error of the loss step, for both trainings."""
     base_loss, curves = results["held_out"]["docstrings"]["base_loss"], results["curves"]
+    code_loss = results["held_out"]["code"]["base_loss"]
     ours, eager = (run["held_out_loss"] for run in curves["runs"].values())
+    device, threads = results["machine"]["device"], results["machine"]["threads"]
     caption = (
+        f"{device}, {threads} threads. Base alone on held-out code: {code_loss:.2f} nats. "
         "A loss step is the loss and the gradient of the auxiliary's logits. Its peak memory is counted beyond the "
         "inputs and includes the gradient; its errors are against float64, the gradient's relative to its norm."
     )
@@ -123,7 +128,7 @@ def plot_curves(results):
 
 def write_results(results, folder):
     """Write demo.png and demo.json under `folder`, each whole or not at all; returns their paths."""
-    contents = {"demo.png": plot_curves(results), "demo.json": (json.dumps(results, indent=2) + "\n").encode()}
+    contents = {"demo.png": plot_curves(results), "demo.json": (json.dumps(results, indent=1) + "\n").encode()}
     for name, content in contents.items():
-        write_atomically(folder / name, content)
+        write_atomically(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
     return [folder / name for name in contents]

@@ -19,8 +19,10 @@ void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intp
 
 // values, dtype, width, num_inner, stride_outer, stride_inner, scale, scale_stride
 using SourceArguments = std::array<int64_t, 8>;
+// scale (where no pointer is given), softcap
+using SourceNumbers = std::array<double, 2>;
 
-Source source_of(const SourceArguments& a, double softcap) {
+Source source_of(const SourceArguments& a, const SourceNumbers& numbers) {
   if (a[1] < 0 || a[1] > 3) throw py::value_error("dtype code must be in [0, 3], got " + std::to_string(a[1]));
   Source source;
   source.values = pointer(a[0]);
@@ -29,7 +31,8 @@ Source source_of(const SourceArguments& a, double softcap) {
   source.num_inner = a[3], source.stride_outer = a[4], source.stride_inner = a[5];
   source.scale = pointer(a[6]);
   source.scale_stride = a[7];
-  source.softcap = softcap;
+  source.scale_value = numbers[0];
+  source.softcap = numbers[1];
   return source;
 }
 
@@ -72,19 +75,19 @@ Outputs outputs_of(const OutputArguments& a) {
   return out;
 }
 
-void py_scan(const ProblemArguments& args, const SourceArguments& base, double base_softcap, const SourceArguments& aux,
-             double aux_softcap, const OutputArguments& outputs) {
-  const Problem p = problem_of(args, source_of(base, base_softcap), source_of(aux, aux_softcap));
+void py_scan(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
+             const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs) {
+  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
   py::gil_scoped_release release;
   check_targets(p);
   args[7] != 0 ? scan<double>(p, out) : scan<float>(p, out);
 }
 
-void py_loss(const ProblemArguments& args, const SourceArguments& base, double base_softcap, const SourceArguments& aux,
-             double aux_softcap, const OutputArguments& outputs, int64_t loss_out, bool has_normalizer, double normalizer,
+void py_loss(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
+             const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs, int64_t loss_out, bool has_normalizer, double normalizer,
              double label_smoothing, double z_loss, bool mean) {
-  const Problem p = problem_of(args, source_of(base, base_softcap), source_of(aux, aux_softcap));
+  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   if (p.target == nullptr) throw py::value_error("a loss needs a target, got none");
   const Outputs out = outputs_of(outputs);
   LossOptions options;
@@ -99,10 +102,10 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, double b
 }
 
 // state: max, log_denom, nll, base_max, base_log_denom
-void py_backward(const ProblemArguments& args, const SourceArguments& base, double base_softcap, const SourceArguments& aux,
-                 double aux_softcap, const OutputArguments& outputs, const std::array<int64_t, 5>& state,
+void py_backward(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
+                 const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs, const std::array<int64_t, 5>& state,
                  const std::array<int64_t, kNumCoefficients>& coefficients) {
-  const Problem p = problem_of(args, source_of(base, base_softcap), source_of(aux, aux_softcap));
+  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
   BackwardInputs in;
   in.max = pointer(state[0]), in.log_denom = pointer(state[1]), in.nll = pointer(state[2]);

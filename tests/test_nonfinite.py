@@ -8,7 +8,7 @@ from oracle import assert_close
 
 from auxkernels import Logits, aux_cross_entropy
 
-V, TARGET = 5000, 1700  # three blocks, the last one partial; the target in the first
+V, TARGET = 8300, 1700  # three blocks of 4096, the last one partial; the target in the first
 INF = torch.inf
 
 
@@ -47,15 +47,16 @@ def subnormals(base, aux):
 
 PATTERNS = {
     "one masked class": put(40, -INF),
-    "first block masked": put(slice(0, 1200), -INF),
-    "a whole block masked that holds no target": put(slice(2048, 4096), -INF),
-    "last block masked": put(slice(4096, V), -INF),
+    "the front of the first block masked": put(slice(0, 1200), -INF),
+    "a whole block masked that holds no target": put(slice(4096, 8192), -INF),
+    "all blocks masked but the target's": put(slice(4096, V), -INF),
+    "last block masked": put(slice(8192, V), -INF),
     "base masks what aux does not": put(slice(0, 1200), -INF, "base"),
     "all masked but the target": everywhere_but(TARGET, -INF),
     "all masked but one other": everywhere_but(V - 1, -INF),
     "all masked but two others": everywhere_but([3, 4097], -INF),
     "target masked": put(TARGET, -INF),
-    "target and the last block masked": put([TARGET, *range(4096, V)], -INF),
+    "target and the last block masked": put([TARGET, *range(8192, V)], -INF),
     "whole row masked": put(slice(None), -INF),
     "+inf at another class": put(60, INF),
     "+inf at the target": put(TARGET, INF),
@@ -66,11 +67,10 @@ PATTERNS = {
     "NaN at another class": put(2500, torch.nan),
     "NaN in a masked row": lambda base, aux: (put(slice(None), -INF)(base, aux), put(7, torch.nan)(base, aux)),
     "-inf in base and +inf in aux": both(-INF, INF, 10),
-    "-inf in both": both(-INF, -INF, slice(0, 2100)),
+    "-inf in both": both(-INF, -INF, slice(0, 4100)),
     "largest and smallest finite numbers": extremes,
     "subnormal numbers": subnormals,
 }
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
@@ -101,13 +101,19 @@ def pattern(t):
     return t.isnan().int() + 2 * (t == INF).int() + 3 * (t == -INF).int()
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# every dtype meets every pattern, and so does every set of options; half-precision none is what reads twice in fp16
+MEETINGS = [(torch.float32, name) for name in OPTIONS] + [(torch.bfloat16, "sum"), (torch.float16, "none")]
+
+
+@pytest.mark.parametrize("dtype, options", MEETINGS)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_row_has_the_pattern_of_float64_torch_and_its_neighbours_are_untouched(impl, name, dtype, options):
     options = OPTIONS[options]
+    if PATTERNS[name] is extremes:
+        # the square of such an lse overflows in float32; whether a row's loss does before it is averaged is left open
+        options = {"reduction": options["reduction"].replace("mean", "sum")}
     base, aux = (logits(3, V, dtype=dtype, device=impl.device, scale=1.0) for _ in range(2))
-    target = torch.tensor([7, TARGET, 4999], device=impl.device)
+    target = torch.tensor([7, TARGET, V - 1], device=impl.device)
     clean = run(base, aux, target, options, impl)
     PATTERNS[name](base[1], aux[1])
     loss, grad_base, grad_aux = run(base, aux, target, options, impl)

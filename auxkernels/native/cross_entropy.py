@@ -1,4 +1,7 @@
-"""aux_cross_entropy on CPU: from tensors to the pointers, sizes and strides that the compiled module takes."""
+"""aux_cross_entropy on CPU: from tensors to the pointers, sizes and strides that the compiled module takes.
+
+Arguments are those of ops.py; where an op takes a 0-d tensor for a number (scale, normalizer), a number will do as well.
+"""
 
 from __future__ import annotations
 
@@ -15,46 +18,34 @@ _NO_SOURCE = (0, 0, 0, 1, 0, 0, 0, 0)
 _NUM_FIELDS = len(ops.FIELDS)
 
 
-class _Arguments:
-    """The common arguments of a call, and the tensors that must outlive it."""
+class _Call:
+    """The leading arguments of a compiled function, and the tensors that must outlive it."""
 
-    __slots__ = ("alive", "compute", "given", "ignore_index", "shape", "vocab_size")
+    __slots__ = ("alive", "compute", "ignore_index", "leading", "shape", "vocab_size")
 
     def __init__(
         self, base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     ):
+        if base.device.type != "cpu":
+            raise RuntimeError(f"base must be a CPU tensor for backend='native', got {base.device}")
         self.compute = ops.compute_dtype(base, aux)
         self.alive: list[Tensor] = []
         self.shape, self.ignore_index, self.vocab_size = base.shape[:-1], ignore_index, vocab_size
-        if base.device.type != "cpu":
-            raise RuntimeError(f"base must be a CPU tensor for backend='native', got {base.device}")
-        target_pointer = target_is_int32 = 0
-        if target is not None:
-            if target.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"target must be int32 or int64, got {target.dtype}")
-            if target.shape != self.shape:
-                raise ValueError(f"target must have shape {list(self.shape)}, got {list(target.shape)}")
-            target_pointer, target_is_int32 = self._pointer(target), target.dtype == torch.int32
-        weight_pointer = 0
-        if weight is not None:
-            if tuple(weight.shape) != (vocab_size,):
-                raise ValueError(f"weight must have shape [{vocab_size}], got {list(weight.shape)}")
-            weight_pointer = self._pointer(weight.to(self.compute))
-        self.given = (
+        self.leading = (
             (
                 self.shape.numel(),
                 vocab_size,
-                target_pointer,
-                target_is_int32,
+                0 if target is None else self._target(target),
+                target is not None and target.dtype == torch.int32,
                 ignore_index,
-                weight_pointer,
+                0 if weight is None else self._weight(weight),
                 torch.get_num_threads(),
                 self.compute == torch.float64,
             ),
             self._source("base", base, base_scale),
-            base_softcap or 0.0,
+            _numbers(base_scale, base_softcap),
             _NO_SOURCE if aux is None else self._source("aux", aux, aux_scale),
-            aux_softcap or 0.0,
+            _numbers(aux_scale, aux_softcap),
         )
 
     def _pointer(self, tensor: Tensor) -> int:
@@ -62,34 +53,38 @@ class _Arguments:
         self.alive.append(tensor)
         return tensor.data_ptr()
 
-    def _source(self, name: str, values: Tensor, scale: Tensor | None) -> tuple[int, ...]:
+    def _target(self, target: Tensor) -> int:
+        if target.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"target must be int32 or int64, got {target.dtype}")
+        if target.shape != self.shape:
+            raise ValueError(f"target must have shape {list(self.shape)}, got {list(target.shape)}")
+        return self._pointer(target)
+
+    def _weight(self, weight: Tensor) -> int:
+        if weight.shape != (self.vocab_size,):
+            raise ValueError(f"weight must have shape [{self.vocab_size}], got {list(weight.shape)}")
+        return self._pointer(weight.to(self.compute))
+
+    def _source(self, name: str, values: Tensor, scale: float | Tensor | None) -> tuple[int, ...]:
         code = DTYPE_CODES.get(values.dtype)
         if code is None:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
-        if values.shape[:-1] != self.shape or values.shape[-1] < self.vocab_size:
+        *shape, width = values.shape
+        if (*shape,) != self.shape or width < self.vocab_size:
             raise ValueError(
                 f"{name} must be [*, V] with leading shape {list(self.shape)} and V at least {self.vocab_size}, "
                 f"got {list(values.shape)}"
             )
-        if values.shape[-1] > 1 and values.stride(-1) != 1:
+        if values.stride(-1) != 1 and width > 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}")
-        rows = as_rows(values)
-        self.alive.append(rows.tensor)
+        values, *rows = as_rows(values)
+        self.alive.append(values)
         scale_pointer = scale_stride = 0
-        if scale is not None:
+        if isinstance(scale, Tensor):
             if scale.dim() and scale.shape != self.shape:
                 raise ValueError(f"scale of {name} must have shape [] or {list(self.shape)}, got {list(scale.shape)}")
             scale_pointer, scale_stride = self._pointer(scale.to(self.compute)), int(scale.dim() > 0)
-        return (
-            rows.tensor.data_ptr(),
-            code,
-            values.shape[-1],
-            rows.num_inner,
-            rows.stride_outer,
-            rows.stride_inner,
-            scale_pointer,
-            scale_stride,
-        )
+        return (values.data_ptr(), code, width, *rows, scale_pointer, scale_stride)
 
     def row_pointer(self, name: str, values: Tensor | None) -> int:
         """A [*] tensor of the compute dtype, contiguous."""
@@ -101,29 +96,41 @@ class _Arguments:
 
     def run(self, function, *rest) -> None:
         try:
-            function(*self.given, *rest)
+            function(*self.leading, *rest)
         except IndexError as error:
             row, value = map(int, str(error).split())
-            raise IndexError(
-                in_range_message(self.shape, row, value, self.vocab_size, self.ignore_index)
-            ) from None
+            message = in_range_message(self.shape, row, value, self.vocab_size, self.ignore_index)
+            raise IndexError(message) from None
 
 
-def _output_pointers(wanted: int, needs: int, tensors: list[Tensor]) -> list[int]:
-    remaining = iter(tensors)
-    pointers = [next(remaining).data_ptr() if wanted >> i & 1 else 0 for i in range(_NUM_FIELDS)]
-    return pointers + [next(remaining).data_ptr() if needs >> i & 1 else 0 for i in range(4)]
+def _numbers(scale: float | Tensor | None, softcap: float | None) -> tuple[float, float]:
+    return (1.0 if scale is None or isinstance(scale, Tensor) else float(scale)), softcap or 0.0
+
+
+def _output_pointers(wanted: int, needs: int, fields: list[Tensor], grads: list[Tensor]) -> list[int]:
+    """One pointer for each field and gradient of the compiled module's list, 0 where it is not wanted."""
+    pointers = [0] * (_NUM_FIELDS + 4)
+    wanted_fields = [i for i in range(_NUM_FIELDS) if wanted >> i & 1] if wanted else []
+    for stacked in fields:
+        step = stacked.stride(0) * stacked.element_size()
+        for row, i in enumerate(wanted_fields[: len(stacked)]):
+            pointers[i] = stacked.data_ptr() + row * step
+        wanted_fields = wanted_fields[len(stacked) :]
+    if needs:
+        for i, grad in zip([i for i in range(4) if needs >> i & 1], grads, strict=True):
+            pointers[_NUM_FIELDS + i] = grad.data_ptr()
+    return pointers
 
 
 def scan(
     base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
 ) -> list[Tensor]:
     """The wanted fields of every row; arguments as in ops.py."""
-    args = _Arguments(
+    call = _Call(
         base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     )
     fields = ops.empty_fields(base, aux, wanted)
-    args.run(cpu().scan, _output_pointers(wanted, 0, fields))
+    call.run(cpu().scan, _output_pointers(wanted, 0, fields, []))
     return fields
 
 
@@ -146,15 +153,15 @@ def loss(
     needs,
 ) -> list[Tensor]:
     """The reduced loss, the wanted fields and the requested gradients, in one pass over the sources."""
-    args = _Arguments(
+    call = _Call(
         base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     )
-    value = base.new_empty((), dtype=args.compute)
-    outputs = [*ops.empty_fields(base, aux, wanted), *ops.empty_grads(base, aux, needs)]
+    value = base.new_empty((), dtype=call.compute)
+    fields, grads = ops.empty_fields(base, aux, wanted), ops.empty_grads(base, aux, needs)
     divisor = 1.0 if normalizer is None else float(normalizer)
-    args.run(
+    call.run(
         cpu().loss,
-        _output_pointers(wanted, needs, outputs),
+        _output_pointers(wanted, needs, fields, grads),
         value.data_ptr(),
         normalizer is not None,
         divisor,
@@ -162,7 +169,7 @@ def loss(
         z_loss,
         mean,
     )
-    return [value, *outputs]
+    return [value, *fields, *grads]
 
 
 def backward(
@@ -185,7 +192,7 @@ def backward(
     needs,
 ) -> list[Tensor]:
     """The requested gradients for one number per row and coefficient; arguments as in ops.py."""
-    args = _Arguments(
+    call = _Call(
         base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     )
     grads = ops.empty_grads(base, aux, needs)
@@ -194,12 +201,12 @@ def backward(
         (max, log_denom, nll, base_max, base_log_denom),
         strict=True,
     )
-    args.run(
+    call.run(
         cpu().backward,
-        _output_pointers(0, needs, grads),
-        [args.row_pointer(name, values) for name, values in state],
+        _output_pointers(0, needs, [], grads),
+        [call.row_pointer(name, values) for name, values in state],
         [
-            args.row_pointer(f"coefficient {name}", values)
+            call.row_pointer(f"coefficient {name}", values)
             for name, values in zip(ops.COEFFICIENTS, coefficients, strict=True)
         ],
     )

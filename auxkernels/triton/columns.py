@@ -31,6 +31,14 @@ class Source(NamedTuple):
     softcap: Any  # None: none
 
 
+class Logits(NamedTuple):
+    """Some columns of a source, in float32."""
+
+    scaled: Any  # scale * softcap(values)
+    bent: Any  # softcap(values)
+    slope: Any  # softcap'(values); None: 1
+
+
 class Softmax(NamedTuple):
     """What turns a row's logits into probabilities."""
 
@@ -39,6 +47,13 @@ class Softmax(NamedTuple):
     base_max: Any
     base_log_denom: Any
     residual: Any  # 1 - p of the target
+
+
+class SumGradient(NamedTuple):
+    """Some columns of the gradient with respect to a source's scale * softcap(values)."""
+
+    every: Any  # of every source
+    base_only: Any  # what the base's gets on top; None: nothing
 
 
 class Coefficients(NamedTuple):
@@ -88,22 +103,21 @@ def at_row(source, row):
 
 @triton.jit
 def read_source(source, cols, mask, EVICT: tl.constexpr):
-    """(scale * softcap(values), softcap(values), softcap'(values) or None for 1), in float32 before any arithmetic."""
+    # float32 before any arithmetic: the sum of two bf16 logits would round, and bf16 arithmetic interpreted is garbage
     bent = tl.load(source.ptr + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     slope = None
     if source.softcap is not None:
         bent, slope = soft_cap(bent, source.softcap)
-    return (bent if source.scale is None else bent * source.scale), bent, slope
+    return Logits(bent if source.scale is None else bent * source.scale, bent, slope)
 
 
 @triton.jit
 def read_sum(base, aux, cols, mask):
     """(s, z_b)."""
-    z_base, _, _ = read_source(base, cols, mask, "")
+    z_base = read_source(base, cols, mask, "").scaled
     if aux.ptr is None:
         return z_base, z_base
-    z_aux, _, _ = read_source(aux, cols, mask, "")
-    return z_base + z_aux, z_base
+    return z_base + read_source(aux, cols, mask, "").scaled, z_base
 
 
 @triton.jit
@@ -172,7 +186,7 @@ def merge_segments(floats, ints, row, num_segments, WANTED: tl.constexpr):
 
 @triton.jit
 def gradient_of_sum(s, z_base, w, at_y, soft, k):
-    """(dz of every source, what the base's gets on top or None): the formula of auxkernels/ops.py."""
+    """The formula of auxkernels/ops.py."""
     z = s - soft.max
     p = tl.exp(z - soft.log_denom)
     dz = tl.zeros_like(p)
@@ -197,7 +211,7 @@ def gradient_of_sum(s, z_base, w, at_y, soft, k):
     if k.B_b is not None:
         at_target = tl.where(at_y, k.B_b, 0.0)
         extra = at_target if extra is None else extra + at_target
-    return dz, extra
+    return SumGradient(dz, extra)
 
 
 @triton.jit
@@ -212,9 +226,9 @@ def write_source_gradient(ptr, cols, mask, dz, source, slope):
 
 
 @triton.jit
-def add_products(lanes, dz, bent):
-    """Lanes of sum dz * softcap(values), where a masked class, 0 * (-inf), counts nothing."""
-    return None if lanes is None else lanes + pairwise_sum(tl.where(dz == 0, 0.0, dz * bent))
+def sum_of_products(mask, dz, bent):
+    """Of the gradient and softcap(values), in each lane; a masked class, 0 * (-inf), counts nothing."""
+    return pairwise_sum(tl.where(mask & (dz != 0), dz * bent, 0.0))
 
 
 @triton.jit
@@ -227,20 +241,22 @@ def write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS
     for i in range(0, num_tiles):
         cols = start + (num_tiles - 1 - i) * (ROWS * LANES) + tile
         mask = cols < stop
-        z_base, bent_base, slope_base = read_source(base, cols, mask, "evict_first")
-        s, bent_aux, slope_aux = z_base, None, None
+        z_base = read_source(base, cols, mask, "evict_first")
+        s, z_aux = z_base.scaled, z_base
         if aux.ptr is not None:
-            z_aux, bent_aux, slope_aux = read_source(aux, cols, mask, "evict_first")
-            s = z_base + z_aux
+            z_aux = read_source(aux, cols, mask, "evict_first")
+            s += z_aux.scaled
         w = 1.0
         if weight is not None and k.S is not None:
             w = tl.load(weight + cols, mask=mask, other=0.0)
-        dz, extra = gradient_of_sum(s, z_base, w, cols == y, soft, k)
-        dz_base = dz if extra is None else dz + extra
-        write_source_gradient(grads.base, cols, mask, dz_base, base, slope_base)
-        write_source_gradient(grads.aux, cols, mask, dz, aux, slope_aux)
-        base_lanes = add_products(base_lanes, tl.where(mask, dz_base, 0.0), bent_base)
-        aux_lanes = add_products(aux_lanes, tl.where(mask, dz, 0.0), bent_aux)
+        dz = gradient_of_sum(s, z_base.scaled, w, cols == y, soft, k)
+        dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
+        write_source_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)
+        write_source_gradient(grads.aux, cols, mask, dz.every, aux, z_aux.slope)
+        if base_lanes is not None:
+            base_lanes += sum_of_products(mask, dz_base, z_base.bent)
+        if aux_lanes is not None:
+            aux_lanes += sum_of_products(mask, dz.every, z_aux.bent)
     if base_lanes is not None:
         tl.store(grads.base_scale + row, pairwise_sum(base_lanes))
     if aux_lanes is not None:

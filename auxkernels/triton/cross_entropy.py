@@ -113,18 +113,16 @@ def end_of_row(rest, base, aux, weight, y, HAS_TARGET: tl.constexpr):
 
 
 @triton.jit
-def store_fields(fields, row, end, poisoned):
-    """A target that names no class makes the floats NaN; the argmaxes do not depend on it."""
+def store_fields(float_fields, int_fields, row, num_rows, floats, ints, end, FIELDS: tl.constexpr):
+    """The fields of the mask `FIELDS`, [F, num_rows] and [A, num_rows]: `floats`, `ints`, or the row's where these are None."""
     for i in tl.static_range(NUM_FIELDS):
-        if fields[i] is not None:
-            tl.store(fields[i] + row, end[i] if i >= NUM_FLOAT_FIELDS else tl.where(poisoned, float("nan"), end[i]))
-
-
-@triton.jit
-def store_ignored_fields(fields, row):
-    for i in tl.static_range(NUM_FIELDS):
-        if fields[i] is not None:
-            tl.store(fields[i] + row, -1 if i >= NUM_FLOAT_FIELDS else 0.0)
+        if (FIELDS >> i) & 1:
+            if i < NUM_FLOAT_FIELDS:
+                tl.store(float_fields + row, end[i] if floats is None else floats)
+                float_fields += num_rows
+            else:
+                tl.store(int_fields + row, end[i] if ints is None else ints)
+                int_fields += num_rows
 
 
 @triton.jit
@@ -255,13 +253,15 @@ def cross_entropy_fwd_kernel(
     num_rows: tl.int64,
     floats,
     ints,
-    fields,
+    float_fields,
+    int_fields,
     row_loss,
     normalizer,
     kept,
     share,
     z_loss,
     grads,
+    FIELDS: tl.constexpr,
     WANTED: tl.constexpr,
     DIVISOR: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
@@ -278,7 +278,7 @@ def cross_entropy_fwd_kernel(
     grads = gradients_at_row(grads, row, base, aux)
     if ignored:
         if start == 0:
-            store_ignored_fields(fields, row)
+            store_fields(float_fields, int_fields, row, num_rows, 0.0, -1, None, FIELDS)
             if row_loss is not None:
                 tl.store(row_loss + row, 0.0)
         fill_gradients(grads, row, start, stop, 0.0, LANES)
@@ -289,7 +289,11 @@ def cross_entropy_fwd_kernel(
             rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, SEGMENT)
         end = end_of_row(rest, base, aux, weight, y, target is not None)
         if start == 0:
-            store_fields(fields, row, end, poisoned)
+            # a target that names no class makes the floats NaN; the argmaxes do not depend on it
+            if poisoned:
+                store_fields(float_fields, int_fields, row, num_rows, float("nan"), None, end, FIELDS)
+            else:
+                store_fields(float_fields, int_fields, row, num_rows, None, None, end, FIELDS)
         if row_loss is not None:
             divisor = 1.0
             if HAS_GRADIENT:
@@ -379,3 +383,279 @@ def cross_entropy_rescale_kernel(grad, factor, target, ignore_index: tl.int64, w
 COUNT_BLOCK = 1024
 COUNTED_IN_PLACE = 2048  # up to here every row's program counts the kept rows itself, which saves a launch
 RESCALE_BLOCK = 4096
+
+
+class _Call(NamedTuple):
+    """Checked arguments, as the kernels take them."""
+
+    problem: tuple  # base, aux, target, weight, ignore_index, V
+    num_rows: int
+    tiles: launch.Tiles
+    split: bool
+    num_warps: int
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "ROWS": self.tiles.rows,
+            "LANES": self.tiles.lanes,
+            "SEGMENT": self.tiles.segment,
+            "num_warps": self.num_warps,
+        }
+
+    def num_programs(self) -> int:
+        return self.num_rows * (triton.cdiv(self.problem[-1], self.tiles.segment) if self.split else 1)
+
+
+def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, V) -> _Call:
+    launch.check_problem(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, V)
+    multiprocessors, warp_size = launch.device_limits(base.device)
+    cut = launch.tiles(V)
+    num_rows = base.shape[:-1].numel()
+    problem = (
+        launch.source(base, base_scale, base_softcap),
+        launch.source(aux, aux_scale, aux_softcap),
+        None if target is None else target.contiguous(),
+        launch.numbers(weight),
+        ignore_index,
+        V,
+    )
+    split = launch.is_split(V, num_rows, cut.segment, multiprocessors)
+    return _Call(problem, num_rows, cut, split, launch.num_warps(cut.lanes, warp_size))
+
+
+def _gradients(base: Tensor, aux: Tensor | None, needs: int) -> tuple[list[Tensor], Gradients]:
+    if aux is None and needs & (ops.NEEDS_AUX | ops.NEEDS_AUX_SCALE):
+        raise ValueError(f"needs must not ask for gradients of aux where aux is None, got {needs}")
+    grads = ops.empty_grads(base, aux, needs)
+    remaining = iter(grads)
+    return grads, Gradients(*(next(remaining) if needs >> i & 1 else None for i in range(4)))
+
+
+def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, terms, grads: Gradients) -> None:
+    """Fields and, with a `row_loss`, losses and gradients. divide: (normalizer, mode), terms: (kept, share, z_loss)."""
+    scanned = wanted if terms[1] is None else wanted | ops.mask_of("weighted_sum")
+    has_gradient = any(grad is not None for grad in grads)
+    if grads.base_scale is not None or grads.aux_scale is not None:
+        call = call._replace(split=False)  # a scale's gradient is a sum over the row
+    floats = ints = None
+    if call.split:
+        base = call.problem[0].ptr
+        floats = base.new_empty(call.num_programs() * NUM_FLOATS.value, dtype=torch.float32)
+        ints = base.new_empty(call.num_programs() * NUM_INTS.value, dtype=torch.int64)
+        launch.run(
+            cross_entropy_segment_kernel,
+            call.num_programs(),
+            *call.problem,
+            floats,
+            ints,
+            WANTED=scanned,
+            **call.sizes(),
+        )
+    normalizer, divisor = divide
+    launch.run(
+        cross_entropy_fwd_kernel,
+        call.num_programs(),
+        *call.problem,
+        call.num_rows,
+        floats,
+        ints,
+        next((t for t in fields if t.dtype == torch.float32), None),
+        next((t for t in fields if t.dtype == torch.int64), None),
+        row_loss,
+        normalizer,
+        *terms,
+        grads,
+        FIELDS=wanted,
+        WANTED=scanned,
+        DIVISOR=divisor if has_gradient else BY_ONE,
+        HAS_GRADIENT=has_gradient,
+        SPLIT=call.split,
+        COUNT_BLOCK=COUNT_BLOCK,
+        **call.sizes(),
+    )
+
+
+def _need_target(target: Tensor | None, what: str) -> None:
+    if target is None:
+        raise ValueError(f"target must be given for {what}, got None")
+
+
+def scan(
+    base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
+) -> list[Tensor]:
+    """ops.cross_entropy_scan: the wanted row fields."""
+    if wanted & ops.mask_of("nll", "base_nll"):
+        _need_target(target, "nll and base_nll")
+    call = _call(
+        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+    )
+    fields = ops.empty_fields(base, aux, wanted)
+    if fields:
+        with launch.on_device_of(base):
+            _forward(call, wanted, fields, None, (None, BY_ONE), (None, None, None), Gradients(None, None, None, None))
+    return fields
+
+
+def _divisor(call: _Call, normalizer: Tensor | None, mean: bool, has_gradient: bool) -> tuple[Tensor | None, tl.constexpr]:
+    """(0-d tensor on the device or None, what to divide by). Nothing is read from the device."""
+    base, _, target, weight, ignore_index, V = call.problem
+    if not mean:
+        return None, BY_ONE
+    if normalizer is not None:
+        if normalizer.device != base.ptr.device:  # a number on the CPU
+            normalizer = torch.full((), normalizer.item(), dtype=torch.float32, device=base.ptr.device)
+        return normalizer.to(torch.float32), BY_NORMALIZER
+    if not has_gradient or call.num_rows <= COUNTED_IN_PLACE:
+        return None, BY_KEPT_ROWS
+    divisor = base.ptr.new_empty((), dtype=torch.float32)
+    launch.run(
+        cross_entropy_divisor_kernel, 1, target, weight, ignore_index, V, call.num_rows, divisor, BLOCK=COUNT_BLOCK
+    )
+    return divisor, BY_NORMALIZER
+
+
+def loss(
+    base,
+    aux,
+    target,
+    weight,
+    base_scale,
+    aux_scale,
+    base_softcap,
+    aux_softcap,
+    ignore_index,
+    vocab_size,
+    normalizer,
+    label_smoothing,
+    z_loss,
+    mean,
+    wanted,
+    needs,
+) -> list[Tensor]:
+    """ops.cross_entropy_loss: the 0-d loss, the wanted row fields, the gradients with the divisor in them."""
+    _need_target(target, "a loss")
+    call = _call(
+        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+    )
+    if normalizer is not None and normalizer.dim():
+        raise ValueError(f"normalizer must be a 0-d tensor, got shape {list(normalizer.shape)}")
+    fields = ops.empty_fields(base, aux, wanted)
+    grads, named_grads = _gradients(base, aux, needs)
+    row_loss = base.new_empty(call.num_rows, dtype=torch.float32)
+    total = base.new_empty((), dtype=torch.float32)
+    kept = share = None
+    if label_smoothing:
+        kept, share = 1.0 - label_smoothing, label_smoothing / vocab_size
+    with launch.on_device_of(base):
+        divide = _divisor(call, normalizer, mean, bool(grads))
+        _forward(call, wanted, fields, row_loss, divide, (kept, share, z_loss or None), named_grads)
+        normalizer, divisor = divide
+        launch.run(
+            cross_entropy_reduce_kernel,
+            1,
+            row_loss,
+            total,
+            normalizer,
+            *call.problem[2:],
+            call.num_rows,
+            DIVISOR=divisor,
+            BLOCK=COUNT_BLOCK,
+        )
+    return [total, *fields, *grads]
+
+
+def backward(
+    base,
+    aux,
+    target,
+    weight,
+    base_scale,
+    aux_scale,
+    base_softcap,
+    aux_softcap,
+    ignore_index,
+    vocab_size,
+    max,
+    log_denom,
+    nll,
+    base_max,
+    base_log_denom,
+    coefficients,
+    needs,
+) -> list[Tensor]:
+    """ops.cross_entropy_backward: gradients of the general form, one number per row for each coefficient."""
+    call = _call(
+        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+    )
+    k = _coefficients(base, coefficients, needs)
+    state = {"max": max, "log_denom": log_denom, "nll": nll, "base_max": base_max, "base_log_denom": base_log_denom}
+    if k.G is not None or k.B_b is not None:
+        _need_target(target, "the coefficients G and B_b")
+    required = {"max", "log_denom"}
+    required |= {"nll"} if k.G is not None else set()
+    required |= {"base_max"} if k.D is not None else set()
+    required |= {"base_max", "base_log_denom"} if k.Q is not None or k.Q_b is not None else set()
+    for name in sorted(required):
+        if state[name] is None:
+            raise ValueError(f"{name} must be given for these coefficients, got None")
+        launch.check_rows(name, state[name], base)
+    state = {name: launch.numbers(value) if name in required else None for name, value in state.items()}
+    grads, named_grads = _gradients(base, aux, needs)
+    # every program can write its own columns, but a scale's gradient is a sum over the row
+    split = vocab_size > call.tiles.segment and not needs & (ops.NEEDS_BASE_SCALE | ops.NEEDS_AUX_SCALE)
+    call = call._replace(split=split)
+    if grads:
+        with launch.on_device_of(base):
+            launch.run(
+                cross_entropy_bwd_kernel,
+                call.num_programs(),
+                *call.problem,
+                Softmax(state["max"], state["log_denom"], state["base_max"], state["base_log_denom"], None),
+                state["nll"],
+                k,
+                named_grads,
+                SPLIT=split,
+                **call.sizes(),
+            )
+    return grads
+
+
+def _coefficients(base: Tensor, given: list[Tensor | None], needs: int) -> Coefficients:
+    if len(given) != len(ops.COEFFICIENTS):
+        raise ValueError(f"coefficients must be the {len(ops.COEFFICIENTS)} of ops.COEFFICIENTS, got {len(given)}")
+    k = Coefficients(*given)
+    for name, value in zip(ops.COEFFICIENTS, given, strict=True):
+        launch.check_rows(f"coefficient {name}", value, base)
+    if not needs & (ops.NEEDS_BASE | ops.NEEDS_BASE_SCALE):
+        k = k._replace(Q_b=None, B_b=None)
+    return Coefficients(*map(launch.numbers, k))
+
+
+def rescale_(grad, factor, target, ignore_index) -> None:
+    """ops.cross_entropy_rescale_: grad [*, V] or [*] times a 0-d factor, in place; the factor stays on the device."""
+    launch.check_device(grad)
+    launch.check_float("grad", grad)
+    checks.target(target)
+    if not grad.is_contiguous():
+        raise ValueError(f"grad must be contiguous, got strides {grad.stride()}")
+    if grad.shape[: target.dim()] != target.shape or grad.dim() > target.dim() + 1:
+        raise ValueError(f"grad must be {list(target.shape)} or [*, V] of it, got {list(grad.shape)}")
+    if target.device != grad.device:
+        raise ValueError(f"target must be on {grad.device}, got {target.device}")
+    if factor.dim() or factor.device != grad.device:
+        raise ValueError(f"factor must be 0-d and on {grad.device}, got {list(factor.shape)} on {factor.device}")
+    if grad.numel() == 0:
+        return
+    width = grad.numel() // target.numel()
+    with launch.on_device_of(grad):
+        launch.run(
+            cross_entropy_rescale_kernel,
+            target.numel() * triton.cdiv(width, RESCALE_BLOCK),
+            grad,
+            factor.to(torch.float32),
+            target.contiguous(),
+            ignore_index,
+            width,
+            BLOCK=RESCALE_BLOCK,
+            num_warps=8,
+        )

@@ -1,4 +1,4 @@
-"""How a kernel is launched: tile sizes, whether rows are split, devices, and tensors as kernel arguments."""
+"""How a kernel is launched: cut of the rows, whether they are split, devices, and what a kernel can be given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import checks
 from ..layout import as_rows
+from ..sources import Logits
+from .columns import Source
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_INT32 = 2**31 - 1
@@ -21,15 +24,15 @@ class Tiles(NamedTuple):
 
     lanes: int  # columns side by side, each with its own running maximum
     rows: int  # of lanes, loaded at once
-    segment: int  # columns whose sums are formed together: a multiple of lanes * rows
+    segment: int  # columns whose sums are formed together, a multiple of lanes * rows
 
 
 def tiles(vocab_size: int) -> Tiles:
-    """Cut of a row of `vocab_size` columns. Unmeasured; reasons below.
+    """The cut of rows of `vocab_size` columns. Reasoned, not measured.
 
-    Eight 16-bit columns a thread make 128-bit loads, four rows of lanes make the cost of a running maximum small (1.25
-    exponentials a column) and put 64 bytes of each source in flight for every thread. Wide rows take a whole
-    multiprocessor: fewer rows are in flight then, and the second read finds more of them in L2.
+    Four rows of lanes make a running maximum for each lane cheap (1.25 exponentials a column). Wide rows get wide tiles,
+    so that few rows are in flight on a multiprocessor and the second read finds them in L2; a segment is then long enough
+    for the reduction over its lanes, where all warps wait, to cost a few percent.
     """
     if vocab_size <= 1024:
         return Tiles(256, 4, 1024)
@@ -41,12 +44,12 @@ def tiles(vocab_size: int) -> Tiles:
 
 
 def num_warps(lanes: int, warp_size: int) -> int:
-    """Eight columns a thread: 128-bit loads of 16-bit logits, 32 columns of a tile in registers."""
+    """Eight columns a thread in each row of lanes: 128-bit loads of 16-bit logits."""
     return max(lanes // (8 * warp_size), 1)
 
 
 def is_split(vocab_size: int, num_rows: int, segment: int, multiprocessors: int) -> bool:
-    """Whether the segments of a row go to several programs: where whole rows would leave half of the device idle."""
+    """Whether segments of one row go to several programs: where a program a row leaves half of the device idle."""
     return vocab_size > segment and 2 * num_rows <= multiprocessors
 
 
@@ -59,39 +62,82 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, getattr(properties, "warp_size", 32)
 
 
-def check_device(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu"):
-        return
-    raise RuntimeError(
-        f"backend='triton' needs tensors on a CUDA or ROCm device, or on CPU with TRITON_INTERPRET=1 set before Triton is "
-        f"imported, got {tensor.device}"
-    )
-
-
 def on_device_of(tensor: Tensor):
-    """Kernels are launched on the current device, which need not be the tensors'."""
+    """Kernels start on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def run(kernel, num_programs: int, *args, **options) -> None:
-    """The one place where kernels are launched. No fused multiply-add: see row_state.py."""
+    """The one place where kernels are launched; without fused multiply-add, see row_state.py."""
     if num_programs > MAX_INT32:
-        raise ValueError(f"one launch has at most {MAX_INT32} programs, got {num_programs}: pass fewer rows at a time")
-    kernel[(num_programs,)](*args, **options, enable_fp_fusion=False)
+        raise ValueError(f"a launch has at most {MAX_INT32} programs, got {num_programs}: pass fewer rows at a time")
+    if num_programs:
+        kernel[(num_programs,)](*args, **options, enable_fp_fusion=False)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def small(tensor: Tensor | None) -> Tensor | None:
-    """A vector with one number per row, or the class weights, as the kernels read it."""
+def check_device(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu"):
+        return
+    raise RuntimeError(
+        "backend='triton' needs tensors on a CUDA or ROCm device (or on CPU, with TRITON_INTERPRET=1 set before Triton is "
+        f"imported), got {tensor.device}"
+    )
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype == torch.float64:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got torch.float64: triton has no float64")
+
+
+def check_rows(name: str, tensor: Tensor | None, like: Tensor) -> None:
+    """One number per row of [*, V] logits."""
+    if tensor is None:
+        return
+    if tensor.shape != like.shape[:-1]:
+        raise ValueError(f"{name} must have shape {list(like.shape[:-1])}, got {list(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+
+
+def check_problem(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, vocab_size) -> None:
+    """The op's arguments by themselves, so that a raw call is as safe as the public function."""
+    check_device(base)
+    if base.dim() == 0:
+        raise ValueError("base must be [*, V], got a 0-d tensor")
+    shape, device = base.shape[:-1], base.device
+    sources = {"base": (base, base_scale, base_softcap)}
+    if aux is not None:
+        sources["aux"] = (aux, aux_scale, aux_softcap)
+    for name, (values, scale, softcap) in sources.items():
+        given = Logits(values, scale=1.0 if scale is None else scale, softcap=softcap)
+        checks.source(name, given, shape, device)
+        check_float(name, values)
+    checks.common_width([(name, values.shape[-1]) for name, (values, _, _) in sources.items()], vocab_size)
+    if vocab_size > MAX_INT32 // 2:
+        raise ValueError(f"vocab_size must be at most {MAX_INT32 // 2}, got {vocab_size}")
+    if target is not None:
+        checks.target(target)
+        check_rows("target", target, base)
+    if weight is not None:
+        checks.class_weight(weight, vocab_size, device)
+
+
+def numbers(tensor: Tensor | None) -> Tensor | None:
+    """A small vector (one number per row, class weights) as kernels read it."""
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
-def source_args(values: Tensor | None, scale: Tensor | None, softcap: float | None) -> tuple:
-    """(pointer, rows per outer step, its stride, the row stride, width, scale, its stride, softcap) of a source."""
+def source(values: Tensor | None, scale: Tensor | None, softcap: float | None) -> Source:
+    """A source as kernels read it; a matrix is one row per outer step, whatever N is, so that N starts no compilation."""
     if values is None:
-        return None, 1, 0, 0, 0, None, 0, None
-    rows = as_rows(values)
+        return Source(None, 1, 0, 0, 0, None, 0, None)
+    tensor, num_inner, stride_outer, stride_inner = as_rows(values)
+    if stride_outer == 0 and values.numel() == num_inner * values.shape[-1]:
+        num_inner, stride_outer, stride_inner = 1, stride_inner, 0
     scale_stride = 0 if scale is None or scale.dim() == 0 else 1
-    return (*rows, values.shape[-1], small(scale), scale_stride, None if softcap is None else float(softcap))
+    return Source(
+        tensor, num_inner, stride_outer, stride_inner, values.shape[-1], numbers(scale), scale_stride, softcap
+    )

@@ -106,7 +106,11 @@ def pairwise_sum(x):
     """Sum over the first dimension, a power of two, as a tree of neighbours."""
     for _ in tl.static_range(16):
         if x.shape[0] > 1:
-            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2] + x.shape[1:]), axis=1)
+            if len(x.shape) == 2:
+                pairs = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1]))
+            else:
+                pairs = tl.reshape(x, (x.shape[0] // 2, 2))
+            x = tl.sum(pairs, axis=1)
     return tl.sum(x, axis=0)
 
 
@@ -140,14 +144,14 @@ def no_columns(SHAPE: tl.constexpr, WANTED: tl.constexpr):
     return RowState(
         lowest,
         zero,
-        zero if WANTED & MEAN_SUM else None,
-        zero if WANTED & MEAN_BASE else None,
-        lowest if WANTED & BASE else None,
-        zero if WANTED & BASE_DENOM else None,
-        zero if WANTED & WEIGHTED_SUM else None,
-        zero if WANTED & WEIGHTED_SUM else None,
-        nowhere if WANTED & ARGMAX else None,
-        nowhere if WANTED & BASE_ARGMAX else None,
+        zero if MEAN_SUM & WANTED else None,
+        zero if MEAN_BASE & WANTED else None,
+        lowest if BASE & WANTED else None,
+        zero if BASE_DENOM & WANTED else None,
+        zero if WEIGHTED_SUM & WANTED else None,
+        zero if WEIGHTED_SUM & WANTED else None,
+        nowhere if ARGMAX & WANTED else None,
+        nowhere if BASE_ARGMAX & WANTED else None,
     )
 
 
@@ -343,12 +347,12 @@ def load_state(floats, ints, index, WANTED: tl.constexpr):
     return RowState(
         tl.load(floats),
         tl.load(floats + 1),
-        tl.load(floats + 2) if WANTED & MEAN_SUM else None,
-        tl.load(floats + 3) if WANTED & MEAN_BASE else None,
-        tl.load(floats + 4) if WANTED & BASE else None,
-        tl.load(floats + 5) if WANTED & BASE_DENOM else None,
-        tl.load(floats + 6) if WANTED & WEIGHTED_SUM else None,
-        tl.load(floats + 7) if WANTED & WEIGHTED_SUM else None,
-        tl.load(ints) if WANTED & ARGMAX else None,
-        tl.load(ints + 1) if WANTED & BASE_ARGMAX else None,
+        tl.load(floats + 2) if MEAN_SUM & WANTED else None,
+        tl.load(floats + 3) if MEAN_BASE & WANTED else None,
+        tl.load(floats + 4) if BASE & WANTED else None,
+        tl.load(floats + 5) if BASE_DENOM & WANTED else None,
+        tl.load(floats + 6) if WEIGHTED_SUM & WANTED else None,
+        tl.load(floats + 7) if WEIGHTED_SUM & WANTED else None,
+        tl.load(ints) if ARGMAX & WANTED else None,
+        tl.load(ints + 1) if BASE_ARGMAX & WANTED else None,
     )

@@ -13,7 +13,8 @@ struct Source {
   DType dtype = DType::kFloat32;
   int64_t width = 0;
   int64_t num_inner = 1, stride_outer = 0, stride_inner = 0;
-  const void* scale = nullptr;  // compute dtype; null: 1
+  const void* scale = nullptr;  // compute dtype; null: scale_value
+  double scale_value = 1;
   int64_t scale_stride = 0;     // 0: one for all rows, 1: one per row
   double softcap = 0;           // 0: none
 };

@@ -82,7 +82,7 @@ class Kernel {
     return (n / source.num_inner) * source.stride_outer + (n % source.num_inner) * source.stride_inner;
   }
   static C scale(const Source& source, int64_t n) {
-    return source.scale == nullptr ? C(1) : static_cast<const C*>(source.scale)[n * source.scale_stride];
+    return source.scale == nullptr ? static_cast<C>(source.scale_value) : static_cast<const C*>(source.scale)[n * source.scale_stride];
   }
   SourceBlock<C> block(const Source& source, int64_t n, int64_t k) const {
     const char* first = static_cast<const char*>(source.values);
