@@ -112,7 +112,9 @@ def test_a_second_backward_gives_the_same_bits(impl, road, dtype):
     second = torch.autograd.grad(loss, (base, aux), upstream, retain_graph=True)
     assert all(map(torch.equal, first, second))
     third = torch.autograd.grad(loss, (base, aux), 2 * upstream)
-    assert all(torch.equal(2 * a.float(), b.float()) for a, b in zip(first, third, strict=True))
+    subnormal = 2.0**-23 if dtype == torch.float16 else 0.0  # two halves of the smallest number round apart
+    for once, twice in zip(first, third, strict=True):
+        torch.testing.assert_close(2 * once.float(), twice.float(), rtol=0, atol=subnormal)
 
 
 @pytest.mark.parametrize("road", ["mean", "sum"])

@@ -8,13 +8,16 @@ import triton
 import triton.language as tl
 
 from .row_state import (
+    WIDTH,
     absorb,
     collapse,
+    lane_sum,
     load_state,
     merge,
     no_columns,
-    pairwise_sum,
     soft_cap,
+    tile_of_columns,
+    tile_sum,
 )
 
 
@@ -102,9 +105,9 @@ def at_row(source, row):
 
 
 @triton.jit
-def read_source(source, cols, mask, EVICT: tl.constexpr):
+def logits_of(values, source):
     # float32 before any arithmetic: the sum of two bf16 logits would round, and bf16 arithmetic interpreted is garbage
-    bent = tl.load(source.ptr + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    bent = values.to(tl.float32)
     slope = None
     if source.softcap is not None:
         bent, slope = soft_cap(bent, source.softcap)
@@ -112,12 +115,23 @@ def read_source(source, cols, mask, EVICT: tl.constexpr):
 
 
 @triton.jit
-def read_sum(base, aux, cols, mask):
-    """(s, z_b)."""
-    z_base = read_source(base, cols, mask, "").scaled
+def load_tiles(source, cols, stop, ROWS: tl.constexpr, LANES: tl.constexpr, EVICT: tl.constexpr):
+    """The values of ROWS tiles: all loads are issued before anything waits for one of them."""
+    tiles = ()
+    if source.ptr is not None:
+        for i in tl.static_range(ROWS):
+            at = cols + i * (LANES * WIDTH)
+            tiles += (tl.load(source.ptr + at, mask=at < stop, other=0.0, eviction_policy=EVICT),)
+    return tiles
+
+
+@triton.jit
+def load_logits_at(base, aux, col):
+    """(s, z_b) of one column; zeros for column -1."""
+    z_base = logits_of(tl.load(base.ptr + col, mask=col >= 0, other=0.0), base).scaled
     if aux.ptr is None:
         return z_base, z_base
-    return z_base + read_source(aux, cols, mask, "").scaled, z_base
+    return z_base + logits_of(tl.load(aux.ptr + col, mask=col >= 0, other=0.0), aux).scaled, z_base
 
 
 @triton.jit
@@ -140,15 +154,19 @@ def scan_segment(
 ):
     """The state of the columns [start, stop) without y."""
     lanes = no_columns([LANES], WANTED)
-    tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    for first in range(start, stop, ROWS * LANES):
-        cols = first + tile
-        in_row = cols < stop
-        s, z_base = read_sum(base, aux, cols, in_row)
-        w = 1.0
-        if weight is not None and lanes.weight is not None:
-            w = tl.load(weight + cols, mask=in_row, other=0.0)
-        lanes = absorb(lanes, s, z_base, w, in_row & (cols != y), cols, in_row)
+    for first in range(start, stop, ROWS * LANES * WIDTH):
+        cols = first + tile_of_columns(LANES)
+        base_tiles = load_tiles(base, cols, stop, ROWS, LANES, "")
+        aux_tiles = load_tiles(aux, cols, stop, ROWS, LANES, "")
+        for i in tl.static_range(ROWS):
+            in_row = cols < stop
+            z_base = logits_of(base_tiles[i], base).scaled
+            s = z_base if aux.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
+            w = 1.0
+            if weight is not None and lanes.weight is not None:
+                w = tl.load(weight + cols, mask=in_row, other=0.0)
+            lanes = absorb(lanes, s, z_base, w, in_row & (cols != y), cols, in_row)
+            cols += LANES * WIDTH
     return collapse(lanes)
 
 
@@ -215,7 +233,7 @@ def gradient_of_sum(s, z_base, w, at_y, soft, k):
 
 
 @triton.jit
-def write_source_gradient(ptr, cols, mask, dz, source, slope):
+def store_gradient(ptr, cols, mask, dz, source, slope):
     if ptr is not None:
         if source.scale is not None:
             dz = dz * source.scale
@@ -228,39 +246,43 @@ def write_source_gradient(ptr, cols, mask, dz, source, slope):
 @triton.jit
 def sum_of_products(mask, dz, bent):
     """Of the gradient and softcap(values), in each lane; a masked class, 0 * (-inf), counts nothing."""
-    return pairwise_sum(tl.where(mask & (dz != 0), dz * bent, 0.0))
+    return tile_sum(tl.where(mask & (dz != 0), dz * bent, 0.0))
 
 
 @triton.jit
 def write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Gradients of the columns [start, stop), the last tile first; where a scale's is wanted these are the whole row."""
-    tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    """Gradients of the columns [start, stop), the last tiles first; where a scale's is wanted these are the whole row."""
     base_lanes = None if grads.base_scale is None else tl.zeros([LANES], tl.float32)
     aux_lanes = None if grads.aux_scale is None else tl.zeros([LANES], tl.float32)
-    num_tiles = tl.cdiv(stop - start, ROWS * LANES)
-    for i in range(0, num_tiles):
-        cols = start + (num_tiles - 1 - i) * (ROWS * LANES) + tile
-        mask = cols < stop
-        z_base = read_source(base, cols, mask, "evict_first")
-        s, z_aux = z_base.scaled, z_base
-        if aux.ptr is not None:
-            z_aux = read_source(aux, cols, mask, "evict_first")
-            s += z_aux.scaled
-        w = 1.0
-        if weight is not None and k.S is not None:
-            w = tl.load(weight + cols, mask=mask, other=0.0)
-        dz = gradient_of_sum(s, z_base.scaled, w, cols == y, soft, k)
-        dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
-        write_source_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)
-        write_source_gradient(grads.aux, cols, mask, dz.every, aux, z_aux.slope)
-        if base_lanes is not None:
-            base_lanes += sum_of_products(mask, dz_base, z_base.bent)
-        if aux_lanes is not None:
-            aux_lanes += sum_of_products(mask, dz.every, z_aux.bent)
+    size = ROWS * LANES * WIDTH
+    last = start + (stop - 1 - start) // size * size
+    for first in range(start, stop, size):
+        cols = last - (first - start) + tile_of_columns(LANES)
+        base_tiles = load_tiles(base, cols, stop, ROWS, LANES, "evict_first")
+        aux_tiles = load_tiles(aux, cols, stop, ROWS, LANES, "evict_first")
+        for i in tl.static_range(ROWS):
+            mask = cols < stop
+            z_base = logits_of(base_tiles[i], base)
+            s, z_aux = z_base.scaled, z_base
+            if aux.ptr is not None:
+                z_aux = logits_of(aux_tiles[i], aux)
+                s += z_aux.scaled
+            w = 1.0
+            if weight is not None and k.S is not None:
+                w = tl.load(weight + cols, mask=mask, other=0.0)
+            dz = gradient_of_sum(s, z_base.scaled, w, cols == y, soft, k)
+            dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
+            store_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)
+            store_gradient(grads.aux, cols, mask, dz.every, aux, z_aux.slope)
+            if base_lanes is not None:
+                base_lanes += sum_of_products(mask, dz_base, z_base.bent)
+            if aux_lanes is not None:
+                aux_lanes += sum_of_products(mask, dz.every, z_aux.bent)
+            cols += LANES * WIDTH
     if base_lanes is not None:
-        tl.store(grads.base_scale + row, pairwise_sum(base_lanes))
+        tl.store(grads.base_scale + row, lane_sum(base_lanes))
     if aux_lanes is not None:
-        tl.store(grads.aux_scale + row, pairwise_sum(aux_lanes))
+        tl.store(grads.aux_scale + row, lane_sum(aux_lanes))
 
 
 @triton.jit
@@ -277,9 +299,9 @@ def gradients_at_row(grads, row, base, aux):
 @triton.jit
 def fill(ptr, start, stop, value, LANES: tl.constexpr):
     if ptr is not None:
-        for first in range(start, stop, LANES):
-            cols = first + tl.arange(0, LANES)
-            tl.store(ptr + cols, tl.zeros([LANES], ptr.dtype.element_ty) + value, mask=cols < stop)
+        for first in range(start, stop, LANES * WIDTH):
+            cols = first + tl.arange(0, LANES * WIDTH)
+            tl.store(ptr + cols, tl.full([LANES * WIDTH], value, ptr.dtype.element_ty), mask=cols < stop)
 
 
 @triton.jit

@@ -26,14 +26,14 @@ from .columns import (
     fill_gradients,
     fill_tails,
     gradients_at_row,
+    load_logits_at,
     merge_segments,
-    read_sum,
     read_target,
     scan_row,
     scan_segment,
     write_gradients,
 )
-from .row_state import NUM_FLOATS, NUM_INTS, merge, nll_of, of_target, one_minus_exp, pairwise_sum, store_state, unpack
+from .row_state import NUM_FLOATS, NUM_INTS, merge, nll_of, of_target, one_minus_exp, lane_sum, store_state, column_of
 
 # what the loss is divided by
 BY_ONE = tl.constexpr(0)
@@ -80,7 +80,7 @@ def end_of_row(rest, base, aux, weight, y, HAS_TARGET: tl.constexpr):
     whole, w_y = rest, 1.0
     nll, base_nll, residual, base_max, base_log_denom = None, None, None, None, None
     if HAS_TARGET:
-        s_y, z_y = read_sum(base, aux, y, y >= 0)
+        s_y, z_y = load_logits_at(base, aux, y)
         if weight is not None:
             w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
         whole = merge(rest, of_target(s_y, z_y, w_y, rest))
@@ -104,8 +104,8 @@ def end_of_row(rest, base, aux, weight, y, HAS_TARGET: tl.constexpr):
         base_log_denom,
         base_nll,
         whole.weighted_sum,
-        None if whole.argmax is None else unpack(whole.argmax),
-        None if whole.base_argmax is None else unpack(whole.base_argmax),
+        None if whole.argmax is None else column_of(whole.argmax),
+        None if whole.base_argmax is None else column_of(whole.base_argmax),
         residual,
         whole.weight,
         w_y,
@@ -162,7 +162,7 @@ def kept_rows(target, weight, ignore_index, V, num_rows, BLOCK: tl.constexpr):
             lanes += kept.to(tl.int64)
         else:
             lanes += tl.load(weight + y, mask=kept & (y >= 0) & (y < V), other=0.0)
-    return pairwise_sum(lanes).to(tl.float32)
+    return lane_sum(lanes).to(tl.float32)
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def cross_entropy_reduce_kernel(
         rows = first + tl.arange(0, BLOCK)
         lanes += tl.load(row_loss + rows, mask=rows < num_rows, other=0.0)
     divisor = divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR, BLOCK)
-    tl.store(loss, tl.math.div_rn(pairwise_sum(lanes), divisor))
+    tl.store(loss, tl.math.div_rn(lane_sum(lanes), divisor))
 
 
 # -- kernels over rows -------------------------------------------------------------------------------------------------

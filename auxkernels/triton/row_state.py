@@ -1,10 +1,10 @@
 """Arithmetic of one row: its state while columns are scanned, the one merge of two states, and accurate scalar functions.
 
-Columns are cut in segments that depend on the vocabulary alone. A segment is scanned by `LANES` independent lanes, each with
-its own maximum, so that the loop has no reduction across threads; `collapse` makes one state of them, and `merge` joins
-segments in their order. Every sum over lanes or rows of a tile is a tree of pairs: its bits do not depend on how the compiler
-lays a tensor out over threads, which changes with alignment. Kernels are compiled without fused multiply-add for the same
-reason: a row has the same bits from every kernel, split or not.
+Columns are cut in segments that depend on the vocabulary alone. A segment is scanned in tiles [LANES, WIDTH] by lanes
+that each have their own maximum, so that the loop has no reduction across threads; `collapse` makes one state of them, and
+`merge` joins segments in their order. Every sum over a tile or over lanes is a tree of pairs: its bits do not depend on how
+the compiler lays a tensor out over threads, which changes with alignment. Kernels are compiled without fused multiply-add for
+the same reason: a row has the same bits from every kernel, split or not.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ BASE = tl.constexpr(FIELD_BIT["mean_base"] | FIELD_BIT["base_max"] | FIELD_BIT["
 WEIGHTED_SUM = tl.constexpr(FIELD_BIT["weighted_sum"])
 ARGMAX = tl.constexpr(FIELD_BIT["argmax"])
 BASE_ARGMAX = tl.constexpr(FIELD_BIT["base_argmax"])
+
+WIDTH = tl.constexpr(8)  # neighbouring columns of a lane: a 128-bit load of 16-bit logits
 
 NUM_FLOATS = tl.constexpr(8)  # of a stored state
 NUM_INTS = tl.constexpr(2)
@@ -101,16 +103,34 @@ def soft_cap(z, cap):
     return cap * tl.where(size < 0.625, x + x * (u * series), far), 4.0 * e * r * r
 
 
+# -- tiles and lanes ---------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def pairwise_sum(x):
-    """Sum over the first dimension, a power of two, as a tree of neighbours."""
+def tile_of_columns(LANES: tl.constexpr):
+    """[LANES, WIDTH], from 0 on."""
+    return tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def tile_sum(x):
+    """[LANES, WIDTH] to [LANES]."""
+    for _ in tl.static_range(3):
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
+    return tl.sum(x, axis=1)
+
+
+@triton.jit
+def tile_max(x):
+    return tl.max(x, axis=1)
+
+
+@triton.jit
+def lane_sum(x):
+    """[LANES] to a scalar."""
     for _ in tl.static_range(16):
         if x.shape[0] > 1:
-            if len(x.shape) == 2:
-                pairs = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1]))
-            else:
-                pairs = tl.reshape(x, (x.shape[0] // 2, 2))
-            x = tl.sum(pairs, axis=1)
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
     return tl.sum(x, axis=0)
 
 
@@ -118,18 +138,21 @@ def pairwise_sum(x):
 
 
 @triton.jit
-def pack(z, cols, in_row):
-    """Value and column as one int64 whose maximum is torch's argmax: NaN above all, ties to the lower column."""
+def tile_argmax(z, cols, in_row):
+    """Value and column of each lane's torch.argmax as one int64 that is compared as such: NaN above all, then the value,
+    then the lower column."""
     bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(z != z, 0x7FFFFFFF, key)
-    packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - cols).to(tl.int64)
-    return tl.where(in_row, packed, -(2**63))
+    key = tl.where(in_row, key, -0x80000000)
+    best = tile_max(key)
+    first = -tile_max(tl.where(key == best[:, None], -cols, -0x7FFFFFFF))
+    return (best.to(tl.int64) << 32) | (0x7FFFFFFF - first).to(tl.int64)
 
 
 @triton.jit
-def unpack(packed):
-    return 0x7FFFFFFF - (packed & 0xFFFFFFFF)
+def column_of(packed):
+    return 0x7FFFFFFF - (packed & 0x7FFFFFFF)
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
@@ -217,7 +240,7 @@ def merge(a, b):
 
 @triton.jit
 def sum_of(x):
-    return None if x is None else pairwise_sum(x)
+    return None if x is None else lane_sum(x)
 
 
 @triton.jit
@@ -232,7 +255,7 @@ def collapse(lanes):
     lanes = rebase(lanes, new_max, new_base_max)
     return RowState(
         new_max,
-        pairwise_sum(lanes.denom),
+        lane_sum(lanes.denom),
         sum_of(lanes.mean_sum),
         sum_of(lanes.mean_base),
         new_base_max,
@@ -246,40 +269,40 @@ def collapse(lanes):
 
 @triton.jit
 def absorb(lanes, s, z_base, w, keep, cols, in_row):
-    """The lanes after a tile [ROWS, LANES] of logits.
+    """The lanes after a tile of logits.
 
     keep      columns that enter the sums: those of the row but the target, which is joined at the end
     in_row    columns of the row, which all enter the argmaxes
     """
     argmax, base_argmax = lanes.argmax, lanes.base_argmax
     if argmax is not None:
-        argmax = tl.maximum(argmax, tl.max(pack(s, cols, in_row), axis=0))
+        argmax = tl.maximum(argmax, tile_argmax(s, cols, in_row))
     if base_argmax is not None:
-        base_argmax = tl.maximum(base_argmax, tl.max(pack(z_base, cols, in_row), axis=0))
+        base_argmax = tl.maximum(base_argmax, tile_argmax(z_base, cols, in_row))
     s = tl.where(keep, s, float("-inf"))
-    new_max, new_base_max = tl.maximum(lanes.max, tl.max(s, axis=0)), lanes.base_max
+    new_max, new_base_max = tl.maximum(lanes.max, tile_max(s)), lanes.base_max
     if new_base_max is not None:
         z_base = tl.where(keep, z_base, float("-inf"))
-        new_base_max = tl.maximum(new_base_max, tl.max(z_base, axis=0))
+        new_base_max = tl.maximum(new_base_max, tile_max(z_base))
     lanes = rebase(lanes, new_max, new_base_max)
     mean_sum, mean_base = lanes.mean_sum, lanes.mean_base
     base_denom, weighted_sum, weight = lanes.base_denom, lanes.weighted_sum, lanes.weight
-    s = s - finite_or_zero(new_max)[None, :]
+    s = s - finite_or_zero(new_max)[:, None]
     e = tl.exp(s)
     if mean_sum is not None:
-        mean_sum += pairwise_sum(tl.where(e == 0, 0.0, e * s))
+        mean_sum += tile_sum(tl.where(e == 0, 0.0, e * s))
     if new_base_max is not None:
-        z_base = z_base - finite_or_zero(new_base_max)[None, :]
+        z_base = z_base - finite_or_zero(new_base_max)[:, None]
     if mean_base is not None:
-        mean_base += pairwise_sum(tl.where(e == 0, 0.0, e * z_base))
+        mean_base += tile_sum(tl.where(e == 0, 0.0, e * z_base))
     if base_denom is not None:
-        base_denom += pairwise_sum(tl.exp(z_base))
+        base_denom += tile_sum(tl.exp(z_base))
     if weighted_sum is not None:
-        weighted_sum += pairwise_sum(tl.where(keep, w * s, 0.0))
-        weight += pairwise_sum(tl.where(keep, w, 0.0))
+        weighted_sum += tile_sum(tl.where(keep, w * s, 0.0))
+        weight += tile_sum(tl.where(keep, w, 0.0))
     return RowState(
         new_max,
-        lanes.denom + pairwise_sum(e),
+        lanes.denom + tile_sum(e),
         mean_sum,
         mean_base,
         new_base_max,
