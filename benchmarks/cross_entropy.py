@@ -178,8 +178,6 @@ def _implementations(spec: Spec, base, aux, target, with_reference: bool) -> lis
 
     if spec.pass_name == "stats":
         entries = [entry("eager", eager_statistics, "yardstick")]
-        if is_half:
-            entries.append(entry("eager upcast", eager_upcast_statistics))
         entries.append(entry("compile upcast", None, get_function=compiled(eager_upcast_statistics)))
         entries.append(entry("auxkernels logit_stats", lambda *xs: _ours().logit_stats(*xs), "ours"))
         entries.append(entry("auxkernels return_stats", ours_with_statistics, "ours"))
@@ -228,12 +226,12 @@ def native_kernel_call(pass_name: str, base, aux, target) -> Callable[[], Output
     loss, gradient = torch.full((), math.nan), torch.full_like(aux, math.nan)
     needs, gradients = (ops.NEEDS_AUX, (gradient,)) if pass_name == "training" else (0, ())
     no_options = [None] * 5
-    arguments = cross_entropy._Arguments(base, aux, target, *no_options, -100, base.shape[-1])
-    pointers = cross_entropy._output_pointers(0, needs, list(gradients))
+    native_call = cross_entropy._Call(base, aux, target, *no_options, -100, base.shape[-1])
+    pointers = cross_entropy._output_pointers(0, needs, [], gradients)
     normalizer, label_smoothing, z_loss, is_mean = (False, 1.0), 0.0, 0.0, True
 
     def call() -> Outputs:
-        arguments.run(cpu().loss, pointers, loss.data_ptr(), *normalizer, label_smoothing, z_loss, is_mean)
+        native_call.run(cpu().loss, pointers, loss.data_ptr(), *normalizer, label_smoothing, z_loss, is_mean)
         return Outputs(loss, gradients)
 
     return call

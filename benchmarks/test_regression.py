@@ -16,6 +16,7 @@ SPECS = [
     Spec("overhead", OVERHEAD_SHAPE, "fp32", "flat"),
 ]
 NAMES = {
+    "training": ("eager", "auxkernels kernel alone", "auxkernels"),
     "stats": ("eager", "auxkernels logit_stats"),
     "stats_training": ("eager", "auxkernels return_stats"),
     "overhead": ("eager", "plain", "every option"),

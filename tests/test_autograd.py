@@ -6,6 +6,7 @@ import pytest
 import torch
 from inputs import logits, targets
 from oracle import Case, assert_close, check, expected
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from auxkernels import Logits, aux_cross_entropy, logit_stats
@@ -38,7 +39,7 @@ def loss_of(impl, road, base, aux, target, **options):
 # -- which gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("needs", itertools.product([False, True], repeat=4), ids=lambda n: "".join("01"[i] for i in n))
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_exactly_the_requested_gradients_are_made(impl, road, needs):
     base, aux, target = sources(impl.device)
     scales = [torch.rand((), device=impl.device), torch.rand(5, device=impl.device)]
@@ -235,6 +236,17 @@ def test_forward_mode_of_the_statistics_is_an_error_and_not_a_lost_tangent(fused
     base, aux, _ = sources(fused.device)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jvp(lambda a: logit_stats(base.detach(), a, backend=fused.backend).lse, (aux.detach(),), (aux.detach(),))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dual_numbers_are_an_error_and_not_a_lost_tangent(fused, road, requires_grad):
+    base, aux, target = sources(fused.device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(aux.detach().requires_grad_(requires_grad), torch.ones_like(aux))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            loss_of(fused, road, base.detach(), dual, target)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            logit_stats(base.detach(), dual, backend=fused.backend)
 
 
 def test_func_grad_is_an_error(fused, road):

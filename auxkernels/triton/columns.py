@@ -11,13 +11,14 @@ from .row_state import (
     WIDTH,
     absorb,
     collapse,
+    first_columns,
     lane_sum,
     load_state,
     merge,
     no_columns,
     soft_cap,
-    tile_of_columns,
     tile_sum,
+    within,
 )
 
 
@@ -115,13 +116,20 @@ def logits_of(values, source):
 
 
 @triton.jit
-def load_tiles(source, cols, stop, ROWS: tl.constexpr, LANES: tl.constexpr, EVICT: tl.constexpr):
+def before(first, stop, EVEN: tl.constexpr):
+    """Which columns of a tile are less than `stop`. EVEN: all or none of a lane's, for 128-bit loads and a cheap mask."""
+    return first < stop if EVEN else first + within() < stop
+
+
+@triton.jit
+def load_tiles(source, first, stop, ROWS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
     """The values of ROWS tiles: all loads are issued before anything waits for one of them."""
     tiles = ()
     if source.ptr is not None:
         for i in tl.static_range(ROWS):
-            at = cols + i * (LANES * WIDTH)
-            tiles += (tl.load(source.ptr + at, mask=at < stop, other=0.0, eviction_policy=EVICT),)
+            at = first + i * (LANES * WIDTH)
+            mask = before(at, stop, EVEN)
+            tiles += (tl.load(source.ptr + at + within(), mask=mask, other=0.0, eviction_policy=EVICT),)
     return tiles
 
 
@@ -150,23 +158,32 @@ def read_target(target, row, ignore_index, V):
 
 @triton.jit
 def scan_segment(
-    base, aux, weight, y, start, stop, WANTED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+    base,
+    aux,
+    weight,
+    y,
+    start,
+    stop,
+    WANTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """The state of the columns [start, stop) without y."""
     lanes = no_columns([LANES], WANTED)
-    for first in range(start, stop, ROWS * LANES * WIDTH):
-        cols = first + tile_of_columns(LANES)
-        base_tiles = load_tiles(base, cols, stop, ROWS, LANES, "")
-        aux_tiles = load_tiles(aux, cols, stop, ROWS, LANES, "")
+    for at in range(start, stop, ROWS * LANES * WIDTH):
+        first = at + first_columns(LANES)
+        base_tiles = load_tiles(base, first, stop, ROWS, LANES, EVEN, "")
+        aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, EVEN, "")
         for i in tl.static_range(ROWS):
-            in_row = cols < stop
+            in_row = before(first, stop, EVEN)
             z_base = logits_of(base_tiles[i], base).scaled
             s = z_base if aux.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
-            w = 1.0
+            w = None
             if weight is not None and lanes.weight is not None:
-                w = tl.load(weight + cols, mask=in_row, other=0.0)
-            lanes = absorb(lanes, s, z_base, w, in_row & (cols != y), cols, in_row)
-            cols += LANES * WIDTH
+                w = tl.load(weight + first + within(), mask=in_row, other=0.0)
+            lanes = absorb(lanes, s, z_base, w, first, in_row, within() == y - first)
+            first += LANES * WIDTH
     return collapse(lanes)
 
 
@@ -181,12 +198,13 @@ def scan_row(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """The state of a row without y."""
     state = no_columns([], WANTED)
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(start + SEGMENT, V)
-        state = merge(state, scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES))
+        state = merge(state, scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, EVEN))
     return state
 
 
@@ -250,18 +268,33 @@ def sum_of_products(mask, dz, bent):
 
 
 @triton.jit
-def write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS: tl.constexpr, LANES: tl.constexpr):
+def write_gradients(
+    base,
+    aux,
+    weight,
+    y,
+    start,
+    stop,
+    soft,
+    k,
+    grads,
+    row,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Gradients of the columns [start, stop), the last tiles first; where a scale's is wanted these are the whole row."""
     base_lanes = None if grads.base_scale is None else tl.zeros([LANES], tl.float32)
     aux_lanes = None if grads.aux_scale is None else tl.zeros([LANES], tl.float32)
     size = ROWS * LANES * WIDTH
     last = start + (stop - 1 - start) // size * size
-    for first in range(start, stop, size):
-        cols = last - (first - start) + tile_of_columns(LANES)
-        base_tiles = load_tiles(base, cols, stop, ROWS, LANES, "evict_first")
-        aux_tiles = load_tiles(aux, cols, stop, ROWS, LANES, "evict_first")
+    for at in range(start, stop, size):
+        first = last - (at - start) + first_columns(LANES)
+        base_tiles = load_tiles(base, first, stop, ROWS, LANES, EVEN, "evict_first")
+        aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, EVEN, "evict_first")
         for i in tl.static_range(ROWS):
-            mask = cols < stop
+            mask = before(first, stop, EVEN)
+            cols = first + within()
             z_base = logits_of(base_tiles[i], base)
             s, z_aux = z_base.scaled, z_base
             if aux.ptr is not None:
@@ -270,7 +303,7 @@ def write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS
             w = 1.0
             if weight is not None and k.S is not None:
                 w = tl.load(weight + cols, mask=mask, other=0.0)
-            dz = gradient_of_sum(s, z_base.scaled, w, cols == y, soft, k)
+            dz = gradient_of_sum(s, z_base.scaled, w, within() == y - first, soft, k)
             dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
             store_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)
             store_gradient(grads.aux, cols, mask, dz.every, aux, z_aux.slope)
@@ -278,7 +311,7 @@ def write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS
                 base_lanes += sum_of_products(mask, dz_base, z_base.bent)
             if aux_lanes is not None:
                 aux_lanes += sum_of_products(mask, dz.every, z_aux.bent)
-            cols += LANES * WIDTH
+            first += LANES * WIDTH
     if base_lanes is not None:
         tl.store(grads.base_scale + row, lane_sum(base_lanes))
     if aux_lanes is not None:

@@ -231,6 +231,7 @@ def cross_entropy_segment_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """The state of one segment of one row, for the programs of cross_entropy_fwd_kernel to merge."""
     program = tl.program_id(0)
@@ -238,7 +239,7 @@ def cross_entropy_segment_kernel(
     y, ignored, _ = read_target(target, row, ignore_index, V)
     if not ignored:
         base, aux = at_row(base, row), at_row(aux, row)
-        state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES)
+        state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, EVEN)
         store_state(floats, ints, program.to(tl.int64), state)
 
 
@@ -269,6 +270,7 @@ def cross_entropy_fwd_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
 ):
     """Fields, loss and gradients of a row. Split: of a segment of it, whose row's states are in `floats` and `ints`."""
@@ -286,7 +288,7 @@ def cross_entropy_fwd_kernel(
         if SPLIT:
             rest = merge_segments(floats, ints, row, num_segments, WANTED)
         else:
-            rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, SEGMENT)
+            rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, SEGMENT, EVEN)
         end = end_of_row(rest, base, aux, weight, y, target is not None)
         if start == 0:
             # a target that names no class makes the floats NaN; the argmaxes do not depend on it
@@ -306,7 +308,7 @@ def cross_entropy_fwd_kernel(
                 if poisoned:
                     fill_gradients(grads, row, start, stop, float("nan"), LANES)
                 else:
-                    write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES)
+                    write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, EVEN)
     fill_tails(grads, base, aux, stop, V, LANES)
 
 
@@ -315,7 +317,7 @@ def load_or_none(ptr, row):
     return None if ptr is None else tl.load(ptr + row)
 
 
-@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["soft", "nll", "coefficients"])
+@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["saved", "nll", "coefficients"])
 def cross_entropy_bwd_kernel(
     base,
     aux,
@@ -323,7 +325,7 @@ def cross_entropy_bwd_kernel(
     weight,
     ignore_index: tl.int64,
     V,
-    soft,
+    saved,
     nll,
     coefficients,
     grads,
@@ -331,6 +333,7 @@ def cross_entropy_bwd_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Gradients of a row, or of a segment of it, from its saved state and one number per row for each coefficient."""
     row, start, stop, _ = place_of(tl.program_id(0), V, SEGMENT, SPLIT)
@@ -343,10 +346,10 @@ def cross_entropy_bwd_kernel(
         fill_gradients(grads, row, start, stop, float("nan"), LANES)
     else:
         soft = Softmax(
-            tl.load(soft.max + row),
-            tl.load(soft.log_denom + row),
-            load_or_none(soft.base_max, row),
-            load_or_none(soft.base_log_denom, row),
+            tl.load(saved.max + row),
+            tl.load(saved.log_denom + row),
+            load_or_none(saved.base_max, row),
+            load_or_none(saved.base_log_denom, row),
             None if nll is None else one_minus_exp(tl.load(nll + row)),
         )
         k = Coefficients(
@@ -359,7 +362,7 @@ def cross_entropy_bwd_kernel(
             load_or_none(coefficients.Q_b, row),
             load_or_none(coefficients.B_b, row),
         )
-        write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES)
+        write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, EVEN)
     fill_tails(grads, base, aux, stop, V, LANES)
 
 
@@ -383,6 +386,7 @@ def cross_entropy_rescale_kernel(grad, factor, target, ignore_index: tl.int64, w
 COUNT_BLOCK = 1024
 COUNTED_IN_PLACE = 2048  # up to here every row's program counts the kept rows itself, which saves a launch
 RESCALE_BLOCK = 4096
+_PLAIN_FIELDS = ops.mask_of("max", "log_denom", "nll")
 
 
 class _Call(NamedTuple):
@@ -390,26 +394,30 @@ class _Call(NamedTuple):
 
     problem: tuple  # base, aux, target, weight, ignore_index, V
     num_rows: int
-    tiles: launch.Tiles
+    cut: launch.Cut
     split: bool
     num_warps: int
 
-    def sizes(self) -> dict[str, int]:
+    def num_programs(self) -> int:
+        return self.num_rows * (triton.cdiv(self.problem[-1], self.cut.segment) if self.split else 1)
+
+    def sizes(self, is_plain: bool) -> dict[str, int]:
+        base, aux, *_ = self.problem
+        num_bytes = max(source.ptr.element_size() for source in (base, aux) if source.ptr is not None)
+        is_plain = is_plain and base.softcap is None and aux.softcap is None
         return {
-            "ROWS": self.tiles.rows,
-            "LANES": self.tiles.lanes,
-            "SEGMENT": self.tiles.segment,
+            "ROWS": launch.tiles_at_once(num_bytes, is_plain),
+            "LANES": self.cut.lanes,
+            "SEGMENT": self.cut.segment,
+            "EVEN": self.problem[-1] % 16 == 0,  # Triton compiles for this anyway
             "num_warps": self.num_warps,
         }
-
-    def num_programs(self) -> int:
-        return self.num_rows * (triton.cdiv(self.problem[-1], self.tiles.segment) if self.split else 1)
 
 
 def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, V) -> _Call:
     launch.check_problem(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, V)
     multiprocessors, warp_size = launch.device_limits(base.device)
-    cut = launch.tiles(V)
+    cut = launch.cut_of(V)
     num_rows = base.shape[:-1].numel()
     problem = (
         launch.source(base, base_scale, base_softcap),
@@ -435,8 +443,9 @@ def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, t
     """Fields and, with a `row_loss`, losses and gradients. divide: (normalizer, mode), terms: (kept, share, z_loss)."""
     scanned = wanted if terms[1] is None else wanted | ops.mask_of("weighted_sum")
     has_gradient = any(grad is not None for grad in grads)
-    if grads.base_scale is not None or grads.aux_scale is not None:
-        call = call._replace(split=False)  # a scale's gradient is a sum over the row
+    sums_row = grads.base_scale is not None or grads.aux_scale is not None
+    call = call._replace(split=call.split and not sums_row)
+    sizes = call.sizes(is_plain=not sums_row and not scanned & ~_PLAIN_FIELDS)
     floats = ints = None
     if call.split:
         base = call.problem[0].ptr
@@ -449,7 +458,7 @@ def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, t
             floats,
             ints,
             WANTED=scanned,
-            **call.sizes(),
+            **sizes,
         )
     normalizer, divisor = divide
     launch.run(
@@ -471,7 +480,7 @@ def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, t
         HAS_GRADIENT=has_gradient,
         SPLIT=call.split,
         COUNT_BLOCK=COUNT_BLOCK,
-        **call.sizes(),
+        **sizes,
     )
 
 
@@ -602,8 +611,8 @@ def backward(
     state = {name: launch.numbers(value) if name in required else None for name, value in state.items()}
     grads, named_grads = _gradients(base, aux, needs)
     # every program can write its own columns, but a scale's gradient is a sum over the row
-    split = vocab_size > call.tiles.segment and not needs & (ops.NEEDS_BASE_SCALE | ops.NEEDS_AUX_SCALE)
-    call = call._replace(split=split)
+    sums_row = bool(needs & (ops.NEEDS_BASE_SCALE | ops.NEEDS_AUX_SCALE))
+    call = call._replace(split=vocab_size > call.cut.segment and not sums_row)
     if grads:
         with launch.on_device_of(base):
             launch.run(
@@ -614,8 +623,8 @@ def backward(
                 state["nll"],
                 k,
                 named_grads,
-                SPLIT=split,
-                **call.sizes(),
+                SPLIT=call.split,
+                **call.sizes(is_plain=not sums_row and sum(c is not None for c in k) == 1),
             )
     return grads
 

@@ -19,28 +19,33 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_INT32 = 2**31 - 1
 
 
-class Tiles(NamedTuple):
+class Cut(NamedTuple):
     """How the columns of a row are cut. The bits of a result depend on these numbers, so they follow from V alone."""
 
     lanes: int  # each with its own running maximum; a thread has one
-    rows: int  # of a tile: 8 * lanes neighbouring columns each
-    segment: int  # columns whose sums are formed together, a multiple of 8 * lanes * rows
+    segment: int  # columns whose sums are formed together
 
 
-def tiles(vocab_size: int) -> Tiles:
-    """The cut of rows of `vocab_size` columns. Reasoned, not measured.
+def cut_of(vocab_size: int) -> Cut:
+    """Wide rows get many threads, so that few rows are in flight on a multiprocessor and the second read finds them in L2.
 
-    Four rows put 64 bytes of each 16-bit source in flight for every thread. Wide rows get many threads, so that few rows
-    are in flight on a multiprocessor and the second read finds them in L2; a segment is then long enough for the reduction
-    over its lanes, where all warps wait, to cost a few percent.
+    A segment is long enough for the reduction over its lanes, where all warps wait, to cost a few percent.
     """
     if vocab_size <= 1024:
-        return Tiles(32, 4, 1024)
+        return Cut(32, 1024)
     if vocab_size <= 8192:
-        return Tiles(128, 4, 8192)
+        return Cut(128, 8192)
     if vocab_size <= 32768:
-        return Tiles(256, 4, 32768)
-    return Tiles(512, 4, 32768)
+        return Cut(256, 32768)
+    return Cut(512, 32768)
+
+
+def tiles_at_once(num_bytes: int, is_plain: bool) -> int:
+    """How many tiles are loaded before the first is used, which no bit depends on.
+
+    A thread has 64 bytes of each source in flight then, or 32 where statistics, softcaps and the like need the registers.
+    """
+    return max((64 if is_plain else 32) // (8 * num_bytes), 1)
 
 
 def num_warps(lanes: int, warp_size: int) -> int:

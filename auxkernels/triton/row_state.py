@@ -107,9 +107,14 @@ def soft_cap(z, cap):
 
 
 @triton.jit
-def tile_of_columns(LANES: tl.constexpr):
-    """[LANES, WIDTH], from 0 on."""
-    return tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+def first_columns(LANES: tl.constexpr):
+    """[LANES, 1]: the first of each lane's WIDTH columns in a tile; `+ within()` are the columns."""
+    return (tl.arange(0, LANES) * WIDTH)[:, None]
+
+
+@triton.jit
+def within():
+    return tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
@@ -138,7 +143,7 @@ def lane_sum(x):
 
 
 @triton.jit
-def tile_argmax(z, cols, in_row):
+def tile_argmax(z, first, in_row):
     """Value and column of each lane's torch.argmax as one int64 that is compared as such: NaN above all, then the value,
     then the lower column."""
     bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
@@ -146,8 +151,8 @@ def tile_argmax(z, cols, in_row):
     key = tl.where(z != z, 0x7FFFFFFF, key)
     key = tl.where(in_row, key, -0x80000000)
     best = tile_max(key)
-    first = -tile_max(tl.where(key == best[:, None], -cols, -0x7FFFFFFF))
-    return (best.to(tl.int64) << 32) | (0x7FFFFFFF - first).to(tl.int64)
+    behind = tile_max(tl.where(key == best[:, None], 0x7FFFFFFF - within(), 0)) - tl.reshape(first, (first.shape[0],))
+    return (best.to(tl.int64) << 32) | behind.to(tl.int64)
 
 
 @triton.jit
@@ -268,17 +273,18 @@ def collapse(lanes):
 
 
 @triton.jit
-def absorb(lanes, s, z_base, w, keep, cols, in_row):
-    """The lanes after a tile of logits.
+def absorb(lanes, s, z_base, w, first, in_row, at_y):
+    """The lanes after a tile [LANES, WIDTH] of logits.
 
-    keep      columns that enter the sums: those of the row but the target, which is joined at the end
-    in_row    columns of the row, which all enter the argmaxes
+    in_row    columns of the row; they all enter the argmaxes
+    at_y      the target's column, which is left out of the sums and joined at the end
     """
     argmax, base_argmax = lanes.argmax, lanes.base_argmax
     if argmax is not None:
-        argmax = tl.maximum(argmax, tile_argmax(s, cols, in_row))
+        argmax = tl.maximum(argmax, tile_argmax(s, first, in_row))
     if base_argmax is not None:
-        base_argmax = tl.maximum(base_argmax, tile_argmax(z_base, cols, in_row))
+        base_argmax = tl.maximum(base_argmax, tile_argmax(z_base, first, in_row))
+    keep = in_row & (at_y == 0)
     s = tl.where(keep, s, float("-inf"))
     new_max, new_base_max = tl.maximum(lanes.max, tile_max(s)), lanes.base_max
     if new_base_max is not None:
@@ -298,6 +304,9 @@ def absorb(lanes, s, z_base, w, keep, cols, in_row):
     if base_denom is not None:
         base_denom += tile_sum(tl.exp(z_base))
     if weighted_sum is not None:
+        if w is None:
+            # 1, but made of the logits: a constant would get a layout of its own, and each sum a trip through shared memory
+            w = tl.where(s == s, 1.0, float("nan"))
         weighted_sum += tile_sum(tl.where(keep, w * s, 0.0))
         weight += tile_sum(tl.where(keep, w, 0.0))
     return RowState(
