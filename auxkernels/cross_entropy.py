@@ -85,7 +85,7 @@ def aux_cross_entropy(
         return (loss, _detached(_statistics(problem))) if return_stats else loss
     call = _prepare(problem)
     wanted = _stats_mask(call) if return_stats else 0
-    if reduction == "none" or recompute or call.has_half_gradient():
+    if reduction == "none" or (recompute and call.requires_grad()) or call.has_half_gradient():
         loss, fields = _loss_from_rows(call, *options, wanted)
     else:
         loss, fields = _loss_in_one_pass(call, *options, wanted)

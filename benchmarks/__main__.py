@@ -23,12 +23,26 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     grid.add_argument("--quick", action="store_true", help="a few minutes on two cores (the default)")
     grid.add_argument("--full", action="store_true", help="every pass, dtype and input over all shapes")
     parser.add_argument("--op", choices=OPS, default="cross_entropy")
-    parser.add_argument("--pass", dest="passes", nargs="+", choices=cross_entropy.PASSES, metavar="PASS")
-    parser.add_argument("--dtype", dest="dtypes", nargs="+", choices=cross_entropy.DTYPES, metavar="DTYPE")
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        nargs="+",
+        choices=cross_entropy.PASSES,
+        metavar="PASS",
+        help=_one_of(cross_entropy.PASSES),
+    )
+    parser.add_argument(
+        "--dtype",
+        dest="dtypes",
+        nargs="+",
+        choices=cross_entropy.DTYPES,
+        metavar="DTYPE",
+        help=_one_of(cross_entropy.DTYPES),
+    )
     parser.add_argument("--inputs", nargs="+", choices=cross_entropy.INPUTS)
     parser.add_argument("--shape", dest="shapes", nargs="+", type=_shape, metavar="NxV", help="instead of the grid's")
     parser.add_argument("--rounds", type=_positive, default=15, help="timed calls of each implementation (15)")
-    parser.add_argument("--seconds", type=float, help="a case's rounds stop early after this long (8, full: 30)")
+    parser.add_argument("--seconds", type=float, help="a case's rounds stop early after this long (6, full: 30)")
     parser.add_argument("--threads", type=_positive, help="torch's threads (torch's own choice)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs and of the order of the rounds")
@@ -36,6 +50,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results")
     parser.add_argument("--no-plot", action="store_true")
     return parser.parse_args(arguments)
+
+
+def _one_of(names) -> str:
+    return f"any of {', '.join(names)}"
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -90,7 +108,7 @@ def run(specs: list, options: argparse.Namespace, device: torch.device, console:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    options.seconds = options.seconds or (30.0 if options.full else 8.0)
+    options.seconds = options.seconds or (30.0 if options.full else 6.0)
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 150)

@@ -78,7 +78,7 @@ class Settings:
     """Rounds per case; rounds stop early after `seconds`, but not before `minimum_rounds`."""
 
     rounds: int = 15
-    seconds: float = 8.0
+    seconds: float = 6.0
     minimum_rounds: int = 5
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     on_step: Callable[[str, float], None] = lambda text, share: None

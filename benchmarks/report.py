@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -50,8 +51,9 @@ def read_rows(path: Path) -> list[dict]:
 
 def _finite(row: dict) -> dict:
     """JSON has no infinity: an infinite error becomes the string "inf"."""
-    infinite = {name: str(value) for name, value in row["fp64_error"].items() if value == float("inf")}
-    return {**row, "fp64_error": {**row["fp64_error"], **infinite}}
+    errors = {key: row[key] for key in ("fp64_error", "eager_fp64_error")}
+    as_json = {k: {n: "inf" if v == math.inf else v for n, v in values.items()} for k, values in errors.items()}
+    return row | as_json
 
 
 def case_key(row: dict) -> tuple:

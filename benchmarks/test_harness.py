@@ -128,6 +128,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert len(report.read_rows(path)) == 4
 
 
+def test_an_infinite_error_is_valid_json(tmp_path):
+    rows = rows_with(lambda *xs: accurate(*xs) * math.nan)
+    report.append_rows(tmp_path / "device.jsonl", rows)
+    assert report.read_rows(tmp_path / "device.jsonl")[1]["fp64_error"]["loss"] == "inf"
+
+
 def test_device_slugs_are_short_and_portable():
     assert machine.slug("Intel(R) Xeon(R) Processor 2 threads") == "intel-xeon-2-threads"
     assert machine.slug("AMD EPYC 7B13 64-Core Processor 8 threads") == "amd-epyc-7b13-8-threads"

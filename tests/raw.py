@@ -4,6 +4,12 @@ import torch
 
 from auxkernels import ops
 
+scan_op = torch.ops.auxkernels.cross_entropy_scan.default
+loss_op = torch.ops.auxkernels.cross_entropy_loss.default
+backward_op = torch.ops.auxkernels.cross_entropy_backward.default
+rescale_op = torch.ops.auxkernels.cross_entropy_rescale_.default
+check_target_op = torch.ops.auxkernels.check_target.default
+
 SOURCES = (
     *("base", "aux", "target", "weight", "base_scale", "aux_scale", "base_softcap", "aux_softcap"),
     *("ignore_index", "vocab_size"),
@@ -19,13 +25,13 @@ def sources(given: dict) -> list:
 def scan(backend: str, *wanted: str, **given) -> dict[str, torch.Tensor]:
     """The wanted fields by name (all of them if none is named)."""
     mask = ops.mask_of(*(wanted or ops.FIELDS))
-    return ops.named_fields(mask, ops.cross_entropy_scan(*sources(given), mask, backend))[0]
+    return ops.named_fields(mask, scan_op(*sources(given), mask, backend))[0]
 
 
 def loss(
     backend: str, *, needs=0, wanted=0, normalizer=None, label_smoothing=0.0, z_loss=0.0, mean=True, **given
 ) -> list[torch.Tensor]:
-    return ops.cross_entropy_loss(
+    return loss_op(
         *sources(given), normalizer, label_smoothing, z_loss, mean, wanted, needs, backend
     )
 
@@ -36,7 +42,7 @@ def backward(backend: str, coefficients: dict[str, torch.Tensor], needs: int, **
     if given.get("target") is None:
         names.remove("nll")
     state = scan(backend, *names, **given)
-    return ops.cross_entropy_backward(
+    return backward_op(
         *sources(given),
         *(state.get(name) for name in ("max", "log_denom", "nll", "base_max", "base_log_denom")),
         [coefficients.get(name) for name in ops.COEFFICIENTS],
@@ -52,7 +58,7 @@ def calls(backend: str) -> dict:
     def of_backward(**given):
         row = [torch.zeros(3)] * 5
         listed = [ones.get(name) for name in ops.COEFFICIENTS]
-        return ops.cross_entropy_backward(*sources(given), *row, listed, ops.NEEDS_AUX, backend)
+        return backward_op(*sources(given), *row, listed, ops.NEEDS_AUX, backend)
 
     return {
         "scan": lambda **given: scan(backend, "nll", "max", **given),

@@ -61,7 +61,7 @@ def needs_of(given):
 
 @pytest.mark.parametrize("wanted", [("nll",), ("argmax",), ops.FIELDS, ()], ids=lambda names: f"{len(names)} fields")
 def test_scan_passes_opcheck(fused, given, wanted):
-    opcheck(ops.cross_entropy_scan, (*raw.sources(given), ops.mask_of(*wanted), fused.backend))
+    opcheck(raw.scan_op, (*raw.sources(given), ops.mask_of(*wanted), fused.backend))
 
 
 @pytest.mark.parametrize("needs", [0, None], ids=["no gradient", "all gradients"])
@@ -69,7 +69,7 @@ def test_loss_passes_opcheck(fused, given, needs):
     needs = needs_of(given) if needs is None else needs
     normalizer = torch.tensor(3.0, dtype=torch.float64, device=fused.device) if needs else None
     rest = (normalizer, 0.1, 0.01, True, ops.mask_of("nll", "argmax"), needs, fused.backend)
-    opcheck(ops.cross_entropy_loss, (*raw.sources(given), *rest))
+    opcheck(raw.loss_op, (*raw.sources(given), *rest))
 
 
 def test_backward_passes_opcheck(fused, given):
@@ -78,21 +78,21 @@ def test_backward_passes_opcheck(fused, given):
     rows = state[0].shape
     coefficients = [torch.randn(rows, device=fused.device) if i % 3 else None for i in range(len(ops.COEFFICIENTS))]
     rest = (*state, coefficients, needs_of(given), fused.backend)
-    opcheck(ops.cross_entropy_backward, (*raw.sources(given), *rest))
+    opcheck(raw.backward_op, (*raw.sources(given), *rest))
 
 
 @pytest.mark.parametrize("factor", [1.0, -0.5])
 def test_rescale_passes_opcheck(fused, given, factor):
     grad = torch.randn(given["base"].shape, device=fused.device)
     arguments = (grad, torch.tensor(factor, device=fused.device), given["target"], -100, fused.backend)
-    opcheck(ops.cross_entropy_rescale_, arguments)
+    opcheck(raw.rescale_op, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (0,), ()], ids=str)
 def test_check_target_passes_opcheck(impl, shape, dtype):
     target = targets(*shape, vocab_size=9, dtype=dtype, device=impl.device)
-    opcheck(ops.check_target, (target, 9, -100))
+    opcheck(raw.check_target_op, (target, 9, -100))
 
 
 # -- the raw boundary --------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_raw_call_refuses_what_the_public_function_refuses(native, op, what):
 @pytest.mark.parametrize("op", ["scan", "loss", "backward"])
 def test_a_raw_call_on_another_device_is_refused(native, op):
     given = {"base": logits(3, 9), "aux": logits(3, 9), "target": torch.tensor([0, 5, -100])}
-    for name in ("aux", "target"):
+    for name in ("base", "aux", "target"):
         with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError)):
             raw.calls("native")[op](**given | {name: given[name].to("meta")})
 
@@ -169,7 +169,7 @@ def test_a_raw_backward_with_row_numbers_of_another_length_is_a_value_error(nati
     else:
         row = torch.zeros(length)
     with pytest.raises(ValueError):
-        ops.cross_entropy_backward(*raw.sources(given), *state, [row] + [None] * 7, ops.NEEDS_AUX, "native")
+        raw.backward_op(*raw.sources(given), *state, [row] + [None] * 7, ops.NEEDS_AUX, "native")
 
 
 @pytest.mark.parametrize("count", [0, 7, 9])
@@ -177,14 +177,14 @@ def test_a_raw_backward_with_another_number_of_coefficients_is_refused(native, c
     given = {"base": logits(3, 9), "aux": logits(3, 9), "target": torch.tensor([0, 5, -100])}
     state = [torch.zeros(3) for _ in range(5)]
     with pytest.raises((TypeError, ValueError)):
-        ops.cross_entropy_backward(*raw.sources(given), *state, [None] * count, ops.NEEDS_AUX, "native")
+        raw.backward_op(*raw.sources(given), *state, [None] * count, ops.NEEDS_AUX, "native")
 
 
 @pytest.mark.parametrize(
     "grad, target",
     [
         (torch.ones(3, 9), torch.zeros(2, dtype=torch.int64)),  # fewer rows to skip than to scale
-        (torch.ones(3, 9), torch.zeros(400000, dtype=torch.int64)),  # rows that are not there
+        (torch.ones(3, 9), torch.zeros(4, dtype=torch.int64)),  # rows that are not there
         (torch.ones(3, 18)[:, ::2], torch.zeros(3, dtype=torch.int64)),
         (torch.ones(9, 3).t(), torch.zeros(3, dtype=torch.int64)),
         (torch.ones(3, 9, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)),
@@ -194,7 +194,7 @@ def test_a_raw_backward_with_another_number_of_coefficients_is_refused(native, c
 )
 def test_a_raw_rescale_of_something_else_is_refused_before_it_is_written(native, grad, target):
     with pytest.raises((TypeError, ValueError)):
-        ops.cross_entropy_rescale_(grad, torch.tensor(0.5), target, -100, "native")
+        raw.rescale_op(grad, torch.tensor(0.5), target, -100, "native")
     assert (grad == 1).all()
 
 

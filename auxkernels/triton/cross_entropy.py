@@ -401,12 +401,12 @@ class _Call(NamedTuple):
     def num_programs(self) -> int:
         return self.num_rows * (triton.cdiv(self.problem[-1], self.cut.segment) if self.split else 1)
 
-    def sizes(self, is_plain: bool) -> dict[str, int]:
+    def sizes(self, has_statistics: bool, sums_row: bool) -> dict[str, int]:
         base, aux, *_ = self.problem
         num_bytes = max(source.ptr.element_size() for source in (base, aux) if source.ptr is not None)
-        is_plain = is_plain and base.softcap is None and aux.softcap is None
+        has_bends = sums_row or base.softcap is not None or aux.softcap is not None
         return {
-            "ROWS": launch.tiles_at_once(num_bytes, is_plain),
+            "ROWS": launch.tiles_at_once(num_bytes, has_statistics, has_bends),
             "LANES": self.cut.lanes,
             "SEGMENT": self.cut.segment,
             "EVEN": self.problem[-1] % 16 == 0,  # Triton compiles for this anyway
@@ -442,10 +442,11 @@ def _gradients(base: Tensor, aux: Tensor | None, needs: int) -> tuple[list[Tenso
 def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, terms, grads: Gradients) -> None:
     """Fields and, with a `row_loss`, losses and gradients. divide: (normalizer, mode), terms: (kept, share, z_loss)."""
     scanned = wanted if terms[1] is None else wanted | ops.mask_of("weighted_sum")
+    scanned = wanted if terms[1] is None else wanted | ops.mask_of("weighted_sum")
     has_gradient = any(grad is not None for grad in grads)
     sums_row = grads.base_scale is not None or grads.aux_scale is not None
     call = call._replace(split=call.split and not sums_row)
-    sizes = call.sizes(is_plain=not sums_row and not scanned & ~_PLAIN_FIELDS)
+    sizes = call.sizes(bool(scanned & ~_PLAIN_FIELDS), sums_row)
     floats = ints = None
     if call.split:
         base = call.problem[0].ptr
@@ -624,7 +625,7 @@ def backward(
                 k,
                 named_grads,
                 SPLIT=call.split,
-                **call.sizes(is_plain=not sums_row and sum(c is not None for c in k) == 1),
+                **call.sizes(sum(c is not None for c in k) > 1, sums_row),
             )
     return grads
 

@@ -40,12 +40,13 @@ def cut_of(vocab_size: int) -> Cut:
     return Cut(512, 32768)
 
 
-def tiles_at_once(num_bytes: int, is_plain: bool) -> int:
-    """How many tiles are loaded before the first is used, which no bit depends on.
+def tiles_at_once(num_bytes: int, has_statistics: bool, has_bends: bool) -> int:
+    """How many tiles are loaded before the first is used; no bit depends on it.
 
-    A thread has 64 bytes of each source in flight then, or 32 where statistics, softcaps and the like need the registers.
+    64 bytes of each source in flight for every thread hide the memory's latency; statistics need half of these registers,
+    softcaps and scale gradients three quarters.
     """
-    return max((64 if is_plain else 32) // (8 * num_bytes), 1)
+    return max((16 if has_bends else 32 if has_statistics else 64) // (8 * num_bytes), 1)
 
 
 def num_warps(lanes: int, warp_size: int) -> int:
