@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build test test-wheel lint format bench demo clean
+.PHONY: help venv build test test-wheel test-sanitized lint format bench demo clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.complete  ## create the development environment in .venv
 
@@ -24,12 +24,23 @@ build: venv  ## compile the native modules in place; ninja knows what has change
 test: build  ## run the tests
 	$(BIN)/python -m pytest -n 2
 
-# PYTHONPATH puts the wheel before the checkout; `python -m pytest` would put the checkout first.
-test-wheel: venv  ## run the tests on an installed wheel instead of the checkout
+# $(1): where the package is that the tests shall import; $(2): further variables. Not in the checkout's folder, because
+# there a test's `python -c` would import the checkout.
+test_package = cd build && $(2) PYTHONPATH=$(CURDIR)/$(1):$(CURDIR) \
+	$(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml -n 2 $(CURDIR)/tests
+
+test-wheel: venv  ## run the tests on an installed wheel
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel .
 	$(BIN)/python -m pip install --no-deps --target build/wheel/installed build/wheel/*.whl
-	PYTHONPATH=build/wheel/installed:. $(BIN)/pytest -n 2
+	$(call test_package,build/wheel/installed)
+
+# CPython itself is not instrumented: the runtimes come in by LD_PRELOAD, and its leaks are not ours.
+test-sanitized: venv  ## run the tests on a CPU module with address and undefined-behaviour sanitizers
+	AUXKERNELS_BUILD=cpu AUXKERNELS_SANITIZE=address,undefined \
+		$(BIN)/python setup.py --quiet build --build-base build/sanitized --build-lib build/sanitized/lib
+	$(call test_package,build/sanitized/lib,ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)")
 
 lint: venv  ## check style and format of Python and C++
 	$(BIN)/ruff check

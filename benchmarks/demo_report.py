@@ -14,8 +14,6 @@ from rich.table import Table
 from benchmarks.report import write_atomically
 
 COLORS = {"auxkernels": "#1f77b4", "eager": "#ff7f0e", "base": "#555555", "distance": "#9467bd"}
-# equal losses have no logarithm
-SMALLEST_SHOWN_NATS = 1e-8
 
 
 class Terminal:
@@ -71,7 +69,7 @@ def make_table(results):
     table.add_column()
     for name in ("auxkernels", "eager PyTorch", ""):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("[bold]held-out docstrings (nats/token)")
+    table.add_row("[bold]held-out docstrings, nats")
     table.add_row("  base alone", with_perplexity(base_loss))
     table.add_row("  base + auxiliary, step 0", with_perplexity(ours[0]), with_perplexity(eager[0]))
     last = [with_perplexity(losses[-1]) for losses in (ours, eager)]
@@ -112,8 +110,9 @@ def plot_curves(results):
     figure.suptitle("Auxiliary tuning: base fitted on code and frozen, auxiliary trained on docstrings")
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     first, second = (run["train_loss"] for run in curves["runs"].values())
-    distance = [max(abs(a - b), SMALLEST_SHOWN_NATS) for a, b in zip(first, second, strict=True)]
-    lower.semilogy(range(1, curves["steps"] + 1), distance, color=COLORS["distance"], linewidth=1)
+    # equal losses have no logarithm and no dot
+    distance = [abs(a - b) or math.nan for a, b in zip(first, second, strict=True)]
+    lower.semilogy(range(1, curves["steps"] + 1), distance, ".", color=COLORS["distance"], markersize=4)
     lower.axhline(curves["bound"], color=COLORS["base"], linestyle="--")
     lower.annotate(
         "bound", (1, curves["bound"]), (0, -3), lower.get_yaxis_transform(), "offset points", ha="right", va="top"

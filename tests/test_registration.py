@@ -68,7 +68,8 @@ def test_scan_passes_opcheck(fused, given, wanted):
 def test_loss_passes_opcheck(fused, given, needs):
     needs = needs_of(given) if needs is None else needs
     normalizer = torch.tensor(3.0, dtype=torch.float64, device=fused.device) if needs else None
-    rest = (normalizer, 0.1, 0.01, True, ops.mask_of("nll", "argmax"), needs, fused.backend)
+    # without a normalizer the mean of no rows is NaN, which opcheck does not find equal to itself
+    rest = (normalizer, 0.1, 0.01, bool(needs), ops.mask_of("nll", "argmax"), needs, fused.backend)
     opcheck(raw.loss_op, (*raw.sources(given), *rest))
 
 
@@ -233,9 +234,9 @@ def check_gradients(function, *leaves):
 def test_losses_pass_gradcheck(doubles, reduction, weighted, options, recompute):
     if not recompute and reduction != "none" and doubles.backend != "reference":
         pytest.skip("gradcheck goes backward many times; test_one_pass_gradients_pass_gradcheck goes once")
-    base, aux = (leaf(4, 7).to(doubles.device) for _ in range(2))
-    target = torch.tensor([0, 6, -100, 3], device=doubles.device)
-    weight = torch.rand(7, device=doubles.device, dtype=torch.float64) if weighted else None
+    base, aux = (leaf(3, 5).to(doubles.device) for _ in range(2))
+    target = torch.tensor([0, 4, -100], device=doubles.device)
+    weight = torch.rand(5, device=doubles.device, dtype=torch.float64) if weighted else None
 
     def loss(base, aux):
         return aux_cross_entropy(
@@ -296,9 +297,9 @@ def test_sums_of_sources_pass_gradcheck(doubles):
 
 @pytest.mark.parametrize("name", ["log_prob", "base_log_prob", "lse", "entropy", "kl_to_base"])
 def test_statistics_pass_gradcheck(doubles, name):
-    base, aux = leaf(3, 6).to(doubles.device), leaf(3, 6).to(doubles.device)
+    base, aux = leaf(3, 4).to(doubles.device), leaf(3, 4).to(doubles.device)
     scale = torch.rand(3, dtype=torch.float64, device=doubles.device).requires_grad_()
-    target = torch.tensor([0, 5, -100], device=doubles.device)
+    target = torch.tensor([0, 3, -100], device=doubles.device)
 
     def statistic(base, aux, scale):
         return getattr(logit_stats(Logits(base, softcap=4.0), Logits(aux, scale=scale), target, backend=doubles.backend), name)

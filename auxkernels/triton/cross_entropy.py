@@ -442,7 +442,6 @@ def _gradients(base: Tensor, aux: Tensor | None, needs: int) -> tuple[list[Tenso
 def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, terms, grads: Gradients) -> None:
     """Fields and, with a `row_loss`, losses and gradients. divide: (normalizer, mode), terms: (kept, share, z_loss)."""
     scanned = wanted if terms[1] is None else wanted | ops.mask_of("weighted_sum")
-    scanned = wanted if terms[1] is None else wanted | ops.mask_of("weighted_sum")
     has_gradient = any(grad is not None for grad in grads)
     sums_row = grads.base_scale is not None or grads.aux_scale is not None
     call = call._replace(split=call.split and not sums_row)

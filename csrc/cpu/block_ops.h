@@ -47,7 +47,7 @@ struct BlockOps {
   C (*load)(const SourceBlock<C>&, int64_t n, C* z);
   // s = z + scale * softcap(values), s may be z; returns the largest s
   C (*load_add)(const SourceBlock<C>&, int64_t n, const C* z, C* s);
-  // s = sum of two sources without softcaps, the same bits as load and load_add; returns the largest s
+  // s = sum of two sources, the same bits as load and load_add; returns the largest s
   C (*load_sum)(const SourceBlock<C>&, const SourceBlock<C>&, int64_t n, C* s);
   // s := exp(s - m); returns the sum. What comes next is fetched meanwhile
   C (*exp_sum)(C* s, C m, int64_t n, const Ahead&, const Ahead&);

@@ -207,12 +207,13 @@ double loss(const Problem& p, const LossOptions& options, const Outputs& out, in
   const auto gradient_of = [&](int64_t n, const RowState& row) {
     typename Kernel<C>::Gradient g;
     const double lse = row.max + row.log_denom();
-    g.G = (1 - eps) * weight_at(kernel.target(n)) / divisor;
-    g.row.p_factor = static_cast<C>(g.G + (eps / V * total_weight + 2 * z_loss * lse) / divisor);
+    const double G = (1 - eps) * weight_at(kernel.target(n)) / divisor;
+    g.A = (eps / V * total_weight + 2 * z_loss * lse) / divisor;
+    g.row.p_factor = static_cast<C>(g.A + G);
     g.row.S = static_cast<C>(-eps / V / divisor);
     g.row.max = static_cast<C>(row.max);
     g.row.log_denom = static_cast<C>(row.log_denom());
-    g.target_term = -g.G * (row.rest / row.denom);
+    g.target_term = -G * (row.rest / row.denom);
     return g;
   };
   for_each_row(
@@ -253,8 +254,9 @@ void backward(const Problem& p, const BackwardInputs& in, const Outputs& out) {
   const auto gradient_of = [&](int64_t n) {
     typename Kernel<C>::Gradient g;
     const auto coefficient = [&](Coefficient c) { return at(in.coefficients[c], n); };
-    g.G = coefficient(kG);
-    g.row.p_factor = static_cast<C>(coefficient(kA) + g.G);
+    const double G = coefficient(kG);
+    g.A = coefficient(kA);
+    g.row.p_factor = static_cast<C>(g.A + G);
     g.row.C_ = static_cast<C>(coefficient(kC));
     g.row.D = static_cast<C>(coefficient(kD));
     g.row.Q = static_cast<C>(coefficient(kQ));
@@ -264,7 +266,7 @@ void backward(const Problem& p, const BackwardInputs& in, const Outputs& out) {
     g.row.log_denom = static_cast<C>(at(in.log_denom, n));
     g.row.base_max = static_cast<C>(at(in.base_max, n));
     g.row.base_log_denom = static_cast<C>(at(in.base_log_denom, n));
-    if (g.G != 0) g.target_term = g.G * std::expm1(-at(in.nll, n));
+    if (G != 0) g.target_term = G * std::expm1(-at(in.nll, n));
     g.base_target_term = coefficient(kB_b);
     return g;
   };

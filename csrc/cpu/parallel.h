@@ -26,18 +26,39 @@ inline bool in_forked_child() {
 #endif
 }
 
+// While it lives, results below the normal numbers are 0 in this thread. A peaked softmax is full of them, and each costs
+// a hundred cycles (a whole row was 1.6 times slower). The process's own setting comes back afterwards.
+class FlushSubnormals {
+ public:
+#if defined(__SSE__)
+  FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8000u); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  const unsigned before_;
+#else
+  FlushSubnormals() {}
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+};
+
 // Calls task(i, thread) for i in [0, n), thread in [0, threads), in chunks handed out as threads become free.
 template <class Task>
 void parallel_for(int64_t n, int threads, int64_t chunk, const Task& task) {
 #if defined(_OPENMP)
   if (threads > 1 && n > 1 && !in_forked_child()) {
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
-    for (int64_t i = 0; i < n; ++i) task(i, omp_get_thread_num());
+#pragma omp parallel num_threads(threads)
+    {
+      const FlushSubnormals flush;
+#pragma omp for schedule(dynamic, chunk)
+      for (int64_t i = 0; i < n; ++i) task(i, omp_get_thread_num());
+    }
     return;
   }
 #endif
   (void)threads;
   (void)chunk;
+  const FlushSubnormals flush;
   for (int64_t i = 0; i < n; ++i) task(i, 0);
 }
 

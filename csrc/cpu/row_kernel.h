@@ -96,10 +96,7 @@ class Kernel {
     const int64_t size = this->size(k);
     if (z_b == nullptr) {
       if (!has_aux()) return {ops.load(base, size, s), C(0)};
-      const SourceBlock<C> aux = block(p.aux, n, k);
-      if (base.softcap == 0 && aux.softcap == 0) return {ops.load_sum(base, aux, size, s), C(0)};
-      ops.load(base, size, s);
-      return {ops.load_add(aux, size, s, s), C(0)};
+      return {ops.load_sum(base, block(p.aux, n, k), size, s), C(0)};
     }
     const C base_max = ops.load(base, size, z_b);
     if (has_aux()) return {ops.load_add(block(p.aux, n, k), size, z_b, s), base_max};
@@ -258,9 +255,27 @@ class Kernel {
 
   struct Gradient {
     RowCoefficients<C> row;
+    double A = 0;                                  // row.p_factor is A + G, which at v = y would have to lose G again
     double target_term = 0, base_target_term = 0;  // what is added at v = y: -G (1 - p_y), B_b
-    double G = 0;
   };
+
+  // ds at the target, in double: for a confident row it is target_term alone, far below G p_y. ds_b goes to *ds_b.
+  double at_target(const Gradient& g, int64_t k, int64_t y, const Buffers<C>& b, bool has_base, C* ds_b) const {
+    const RowCoefficients<C>& row = g.row;
+    const double x = static_cast<double>(b.s[y] - row.max);
+    const double p_y = std::exp(x - static_cast<double>(row.log_denom));
+    double ds = g.target_term + p_y * g.A;
+    if (row.S != 0) ds += static_cast<double>(row.S) * (p.weight == nullptr ? 1 : static_cast<double>(weights(k)[y]));
+    double q_y = 0;
+    if (has_base) {
+      const double x_b = static_cast<double>(b.z_b[y] - row.base_max);
+      if (p_y != 0) ds += p_y * (static_cast<double>(row.C_) * x + static_cast<double>(row.D) * x_b);
+      if (row.Q != 0 || row.Q_b != 0) q_y = std::exp(x_b - static_cast<double>(row.base_log_denom));
+      ds += static_cast<double>(row.Q) * q_y;
+    }
+    *ds_b = static_cast<C>(ds + static_cast<double>(row.D) * p_y + static_cast<double>(row.Q_b) * q_y + g.base_target_term);
+    return ds;
+  }
 
   // One block of the general form; returns its share of dscale.
   ScaleShares backward_block(int64_t n, int64_t k, const Gradient& g, const Outputs& out, Buffers<C>& b) const {
@@ -269,11 +284,7 @@ class Kernel {
     load(n, k, b.s, needs_base_values ? b.z_b : nullptr);
     ops.backward(b.s, b.z_b, weights(k), g.row, size, b.ds, b.ds_b);
     if (p.target != nullptr && y >= 0 && y < size) {
-      // p_factor holds A + G: at the target the G term is -G (1 - p_y), not G p_y - G
-      const C p_y = exp_of(b.s[y] - g.row.max - g.row.log_denom);
-      const C shift = static_cast<C>(g.target_term) - static_cast<C>(g.G) * p_y;
-      b.ds[y] += shift;
-      b.ds_b[y] += shift + static_cast<C>(g.base_target_term);
+      b.ds[y] = static_cast<C>(at_target(g, k, y, b, needs_base_values, &b.ds_b[y]));
     }
     const auto finish = [&](const Source& source, const C* ds, void* grad, const void* grad_scale) {
       if (grad == nullptr && grad_scale == nullptr) return 0.0;
@@ -298,7 +309,7 @@ class Kernel {
     const double share = std::exp(block_max - row.max) / row.denom;
     const double w_y = p.weight == nullptr ? 1 : (y >= 0 && y < size ? static_cast<double>(weights(k)[y]) : 0);
     const double p_y = std::exp(row.target_logit - row.max) / row.denom;
-    const double at_y = g.target_term + p_y * (static_cast<double>(g.row.p_factor) - g.G) + static_cast<double>(g.row.S) * w_y;
+    const double at_y = g.target_term + p_y * g.A + static_cast<double>(g.row.S) * w_y;
     for (const auto& [grad, source] : {std::make_pair(out.grad_base, &p.base), std::make_pair(out.grad_aux, &p.aux)}) {
       if (grad == nullptr) continue;
       const double scale = static_cast<double>(Kernel::scale(*source, n));
