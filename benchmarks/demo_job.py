@@ -14,7 +14,10 @@ from benchmarks.demo_model import parameter_count
 from benchmarks.demo_report import Terminal, make_table, write_results
 
 # Two equal trainings part by rounding alone: a training of the default size against the same one with its loss in
-# float64 by 1.4e-6 nats in float32. With bfloat16 by 3.5e-3, because eager rounds the sum of the logits to 8 bits.
+# float64 by 1.4e-6 nats in float32, and by 3.5e-3 in bfloat16, because eager rounds the sum of the logits to 8 bits.
+# Training amplifies what rounding began (tiny, float32: 1e-6 nats after 300 steps, 4e-4 after 900), so that only the
+# first steps can tell a wrong loss from a rounded one.
+COMPARED_STEPS = 200
 CURVE_BOUND_NATS = {"float32": 1e-4, "bfloat16": 2e-2}
 # float32: rounding of the sum and of exp. bfloat16: the gradient's own 8 significant bits, nothing more.
 GRADIENT_ERROR_BOUND = {"float32": 1e-5, "bfloat16": 2**-8}
@@ -108,12 +111,15 @@ def describe_curves(runs, evaluated_steps, bound):
         }
         for name, run in runs.items()
     }
+    steps = evaluated_steps[-1]
+    compared_steps = min(steps, COMPARED_STEPS)
     return {
-        "steps": evaluated_steps[-1],
+        "steps": steps,
+        "compared_steps": compared_steps,
         "evaluated_steps": evaluated_steps,
         "runs": described,
-        "largest_difference": demo_train.largest_difference(runs),
-        "bound": bound,
+        "largest_difference_nats": demo_train.largest_difference(runs, evaluated_steps, compared_steps),
+        "bound_nats": bound,
     }
 
 
@@ -136,8 +142,10 @@ def train_and_measure(arguments, scale, terminal):
             for domain, part in (("docstrings", held_out), ("code", held_out_code))
         }
     loss_steps = measure_loss_steps(base, auxiliary, held_out[: scale.batch], scale.repeats, terminal)
+    with terminal.stage("measuring the machine"):
+        described_machine = machine.describe(torch.device("cpu"))
     return {
-        "machine": machine.describe(torch.device("cpu")),
+        "machine": described_machine,
         "dtype": arguments.dtype,
         "seed": arguments.seed,
         "scale": dataclasses.asdict(scale),
@@ -154,8 +162,10 @@ def failures(results):
     found = []
     curves = results["curves"]
     # written so that NaN fails
-    if not curves["largest_difference"] <= curves["bound"]:
-        found.append(f"the curves part by {curves['largest_difference']:.1e} nats, more than {curves['bound']:.0e}")
+    if not curves["largest_difference_nats"] <= curves["bound_nats"]:
+        found.append(
+            f"the curves part by {curves['largest_difference_nats']:.1e} nats, more than {curves['bound_nats']:.0e}"
+        )
     for dtype, steps in results["loss_step"].items():
         error = steps["auxkernels"]["gradient_error"]
         if not error <= GRADIENT_ERROR_BOUND[dtype]:

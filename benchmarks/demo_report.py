@@ -42,10 +42,10 @@ def with_perplexity(loss):
     return f"{loss:.4f}, ppl {math.exp(loss):,.0f}"
 
 
-def add_loss_step_rows(table, dtype, shape, steps):
+def add_loss_step_rows(table, dtype, steps):
     ours, eager = steps["auxkernels"], steps["eager"]
     table.add_section()
-    table.add_row(f"[bold]loss step, {dtype} {shape[0]} x {shape[1]}")
+    table.add_row(f"[bold]loss step, {dtype}")
     for label, key, form in (("time, median (ms)", "time_ms", ".1f"), ("peak memory (MiB)", "peak_mib", ".0f")):
         if ours[key] is not None:
             ratio = f"{eager[key] / ours[key]:.1f}x" if ours[key] else ""
@@ -59,12 +59,15 @@ def make_table(results):
     base_loss, curves = results["held_out"]["docstrings"]["base_loss"], results["curves"]
     code_loss = results["held_out"]["code"]["base_loss"]
     ours, eager = (run["held_out_loss"] for run in curves["runs"].values())
+    rows, columns = results["loss_step_shape"]
     device, threads = results["machine"]["device"], results["machine"]["threads"]
     caption = (
-        f"{device}, {threads} threads. Base alone on held-out code: {code_loss:.2f} nats. "
-        "A loss step is the loss and the gradient of the auxiliary's logits. Its peak memory is counted beyond the "
+        f"{device}, {threads} threads. The base alone on held-out code: {code_loss:.2f} nats. A loss step is the loss "
+        f"and the gradient of the auxiliary's logits, here {rows} x {columns}. Its peak memory is counted beyond the "
         "inputs and includes the gradient; its errors are against float64, the gradient's relative to its norm."
     )
+    if curves["compared_steps"] < curves["steps"]:
+        caption += f" The curves are compared over the first {curves['compared_steps']} steps."
     table = Table(title=f"Auxiliary tuning with {results['dtype']} logits", caption=caption, caption_justify="left")
     table.add_column()
     for name in ("auxkernels", "eager PyTorch", ""):
@@ -74,12 +77,13 @@ def make_table(results):
     table.add_row("  base + auxiliary, step 0", with_perplexity(ours[0]), with_perplexity(eager[0]))
     last = [with_perplexity(losses[-1]) for losses in (ours, eager)]
     table.add_row(f"  base + auxiliary, step {curves['steps']}", *last, f"{ours[-1] - base_loss:+.2f}")
-    table.add_row("  largest distance of curves", f"{curves['largest_difference']:.1e}", f"bound {curves['bound']:.0e}")
+    bound = f"bound {curves['bound_nats']:.0e}"
+    table.add_row("  largest distance of curves", f"{curves['largest_difference_nats']:.1e}", bound)
     step_times_ms = [run["median_step_ms"] for run in curves["runs"].values()]
     ratio = f"{step_times_ms[1] / step_times_ms[0]:.1f}x"
     table.add_row("  training step, median (ms)", *(f"{time_ms:.0f}" for time_ms in step_times_ms), ratio)
     for dtype, steps in results["loss_step"].items():
-        add_loss_step_rows(table, dtype, results["loss_step_shape"], steps)
+        add_loss_step_rows(table, dtype, steps)
     return table
 
 
@@ -113,10 +117,8 @@ def plot_curves(results):
     # equal losses have no logarithm and no dot
     distance = [abs(a - b) or math.nan for a, b in zip(first, second, strict=True)]
     lower.semilogy(range(1, curves["steps"] + 1), distance, ".", color=COLORS["distance"], markersize=4)
-    lower.axhline(curves["bound"], color=COLORS["base"], linestyle="--")
-    lower.annotate(
-        "bound", (1, curves["bound"]), (0, -3), lower.get_yaxis_transform(), "offset points", ha="right", va="top"
-    )
+    lower.plot([0, curves["compared_steps"]], [curves["bound_nats"]] * 2, "--", color=COLORS["base"])
+    lower.annotate("bound", (0, curves["bound_nats"]), (0, -3), textcoords="offset points", va="top")
     lower.set(xlabel="step", ylabel="distance (nats)")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)

@@ -150,11 +150,13 @@ def train_auxiliaries(base, scale, steps, windows, held_out, seed, dtype, on_ste
     return runs, evaluated
 
 
-def largest_difference(runs):
-    """Largest absolute difference in nats between the two runs' curves, over all steps and all held-out evaluations.
+def largest_difference(runs, evaluated_steps, compared_steps):
+    """Largest distance in nats of the two runs' curves, step losses and held-out losses, in the first `compared_steps`.
 
     Infinite where either curve is not finite, since NaN compares as no difference at all.
     """
-    first, second = (torch.tensor(run.train_loss + run.held_out_loss, dtype=torch.float64) for run in runs.values())
+    evaluations = sum(step <= compared_steps for step in evaluated_steps)
+    curves = (run.train_loss[:compared_steps] + run.held_out_loss[:evaluations] for run in runs.values())
+    first, second = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
     difference = (first - second).abs().max().item()
     return difference if math.isfinite(difference) else math.inf

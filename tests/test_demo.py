@@ -51,8 +51,8 @@ def test_tiny_run_lowers_the_held_out_loss_and_its_curves_coincide_with_eager(tm
     assert ours["held_out_loss"][0] == pytest.approx(held_out["base_loss"], abs=1e-5), "step 0 is not the base"
     assert ours["held_out_loss"][-1] == pytest.approx(held_out["loss"], abs=1e-5), "logit_stats is not the loss"
     assert held_out["loss"] < held_out["base_loss"] - 0.2
-    assert ours["train_loss"] == pytest.approx(eager["train_loss"], rel=0, abs=curves["bound"])
-    assert ours["held_out_loss"] == pytest.approx(eager["held_out_loss"], rel=0, abs=curves["bound"])
+    assert ours["train_loss"] == pytest.approx(eager["train_loss"], rel=0, abs=curves["bound_nats"])
+    assert ours["held_out_loss"] == pytest.approx(eager["held_out_loss"], rel=0, abs=curves["bound_nats"])
     assert len(ours["train_loss"]) == curves["steps"]
     for steps in results["loss_step"].values():
         assert all(step["time_ms"] > 0 for step in steps.values())
@@ -120,8 +120,10 @@ def train_on_random_tokens(monkeypatch, loss_function, dtype=torch.float32):
     tokens = torch.randint(0, 20, (32, scale.window), generator=generator)
     windows = demo_data.Windows(tokens, tokens.roll(-1, dims=-1))
     base = demo_train.fit_base(scale, windows, 0, lambda text: None)
-    runs, _ = demo_train.train_auxiliaries(base, scale, 20, windows, windows[:8], 0, dtype, lambda text: None)
-    return demo_train.largest_difference(runs)
+    runs, evaluated_steps = demo_train.train_auxiliaries(
+        base, scale, 20, windows, windows[:8], 0, dtype, lambda text: None
+    )
+    return demo_train.largest_difference(runs, evaluated_steps, 20)
 
 
 def loss_of_rounded_sum(base_logits, aux_logits, target, reduction="mean"):
@@ -151,10 +153,10 @@ def test_the_fused_loss_keeps_the_curves_together(monkeypatch, dtype):
 
 def test_a_wrong_gradient_is_a_failure_and_so_is_nan():
     step = {"gradient_error": 1e-7}
-    curves = {"largest_difference": 1e-6, "bound": 1e-4}
+    curves = {"largest_difference_nats": 1e-6, "bound_nats": 1e-4}
     good = {"curves": curves, "loss_step": {"float32": {"auxkernels": step}}}
     assert demo_job.failures(good) == []
-    assert len(demo_job.failures({**good, "curves": {**curves, "largest_difference": math.inf}})) == 1
+    assert len(demo_job.failures({**good, "curves": {**curves, "largest_difference_nats": math.inf}})) == 1
     assert len(demo_job.failures({**good, "loss_step": {"float32": {"auxkernels": {"gradient_error": math.nan}}}})) == 1
 
 

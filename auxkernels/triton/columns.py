@@ -116,9 +116,9 @@ def logits_of(values, source):
 
 
 @triton.jit
-def before(first, stop, EVEN: tl.constexpr):
-    """Which columns of a tile are less than `stop`. EVEN: all or none of a lane's, for 128-bit loads and a cheap mask."""
-    return first < stop if EVEN else first + within() < stop
+def before(first, stop, LANES: tl.constexpr, EVEN: tl.constexpr):
+    """Which columns of a tile are less than `stop`. EVEN: all or none of a lane's."""
+    return first < stop if EVEN else first + within(LANES, EVEN) < stop
 
 
 @triton.jit
@@ -128,8 +128,8 @@ def load_tiles(source, first, stop, ROWS: tl.constexpr, LANES: tl.constexpr, EVE
     if source.ptr is not None:
         for i in tl.static_range(ROWS):
             at = first + i * (LANES * WIDTH)
-            mask = before(at, stop, EVEN)
-            tiles += (tl.load(source.ptr + at + within(), mask=mask, other=0.0, eviction_policy=EVICT),)
+            mask = before(at, stop, LANES, EVEN)
+            tiles += (tl.load(source.ptr + at + within(LANES, EVEN), mask=mask, other=0.0, eviction_policy=EVICT),)
     return tiles
 
 
@@ -172,17 +172,17 @@ def scan_segment(
     """The state of the columns [start, stop) without y."""
     lanes = no_columns([LANES], WANTED)
     for at in range(start, stop, ROWS * LANES * WIDTH):
-        first = at + first_columns(LANES)
+        first = at + first_columns(LANES, EVEN)
         base_tiles = load_tiles(base, first, stop, ROWS, LANES, EVEN, "")
         aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, EVEN, "")
         for i in tl.static_range(ROWS):
-            in_row = before(first, stop, EVEN)
+            in_row = before(first, stop, LANES, EVEN)
             z_base = logits_of(base_tiles[i], base).scaled
             s = z_base if aux.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
             w = None
             if weight is not None and lanes.weight is not None:
-                w = tl.load(weight + first + within(), mask=in_row, other=0.0)
-            lanes = absorb(lanes, s, z_base, w, first, in_row, within() == y - first)
+                w = tl.load(weight + first + within(LANES, EVEN), mask=in_row, other=0.0)
+            lanes = absorb(lanes, s, z_base, w, first, in_row, within(LANES, EVEN) == y - first, EVEN)
             first += LANES * WIDTH
     return collapse(lanes)
 
@@ -289,12 +289,12 @@ def write_gradients(
     size = ROWS * LANES * WIDTH
     last = start + (stop - 1 - start) // size * size
     for at in range(start, stop, size):
-        first = last - (at - start) + first_columns(LANES)
+        first = last - (at - start) + first_columns(LANES, EVEN)
         base_tiles = load_tiles(base, first, stop, ROWS, LANES, EVEN, "evict_first")
         aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, EVEN, "evict_first")
         for i in tl.static_range(ROWS):
-            mask = before(first, stop, EVEN)
-            cols = first + within()
+            mask = before(first, stop, LANES, EVEN)
+            cols = first + within(LANES, EVEN)
             z_base = logits_of(base_tiles[i], base)
             s, z_aux = z_base.scaled, z_base
             if aux.ptr is not None:
@@ -303,7 +303,7 @@ def write_gradients(
             w = 1.0
             if weight is not None and k.S is not None:
                 w = tl.load(weight + cols, mask=mask, other=0.0)
-            dz = gradient_of_sum(s, z_base.scaled, w, within() == y - first, soft, k)
+            dz = gradient_of_sum(s, z_base.scaled, w, within(LANES, EVEN) == y - first, soft, k)
             dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
             store_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)
             store_gradient(grads.aux, cols, mask, dz.every, aux, z_aux.slope)

@@ -25,7 +25,7 @@ WEIGHTED_SUM = tl.constexpr(FIELD_BIT["weighted_sum"])
 ARGMAX = tl.constexpr(FIELD_BIT["argmax"])
 BASE_ARGMAX = tl.constexpr(FIELD_BIT["base_argmax"])
 
-WIDTH = tl.constexpr(8)  # neighbouring columns of a lane: a 128-bit load of 16-bit logits
+WIDTH = tl.constexpr(8)  # columns of a lane in a tile
 
 NUM_FLOATS = tl.constexpr(8)  # of a stored state
 NUM_INTS = tl.constexpr(2)
@@ -107,14 +107,19 @@ def soft_cap(z, cap):
 
 
 @triton.jit
-def first_columns(LANES: tl.constexpr):
-    """[LANES, 1]: the first of each lane's WIDTH columns in a tile; `+ within()` are the columns."""
-    return (tl.arange(0, LANES) * WIDTH)[:, None]
+def first_columns(LANES: tl.constexpr, EVEN: tl.constexpr):
+    """[LANES, 1]: where each lane's columns in a tile begin; `+ within(...)` are the columns.
+
+    EVEN, where rows are aligned: neighbours, a 128-bit load of 16-bit logits. Otherwise LANES apart, so that neighbouring
+    threads load neighbouring columns, and a lane is still one thread's.
+    """
+    return (tl.arange(0, LANES) * (WIDTH if EVEN else 1))[:, None]
 
 
 @triton.jit
-def within():
-    return tl.arange(0, WIDTH)[None, :]
+def within(LANES: tl.constexpr, EVEN: tl.constexpr):
+    """[1, WIDTH]: distance of each column from the lane's first."""
+    return (tl.arange(0, WIDTH) * (1 if EVEN else LANES))[None, :]
 
 
 @triton.jit
@@ -143,7 +148,7 @@ def lane_sum(x):
 
 
 @triton.jit
-def tile_argmax(z, first, in_row):
+def tile_argmax(z, first, in_row, EVEN: tl.constexpr):
     """Value and column of each lane's torch.argmax as one int64 that is compared as such: NaN above all, then the value,
     then the lower column."""
     bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
@@ -151,7 +156,7 @@ def tile_argmax(z, first, in_row):
     key = tl.where(z != z, 0x7FFFFFFF, key)
     key = tl.where(in_row, key, -0x80000000)
     best = tile_max(key)
-    behind = tile_max(tl.where(key == best[:, None], 0x7FFFFFFF - within(), 0)) - tl.reshape(first, (first.shape[0],))
+    behind = tile_max(tl.where(key == best[:, None], 0x7FFFFFFF - within(z.shape[0], EVEN), 0)) - tl.reshape(first, (first.shape[0],))
     return (best.to(tl.int64) << 32) | behind.to(tl.int64)
 
 
@@ -273,7 +278,7 @@ def collapse(lanes):
 
 
 @triton.jit
-def absorb(lanes, s, z_base, w, first, in_row, at_y):
+def absorb(lanes, s, z_base, w, first, in_row, at_y, EVEN: tl.constexpr):
     """The lanes after a tile [LANES, WIDTH] of logits.
 
     in_row    columns of the row; they all enter the argmaxes
@@ -281,9 +286,9 @@ def absorb(lanes, s, z_base, w, first, in_row, at_y):
     """
     argmax, base_argmax = lanes.argmax, lanes.base_argmax
     if argmax is not None:
-        argmax = tl.maximum(argmax, tile_argmax(s, first, in_row))
+        argmax = tl.maximum(argmax, tile_argmax(s, first, in_row, EVEN))
     if base_argmax is not None:
-        base_argmax = tl.maximum(base_argmax, tile_argmax(z_base, first, in_row))
+        base_argmax = tl.maximum(base_argmax, tile_argmax(z_base, first, in_row, EVEN))
     keep = in_row & (at_y == 0)
     s = tl.where(keep, s, float("-inf"))
     new_max, new_base_max = tl.maximum(lanes.max, tile_max(s)), lanes.base_max
