@@ -80,7 +80,7 @@ def scale(name: str, value: object, shape: torch.Size, device: torch.device) -> 
         raise ValueError(f"{name} must be on the target's device {device}, got {value.device}")
 
 
-def target(value: object) -> Tensor:
+def classes(value: object) -> Tensor:
     tensor = plain_tensor("target", value)
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target must be int32 or int64, got {tensor.dtype}")
@@ -113,6 +113,32 @@ def common_width(widths: list[tuple[str, int]], vocab_size: int | None) -> int:
         if vocab_size > width:
             raise ValueError(f"vocab_size must be at most the width of {name}, {width}, got {vocab_size}")
     return vocab_size
+
+
+def op_arguments(
+    base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
+) -> None:
+    """The leading arguments of an op by themselves, so that a raw call is as safe as the public function."""
+    if base.dim() == 0:
+        raise ValueError("base must be [*, V], got a 0-d tensor")
+    shape, device = base.shape[:-1], base.device
+    widths = []
+    for name, values, factor, softcap in (
+        ("base", base, base_scale, base_softcap),
+        ("aux", aux, aux_scale, aux_softcap),
+    ):
+        if values is not None:
+            source(name, Logits(values, scale=1.0 if factor is None else factor, softcap=softcap), shape, device)
+            widths.append((name, values.shape[-1]))
+    common_width(widths, vocab_size)
+    if target is not None:
+        classes(target)
+        if target.shape != shape or target.device != device:
+            raise ValueError(
+                f"target must have shape {list(shape)} and be on {device}, got {list(target.shape)} on {target.device}"
+            )
+    if weight is not None:
+        class_weight(weight, vocab_size, device)
 
 
 def integer(name: str, value: object) -> None:

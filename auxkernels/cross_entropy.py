@@ -72,6 +72,7 @@ def aux_cross_entropy(
                      unavailable backend; a second backward without recompute=True; double differentiation.
     Source           Zeldes et al. 2020 (auxiliary tuning); Milakov & Gimelshein 2018 (online softmax).
     """
+    checks.classes(target)
     checks.reduction(reduction, normalizer)
     checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
     checks.real_number("z_loss", z_loss, minimum=0.0)
@@ -84,15 +85,12 @@ def aux_cross_entropy(
         loss = _reference_loss(problem, *options)
         return (loss, _detached(_statistics(problem))) if return_stats else loss
     call = _prepare(problem)
-    wanted = _stats_mask(call) if return_stats else 0
+    wanted = _FINISHED | _FINISHED_OF_TARGET if return_stats else 0
     if reduction == "none" or (recompute and call.requires_grad()) or call.has_half_gradient():
         loss, fields = _loss_from_rows(call, *options, wanted)
     else:
         loss, fields = _loss_in_one_pass(call, *options, wanted)
-    if not return_stats:
-        return loss
-    with torch.no_grad():
-        return loss, _stats_from_fields(fields)
+    return (loss, _finished_stats(fields)) if return_stats else loss
 
 
 def logit_stats(
@@ -111,6 +109,8 @@ def logit_stats(
     Returns   `LogitStats` of tensors [*], float32 (float64 if a source is) and int64.
     Raises    as `aux_cross_entropy`.
     """
+    if target is not None:
+        checks.classes(target)
     return _statistics(_problem(base, aux, target, ignore_index, vocab_size, backend))
 
 
@@ -177,7 +177,6 @@ def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:
         raise ValueError("base must be [*, V], got a 0-d tensor")
     shape, device = first.shape[:-1], first.device
     if target is not None:
-        checks.target(target)
         shape, device = target.shape, target.device
     compute = torch.float32
     widths = []
@@ -250,14 +249,12 @@ def _reference_loss(problem, weight, label_smoothing, z_loss, reduction, normali
 
 # -- statistics --------------------------------------------------------------------------------------------------------
 
-_STATS = ops.mask_of(
-    "max", "log_denom", "mean_sum", "mean_base", "base_max", "base_log_denom", "argmax", "base_argmax"
-)
-_STATS_OF_TARGET = ops.mask_of("nll", "base_nll")
-
-
-def _stats_mask(call: _Call) -> int:
-    return _STATS if call.target is None else _STATS | _STATS_OF_TARGET
+# with a gradient to come, statistics are arithmetic on the fields that the scan differentiates; without, the scan's own
+_ARGMAXES = ops.mask_of("argmax", "base_argmax")
+_FINISHED = ops.mask_of("lse", "entropy", "kl_to_base") | _ARGMAXES
+_FINISHED_OF_TARGET = ops.mask_of("log_prob", "base_log_prob")
+_PARTS = ops.mask_of("max", "log_denom", "mean_sum", "mean_base", "base_max", "base_log_denom") | _ARGMAXES
+_PARTS_OF_TARGET = ops.mask_of("nll", "base_nll")
 
 
 def _statistics(problem: _Problem) -> LogitStats:
@@ -273,10 +270,25 @@ def _statistics(problem: _Problem) -> LogitStats:
             )
         )
     call = _prepare(problem)
-    return _stats_from_fields(_row_scan(call, None, _stats_mask(call)))
+    has_target = call.target is not None
+    if not call.requires_grad():
+        return _finished_stats(_row_scan(call, None, _FINISHED | _FINISHED_OF_TARGET if has_target else _FINISHED))
+    return _stats_of_parts(_row_scan(call, None, _PARTS | _PARTS_OF_TARGET if has_target else _PARTS))
 
 
-def _stats_from_fields(fields: dict[str, Tensor]) -> LogitStats:
+def _finished_stats(fields: dict[str, Tensor]) -> LogitStats:
+    return LogitStats(
+        fields.get("log_prob"),
+        fields.get("base_log_prob"),
+        fields["lse"],
+        fields["entropy"],
+        fields["kl_to_base"],
+        fields["argmax"],
+        fields["base_argmax"],
+    )
+
+
+def _stats_of_parts(fields: dict[str, Tensor]) -> LogitStats:
     log_denom = fields["log_denom"]
     # + 0.0: ignored rows are +0.0, not -0.0. Differences of like terms first, so that aux=None has KL exactly 0.
     return LogitStats(
@@ -392,10 +404,10 @@ class _RowScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # copies: an output that is a view could not be modified in place by its user
         outputs = {name: fields[name].clone() for name in ops.fields_in(wanted)}
-        # the maxima are constants of the formulas above the scan: any shift of them cancels there
-        ctx.mark_non_differentiable(
-            *(outputs[name] for name in ("max", "base_max", "argmax", "base_argmax") if name in outputs)
-        )
+        # the maxima are constants of the formulas above the scan: any shift of them cancels there. finished statistics
+        # come along detached
+        constants_of_gradient = ("max", "base_max", "argmax", "base_argmax", *ops.DERIVED)
+        ctx.mark_non_differentiable(*(outputs[name] for name in constants_of_gradient if name in outputs))
         return tuple(outputs.values())
 
     @staticmethod

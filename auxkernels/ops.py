@@ -22,6 +22,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from . import checks
+
 FIELDS = (
     "max",  # m
     "log_denom",  # log d, d = sum_v exp(s_v - m)
@@ -32,11 +34,23 @@ FIELDS = (
     "base_log_denom",  # log d_b, d_b = sum_v exp(z_b,v - m_b)
     "base_nll",  # log d_b - (z_b,y - m_b)
     "weighted_sum",  # sum_v w_v (s_v - m)
+    "lse",  # the rest of LogitStats, for those who need no gradient of them: m + log d
+    "entropy",  # log d - E_p[s - m]
+    "kl_to_base",  # (E_p[s - m] - E_p[z_b - m_b]) + (log d_b - log d)
+    "log_prob",  # -nll
+    "base_log_prob",  # -base_nll
     "argmax",  # int64: of s, lowest index on a tie, the first NaN wins
     "base_argmax",  # int64: of z_b
 )
 FIELD_BIT = {name: 1 << i for i, name in enumerate(FIELDS)}
 NUM_FLOAT_FIELDS = FIELDS.index("argmax")
+DERIVED = {
+    "lse": ("max", "log_denom"),
+    "entropy": ("log_denom", "mean_sum"),
+    "kl_to_base": ("log_denom", "mean_sum", "mean_base", "base_log_denom"),
+    "log_prob": ("nll",),
+    "base_log_prob": ("base_nll",),
+}
 COEFFICIENTS = ("A", "C", "D", "Q", "G", "S", "Q_b", "B_b")
 # bits of `needs`: which gradients a call computes; they come back in this order
 NEEDS_BASE, NEEDS_AUX, NEEDS_BASE_SCALE, NEEDS_AUX_SCALE = 1, 2, 4, 8
@@ -74,6 +88,14 @@ def mask_of(*names: str) -> int:
     return sum(FIELD_BIT[name] for name in names)
 
 
+def with_sources_of_derived(wanted: int) -> int:
+    """The mask with the fields that the wanted derived ones are made of."""
+    for name, sources in DERIVED.items():
+        if wanted & FIELD_BIT[name]:
+            wanted |= mask_of(*sources)
+    return wanted
+
+
 def compute_dtype(base: Tensor, aux: Tensor | None) -> torch.dtype:
     """Arithmetic, loss and statistics are float32, or float64 if a source is."""
     wide = base.dtype == torch.float64 or (aux is not None and aux.dtype == torch.float64)
@@ -100,8 +122,10 @@ def empty_fields(base: Tensor, aux: Tensor | None, wanted: int) -> list[Tensor]:
 
 def named_fields(wanted: int, outputs: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
     """An op's outputs as the wanted fields by name, and what follows them."""
+    rows: list[Tensor] = []
     num_tensors = bool(wanted & _FLOAT_FIELDS) + bool(wanted & ~_FLOAT_FIELDS)
-    rows = [row for stacked in outputs[:num_tensors] for row in stacked.unbind()]
+    for stacked in outputs[:num_tensors]:
+        rows += stacked.unbind()
     return dict(zip(fields_in(wanted), rows, strict=True)), outputs[num_tensors:]
 
 
@@ -155,29 +179,37 @@ def _with_tensors(args: tuple, positions: tuple[int, ...]) -> list:
 
 
 def cross_entropy_scan(*args) -> list[Tensor]:
-    """The op of that name; scales may be numbers."""
+    """The op of that name on checked arguments; scales may be numbers."""
     if _direct(args[0], args[-1]):
-        return _scan(*args)
+        return _implementation("native").scan(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_scan.default(*_with_tensors(args, (4, 5)))
 
 
 def cross_entropy_loss(*args) -> list[Tensor]:
-    """The op of that name; scales and normalizer may be numbers."""
+    """The op of that name on checked arguments; scales and normalizer may be numbers."""
     if _direct(args[0], args[-1]):
-        return _loss(*args)
+        return _implementation("native").loss(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_loss.default(*_with_tensors(args, (4, 5, 10)))
 
 
+def _checked(args: tuple):
+    """The implementation that the last argument names, after checks: an op may be called by anyone."""
+    checks.op_arguments(*args[:10])
+    if args[-1] == "native" and args[0].device.type != "cpu":
+        raise RuntimeError(f"base must be a CPU tensor for backend='native', got {args[0].device}")
+    return _implementation(args[-1])
+
+
 def _scan(*args):
-    return _implementation(args[-1]).scan(*args[:-1])
+    return _checked(args).scan(*args[:-1])
 
 
 def _loss(*args):
-    return _implementation(args[-1]).loss(*args[:-1])
+    return _checked(args).loss(*args[:-1])
 
 
 def _backward(*args):
-    return _implementation(args[-1]).backward(*args[:-1])
+    return _checked(args).backward(*args[:-1])
 
 
 def _rescale_(*args):
@@ -201,11 +233,9 @@ def _backward_fake(base, aux, *args):
 def _check_target(target, vocab_size, ignore_index):
     bad = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
     if target.device.type == "cpu" and bool(bad.any()):
-        from .checks import in_range_message
-
         row = int(bad.flatten().nonzero()[0])
         value = int(target.flatten()[row])
-        raise IndexError(in_range_message(target.shape, row, value, vocab_size, ignore_index))
+        raise IndexError(checks.in_range_message(target.shape, row, value, vocab_size, ignore_index))
     return target.clone()
 
 

@@ -1,9 +1,12 @@
 """aux_cross_entropy on CPU: from tensors to the pointers, sizes and strides that the compiled module takes.
 
-Arguments are those of ops.py; where an op takes a 0-d tensor for a number (scale, normalizer), a number will do as well.
+Arguments are those of ops.py and have been checked, by the public function or by the op; where an op takes a 0-d tensor
+for a number (scale, normalizer), a number will do as well.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -26,8 +29,6 @@ class _Call:
     def __init__(
         self, base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     ):
-        if base.device.type != "cpu":
-            raise RuntimeError(f"base must be a CPU tensor for backend='native', got {base.device}")
         self.compute = ops.compute_dtype(base, aux)
         self.alive: list[Tensor] = []
         self.shape, self.ignore_index, self.vocab_size = base.shape[:-1], ignore_index, vocab_size
@@ -35,16 +36,16 @@ class _Call:
             (
                 self.shape.numel(),
                 vocab_size,
-                0 if target is None else self._target(target),
+                0 if target is None else self._pointer(target),
                 target is not None and target.dtype == torch.int32,
                 ignore_index,
-                0 if weight is None else self._weight(weight),
+                0 if weight is None else self._pointer(weight.to(self.compute)),
                 torch.get_num_threads(),
                 self.compute == torch.float64,
             ),
-            self._source("base", base, base_scale),
+            self._source(base, base_scale),
             _numbers(base_scale, base_softcap),
-            _NO_SOURCE if aux is None else self._source("aux", aux, aux_scale),
+            _NO_SOURCE if aux is None else self._source(aux, aux_scale),
             _numbers(aux_scale, aux_softcap),
         )
 
@@ -53,36 +54,12 @@ class _Call:
         self.alive.append(tensor)
         return tensor.data_ptr()
 
-    def _target(self, target: Tensor) -> int:
-        if target.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"target must be int32 or int64, got {target.dtype}")
-        if target.shape != self.shape:
-            raise ValueError(f"target must have shape {list(self.shape)}, got {list(target.shape)}")
-        return self._pointer(target)
-
-    def _weight(self, weight: Tensor) -> int:
-        if weight.shape != (self.vocab_size,):
-            raise ValueError(f"weight must have shape [{self.vocab_size}], got {list(weight.shape)}")
-        return self._pointer(weight.to(self.compute))
-
-    def _source(self, name: str, values: Tensor, scale: float | Tensor | None) -> tuple[int, ...]:
-        code = DTYPE_CODES.get(values.dtype)
-        if code is None:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
-        *shape, width = values.shape
-        if (*shape,) != self.shape or width < self.vocab_size:
-            raise ValueError(
-                f"{name} must be [*, V] with leading shape {list(self.shape)} and V at least {self.vocab_size}, "
-                f"got {list(values.shape)}"
-            )
-        if values.stride(-1) != 1 and width > 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}")
+    def _source(self, values: Tensor, scale: float | Tensor | None) -> tuple[int, ...]:
+        code, width = DTYPE_CODES[values.dtype], values.shape[-1]
         values, *rows = as_rows(values)
         self.alive.append(values)
         scale_pointer = scale_stride = 0
         if isinstance(scale, Tensor):
-            if scale.dim() and scale.shape != self.shape:
-                raise ValueError(f"scale of {name} must have shape [] or {list(self.shape)}, got {list(scale.shape)}")
             scale_pointer, scale_stride = self._pointer(scale.to(self.compute)), int(scale.dim() > 0)
         return (values.data_ptr(), code, width, *rows, scale_pointer, scale_stride)
 
@@ -107,15 +84,20 @@ def _numbers(scale: float | Tensor | None, softcap: float | None) -> tuple[float
     return (1.0 if scale is None or isinstance(scale, Tensor) else float(scale)), softcap or 0.0
 
 
+@functools.cache
+def _places(wanted: int) -> list[int]:
+    return [i for i in range(_NUM_FIELDS) if wanted >> i & 1]
+
+
 def _output_pointers(wanted: int, needs: int, fields: list[Tensor], grads: list[Tensor]) -> list[int]:
     """One pointer for each field and gradient of the compiled module's list, 0 where it is not wanted."""
     pointers = [0] * (_NUM_FIELDS + 4)
-    wanted_fields = [i for i in range(_NUM_FIELDS) if wanted >> i & 1] if wanted else []
+    first = 0
     for stacked in fields:
-        step = stacked.stride(0) * stacked.element_size()
-        for row, i in enumerate(wanted_fields[: len(stacked)]):
-            pointers[i] = stacked.data_ptr() + row * step
-        wanted_fields = wanted_fields[len(stacked) :]
+        address, step, num_rows = stacked.data_ptr(), stacked.stride(0) * stacked.element_size(), len(stacked)
+        for row, place in enumerate(_places(wanted)[first : first + num_rows]):
+            pointers[place] = address + row * step
+        first += num_rows
     if needs:
         for i, grad in zip([i for i in range(4) if needs >> i & 1], grads, strict=True):
             pointers[_NUM_FIELDS + i] = grad.data_ptr()
@@ -125,7 +107,7 @@ def _output_pointers(wanted: int, needs: int, fields: list[Tensor], grads: list[
 def scan(
     base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
 ) -> list[Tensor]:
-    """The wanted fields of every row; arguments as in ops.py."""
+    """The wanted fields of every row."""
     call = _Call(
         base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     )
@@ -191,7 +173,7 @@ def backward(
     coefficients,
     needs,
 ) -> list[Tensor]:
-    """The requested gradients for one number per row and coefficient; arguments as in ops.py."""
+    """The requested gradients for one number per row and coefficient."""
     call = _Call(
         base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     )

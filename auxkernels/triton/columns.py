@@ -134,6 +134,14 @@ def load_tiles(source, first, stop, ROWS: tl.constexpr, LANES: tl.constexpr, EVE
 
 
 @triton.jit
+def load_weights(weight, first, mask, LANES: tl.constexpr, EVEN: tl.constexpr):
+    # known as aligned only where the logits are: a wider load than theirs would cost a trip through shared memory
+    if EVEN:
+        weight = tl.multiple_of(weight, 16)
+    return tl.load(weight + first + within(LANES, EVEN), mask=mask, other=0.0)
+
+
+@triton.jit
 def load_logits_at(base, aux, col):
     """(s, z_b) of one column; zeros for column -1."""
     z_base = logits_of(tl.load(base.ptr + col, mask=col >= 0, other=0.0), base).scaled
@@ -181,7 +189,7 @@ def scan_segment(
             s = z_base if aux.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
             w = None
             if weight is not None and lanes.weight is not None:
-                w = tl.load(weight + first + within(LANES, EVEN), mask=in_row, other=0.0)
+                w = load_weights(weight, first, in_row, LANES, EVEN)
             lanes = absorb(lanes, s, z_base, w, first, in_row, within(LANES, EVEN) == y - first, EVEN)
             first += LANES * WIDTH
     return collapse(lanes)
@@ -302,7 +310,7 @@ def write_gradients(
                 s += z_aux.scaled
             w = 1.0
             if weight is not None and k.S is not None:
-                w = tl.load(weight + cols, mask=mask, other=0.0)
+                w = load_weights(weight, first, mask, LANES, EVEN)
             dz = gradient_of_sum(s, z_base.scaled, w, within(LANES, EVEN) == y - first, soft, k)
             dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
             store_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)

@@ -56,6 +56,11 @@ class RowEnd(NamedTuple):
     base_log_denom: Any
     base_nll: Any
     weighted_sum: Any
+    lse: Any
+    entropy: Any
+    kl_to_base: Any
+    log_prob: Any
+    base_log_prob: Any
     argmax: Any
     base_argmax: Any
     residual: Any  # 1 - p of the target
@@ -94,16 +99,29 @@ def end_of_row(rest, base, aux, weight, y, HAS_TARGET: tl.constexpr):
         base_log_denom = tl.log(base_denom)
         if HAS_TARGET:
             base_nll, _ = nll_of(rest.base_max, rest.base_denom, whole.base_max, base_denom, z_y)
+    log_denom = tl.log(denom)
+    mean_sum = None if whole.mean_sum is None else tl.math.div_rn(whole.mean_sum, denom)
+    mean_base = None if whole.mean_base is None else tl.math.div_rn(whole.mean_base, denom)
+    kl_to_base = None
+    if mean_sum is not None:
+        if mean_base is not None:
+            if base_log_denom is not None:
+                kl_to_base = (mean_sum - mean_base) + (base_log_denom - log_denom)
     return RowEnd(
         row_max,
-        tl.log(denom),
+        log_denom,
         nll,
-        None if whole.mean_sum is None else tl.math.div_rn(whole.mean_sum, denom),
-        None if whole.mean_base is None else tl.math.div_rn(whole.mean_base, denom),
+        mean_sum,
+        mean_base,
         base_max,
         base_log_denom,
         base_nll,
         whole.weighted_sum,
+        row_max + log_denom,
+        None if mean_sum is None else log_denom - mean_sum,
+        kl_to_base,
+        None if nll is None else 0.0 - nll,
+        None if base_nll is None else 0.0 - base_nll,
         None if whole.argmax is None else column_of(whole.argmax),
         None if whole.base_argmax is None else column_of(whole.base_argmax),
         residual,
@@ -217,7 +235,7 @@ def place_of(program, V, SEGMENT: tl.constexpr, SPLIT: tl.constexpr):
     return program // num_segments, start, tl.minimum(start + SEGMENT, V), num_segments
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["weight"])
 def cross_entropy_segment_kernel(
     base,
     aux,
@@ -243,7 +261,7 @@ def cross_entropy_segment_kernel(
         store_state(floats, ints, program.to(tl.int64), state)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"], do_not_specialize_on_alignment=["weight"])
 def cross_entropy_fwd_kernel(
     base,
     aux,
@@ -277,13 +295,12 @@ def cross_entropy_fwd_kernel(
     row, start, stop, num_segments = place_of(tl.program_id(0), V, SEGMENT, SPLIT)
     y, ignored, poisoned = read_target(target, row, ignore_index, V)
     base, aux = at_row(base, row), at_row(aux, row)
-    grads = gradients_at_row(grads, row, base, aux)
     if ignored:
         if start == 0:
             store_fields(float_fields, int_fields, row, num_rows, 0.0, -1, None, FIELDS)
             if row_loss is not None:
                 tl.store(row_loss + row, 0.0)
-        fill_gradients(grads, row, start, stop, 0.0, LANES)
+        fill_gradients(gradients_at_row(grads, row, base, aux), row, start, stop, 0.0, LANES)
     else:
         if SPLIT:
             rest = merge_segments(floats, ints, row, num_segments, WANTED)
@@ -305,11 +322,12 @@ def cross_entropy_fwd_kernel(
                 tl.store(row_loss + row, tl.where(poisoned, float("nan"), loss))
             if HAS_GRADIENT:
                 soft = Softmax(end.max, end.log_denom, None, None, end.residual)
+                at = gradients_at_row(grads, row, base, aux)
                 if poisoned:
-                    fill_gradients(grads, row, start, stop, float("nan"), LANES)
+                    fill_gradients(at, row, start, stop, float("nan"), LANES)
                 else:
-                    write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, EVEN)
-    fill_tails(grads, base, aux, stop, V, LANES)
+                    write_gradients(base, aux, weight, y, start, stop, soft, k, at, row, ROWS, LANES, EVEN)
+    fill_tails(gradients_at_row(grads, row, base, aux), base, aux, stop, V, LANES)
 
 
 @triton.jit
@@ -317,7 +335,7 @@ def load_or_none(ptr, row):
     return None if ptr is None else tl.load(ptr + row)
 
 
-@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["saved", "nll", "coefficients"])
+@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["weight", "saved", "nll", "coefficients"])
 def cross_entropy_bwd_kernel(
     base,
     aux,
@@ -415,7 +433,7 @@ class _Call(NamedTuple):
 
 
 def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, V) -> _Call:
-    launch.check_problem(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, V)
+    launch.check_problem(base, aux, V)
     multiprocessors, warp_size = launch.device_limits(base.device)
     cut = launch.cut_of(V)
     num_rows = base.shape[:-1].numel()
@@ -423,7 +441,7 @@ def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_so
         launch.source(base, base_scale, base_softcap),
         launch.source(aux, aux_scale, aux_softcap),
         None if target is None else target.contiguous(),
-        launch.numbers(weight),
+        launch.aligned(launch.numbers(weight)),
         ignore_index,
         V,
     )
@@ -441,7 +459,9 @@ def _gradients(base: Tensor, aux: Tensor | None, needs: int) -> tuple[list[Tenso
 
 def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, terms, grads: Gradients) -> None:
     """Fields and, with a `row_loss`, losses and gradients. divide: (normalizer, mode), terms: (kept, share, z_loss)."""
-    scanned = wanted if terms[1] is None else wanted | ops.mask_of("weighted_sum")
+    scanned = ops.with_sources_of_derived(wanted)
+    if terms[1] is not None:
+        scanned |= ops.mask_of("weighted_sum")
     has_gradient = any(grad is not None for grad in grads)
     sums_row = grads.base_scale is not None or grads.aux_scale is not None
     call = call._replace(split=call.split and not sums_row)
@@ -493,8 +513,8 @@ def scan(
     base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
 ) -> list[Tensor]:
     """ops.cross_entropy_scan: the wanted row fields."""
-    if wanted & ops.mask_of("nll", "base_nll"):
-        _need_target(target, "nll and base_nll")
+    if wanted & ops.mask_of("nll", "base_nll", "log_prob", "base_log_prob"):
+        _need_target(target, "nll and log_prob")
     call = _call(
         base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
     )
@@ -644,7 +664,7 @@ def rescale_(grad, factor, target, ignore_index) -> None:
     """ops.cross_entropy_rescale_: grad [*, V] or [*] times a 0-d factor, in place; the factor stays on the device."""
     launch.check_device(grad)
     launch.check_float("grad", grad)
-    checks.target(target)
+    checks.classes(target)
     if not grad.is_contiguous():
         raise ValueError(f"grad must be contiguous, got strides {grad.stride()}")
     if grad.shape[: target.dim()] != target.shape or grad.dim() > target.dim() + 1:

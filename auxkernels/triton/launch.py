@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import checks
 from ..layout import as_rows
-from ..sources import Logits
 from .columns import Source
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -107,32 +106,23 @@ def check_rows(name: str, tensor: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
-def check_problem(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, vocab_size) -> None:
-    """The op's arguments by themselves, so that a raw call is as safe as the public function."""
+def check_problem(base, aux, vocab_size) -> None:
+    """What the kernels cannot do, of arguments that the op has checked."""
     check_device(base)
-    if base.dim() == 0:
-        raise ValueError("base must be [*, V], got a 0-d tensor")
-    shape, device = base.shape[:-1], base.device
-    sources = {"base": (base, base_scale, base_softcap)}
+    check_float("base", base)
     if aux is not None:
-        sources["aux"] = (aux, aux_scale, aux_softcap)
-    for name, (values, scale, softcap) in sources.items():
-        given = Logits(values, scale=1.0 if scale is None else scale, softcap=softcap)
-        checks.source(name, given, shape, device)
-        check_float(name, values)
-    checks.common_width([(name, values.shape[-1]) for name, (values, _, _) in sources.items()], vocab_size)
+        check_float("aux", aux)
     if vocab_size > MAX_INT32 // 2:
         raise ValueError(f"vocab_size must be at most {MAX_INT32 // 2}, got {vocab_size}")
-    if target is not None:
-        checks.target(target)
-        check_rows("target", target, base)
-    if weight is not None:
-        checks.class_weight(weight, vocab_size, device)
 
 
 def numbers(tensor: Tensor | None) -> Tensor | None:
     """A small vector (one number per row, class weights) as kernels read it."""
     return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    return tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor
 
 
 def source(values: Tensor | None, scale: Tensor | None, softcap: float | None) -> Source:

@@ -63,8 +63,9 @@ void bring_gradients_in(const Problem& p, const Outputs& out) {
 
 ScanWants wants_of(const Outputs& out) {
   ScanWants wants;
-  wants.moments = out.fields[kMeanSum] != nullptr || out.fields[kMeanBase] != nullptr;
-  for (int f : {kMeanBase, kBaseMax, kBaseLogDenom, kBaseNll, kBaseArgmax}) wants.base |= out.fields[f] != nullptr;
+  for (int f : {kMeanSum, kMeanBase, kEntropy, kKlToBase}) wants.moments |= out.fields[f] != nullptr;
+  for (int f : {kMeanBase, kBaseMax, kBaseLogDenom, kBaseNll, kKlToBase, kBaseLogProb, kBaseArgmax})
+    wants.base |= out.fields[f] != nullptr;
   wants.weighted = out.fields[kWeightedSum] != nullptr;
   return wants;
 }

@@ -20,7 +20,7 @@ struct Source {
 };
 
 // the order of auxkernels.ops.FIELDS
-enum Field { kMax, kLogDenom, kNll, kMeanSum, kMeanBase, kBaseMax, kBaseLogDenom, kBaseNll, kWeightedSum, kArgmax, kBaseArgmax, kNumFields };
+enum Field { kMax, kLogDenom, kNll, kMeanSum, kMeanBase, kBaseMax, kBaseLogDenom, kBaseNll, kWeightedSum, kLse, kEntropy, kKlToBase, kLogProb, kBaseLogProb, kArgmax, kBaseArgmax, kNumFields };
 constexpr int kNumFloatFields = kArgmax;
 // the order of auxkernels.ops.COEFFICIENTS
 enum Coefficient { kA, kC, kD, kQ, kG, kS, kQ_b, kB_b, kNumCoefficients };

@@ -180,16 +180,24 @@ class Kernel {
 
   void store_fields(int64_t n, const Outputs& out, const ScanWants& wants, const RowState& row,
                     const BlockState* blocks, const Buffers<C>& b) const {
+    const double log_denom = row.log_denom(), base_log_denom = wants.base ? row.base_log_denom() : 0;
+    const double nll = p.target == nullptr ? 0 : row.nll();
+    const double base_nll = wants.base && p.target != nullptr ? row.base_nll() : 0;
     const double values[kNumFloatFields] = {
         row.max,
-        row.log_denom(),
-        p.target == nullptr ? 0 : row.nll(),
+        log_denom,
+        nll,
         row.mean_sum,
         row.mean_base,
         row.base_max,
-        wants.base ? row.base_log_denom() : 0,
-        wants.base && p.target != nullptr ? row.base_nll() : 0,
+        base_log_denom,
+        base_nll,
         row.weighted_sum,
+        row.max + log_denom,
+        log_denom - row.mean_sum,
+        (row.mean_sum - row.mean_base) + (base_log_denom - log_denom),
+        0 - nll,
+        0 - base_nll,
     };
     for (int f = 0; f < kNumFloatFields; ++f)
       if (out.fields[f] != nullptr) static_cast<C*>(out.fields[f])[n] = static_cast<C>(values[f]);
