@@ -33,11 +33,15 @@ def floating(name: str, value: object) -> Tensor:
     return tensor
 
 
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
     if type(value) is float and minimum <= value <= maximum:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number(name, value)
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return
     if not minimum <= value <= maximum:
@@ -58,7 +62,7 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
             f"call .contiguous() on it first"
         )
     if given.softcap is not None:
-        real_number(f"softcap of {name}", given.softcap)
+        number(f"softcap of {name}", given.softcap)
         if not 0 < given.softcap < math.inf:
             raise ValueError(f"softcap of {name} must be positive and finite, got {given.softcap}")
     if type(given.scale) is not float:
@@ -69,7 +73,7 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
 
 def scale(name: str, value: object, shape: torch.Size, device: torch.device) -> None:
     if not isinstance(value, Tensor):
-        real_number(name, value)
+        number(name, value)
         if not isinstance(value, torch.SymFloat) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         return
@@ -139,6 +143,29 @@ def op_arguments(
             )
     if weight is not None:
         class_weight(weight, vocab_size, device)
+
+
+def op_outputs(aux, target, base_scale, aux_scale, needs: int, target_fields: int = 0) -> None:
+    """What an op is asked for: gradients of what is there, fields of a target only with one."""
+    there = (True, aux is not None, base_scale is not None, aux_scale is not None)
+    if needs >> 4 or any(needs >> i & 1 and not given for i, given in enumerate(there)):
+        raise ValueError(f"needs must ask for gradients of what is given, got {needs}")
+    if target_fields and target is None:
+        raise ValueError("target must be given for the fields of a target, got None")
+
+
+def rescaled(grad: Tensor, factor: Tensor, target: Tensor) -> None:
+    """The arguments of the op that rescales a gradient in place."""
+    floating("grad", grad)
+    classes(target)
+    if not grad.is_contiguous():
+        raise ValueError(f"grad must be contiguous, got strides {grad.stride()}")
+    if grad.dim() == 0 or grad.shape[:-1] != target.shape:
+        raise ValueError(f"grad must be [*, V] with leading shape {list(target.shape)}, got {list(grad.shape)}")
+    if target.device != grad.device:
+        raise ValueError(f"target must be on {grad.device}, got {target.device}")
+    if factor.dim() or factor.device != grad.device:
+        raise ValueError(f"factor must be 0-d and on {grad.device}, got {list(factor.shape)} on {factor.device}")
 
 
 def integer(name: str, value: object) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, checks, ops, reference
 from .sources import Logits, SourceLike, as_sources, sum_sources
@@ -158,6 +159,8 @@ class _Call(NamedTuple):
     def requires_grad(self) -> bool:
         if not torch.is_grad_enabled():
             return False
+        if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
+            return True
         return any([isinstance(t, Tensor) and t.requires_grad for t in self.differentiable()])
 
     def has_half_gradient(self) -> bool:
@@ -224,7 +227,7 @@ def _prepare(problem: _Problem) -> _Call:
 def _one_source(sources: list[Logits], problem: _Problem) -> Logits | None:
     if len(sources) < 2:
         return sources[0] if sources else None
-    ignored = None if problem.target is None else problem.target == problem.ignore_index
+    ignored = None if problem.target is None else ops.is_ignored(problem.target, problem.ignore_index)
     return Logits(sum_sources(sources, problem.compute, problem.vocab_size, ignored))
 
 
@@ -326,7 +329,7 @@ def _loss_from_rows(call, weight, label_smoothing, z_loss, reduction, normalizer
     fields = _row_scan(call, weight, wanted)
     loss = fields["nll"]
     if weight is not None:
-        kept = call.target != call.ignore_index
+        kept = ~ops.is_ignored(call.target, call.ignore_index)
         classes = call.target.long().masked_fill(~kept, 0).clamp(0, call.vocab_size - 1)
         w_y = weight.to(loss.dtype)[classes] * kept
         loss = loss * w_y
@@ -340,7 +343,7 @@ def _loss_from_rows(call, weight, label_smoothing, z_loss, reduction, normalizer
         loss = loss.sum()
     if reduction == "mean":
         if normalizer is None:
-            normalizer = (call.target != call.ignore_index).sum() if weight is None else w_y.sum()
+            normalizer = (~ops.is_ignored(call.target, call.ignore_index)).sum() if weight is None else w_y.sum()
         loss = (loss / normalizer).to(loss.dtype)  # a 0-d float64 count must not promote a 0-d float32 loss
     return loss, fields
 
@@ -496,7 +499,7 @@ class _OnePass(torch.autograd.Function):
             if i < 2:
                 spread[i] = _rescaled(grad, upstream, target, ctx.ignore_index, ctx.backend)
             else:
-                per_row = (grad * upstream).masked_fill(target == ctx.ignore_index, 0.0)
+                per_row = (grad * upstream).masked_fill(ops.is_ignored(target, ctx.ignore_index), 0.0)
                 spread[i] = per_row.sum() if ctx.sums_scale[i - 2] else per_row
         return (*_once(spread), *([None] * 9))
 
@@ -504,7 +507,7 @@ class _OnePass(torch.autograd.Function):
 def _rescaled(grad: Tensor, upstream: Tensor, target: Tensor, ignore_index: int, backend: str) -> Tensor:
     """grad * upstream, ignored rows left at +0.0; in place in eager mode, where a factor of 1 costs nothing."""
     if torch.compiler.is_compiling():
-        return torch.where((target == ignore_index).unsqueeze(-1), grad, grad * upstream.to(grad.dtype))
+        return torch.where(ops.is_ignored(target, ignore_index).unsqueeze(-1), grad, grad * upstream.to(grad.dtype))
     ops.cross_entropy_rescale_(grad, upstream, target, ignore_index, backend)
     torch.autograd.graph.increment_version(grad)
     return grad

@@ -88,6 +88,14 @@ def mask_of(*names: str) -> int:
     return sum(FIELD_BIT[name] for name in names)
 
 
+OF_TARGET = mask_of("nll", "base_nll", "log_prob", "base_log_prob")
+
+
+def is_ignored(target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows are ignored, compared in 64 bits: an int32 target has no 2**32 + 5 to be equal to."""
+    return target.long() == ignore_index
+
+
 def with_sources_of_derived(wanted: int) -> int:
     """The mask with the fields that the wanted derived ones are made of."""
     for name, sources in DERIVED.items():
@@ -147,6 +155,8 @@ def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
 
 @functools.cache
 def _implementation(backend: str):
+    if backend not in ("native", "triton"):
+        raise ValueError(f"the backend of an op must be 'native' or 'triton', got {backend!r}")
     return importlib.import_module(f".{backend}.cross_entropy", __package__)
 
 
@@ -200,38 +210,63 @@ def _checked(args: tuple):
     return _implementation(args[-1])
 
 
+def _check_scan(base, aux, target, weight, base_scale, aux_scale, *rest):
+    checks.op_outputs(aux, target, base_scale, aux_scale, 0, rest[-2] & OF_TARGET)
+
+
+def _check_loss(base, aux, target, weight, base_scale, aux_scale, *rest):
+    if target is None:
+        raise ValueError("target must be given for a loss, got None")
+    checks.op_outputs(aux, target, base_scale, aux_scale, rest[-2])
+
+
+def _check_backward(base, aux, target, weight, base_scale, aux_scale, *rest):
+    of_target = [COEFFICIENTS.index(name) for name in ("G", "B_b")]
+    checks.op_outputs(
+        aux, target, base_scale, aux_scale, rest[-2], any(rest[-3][i] is not None for i in of_target)
+    )
+
+
 def _scan(*args):
+    _check_scan(*args)
     return _checked(args).scan(*args[:-1])
 
 
 def _loss(*args):
+    _check_loss(*args)
     return _checked(args).loss(*args[:-1])
 
 
 def _backward(*args):
+    _check_backward(*args)
     return _checked(args).backward(*args[:-1])
 
 
-def _rescale_(*args):
-    _implementation(args[-1]).rescale_(*args[:-1])
+def _rescale_(grad, factor, target, ignore_index, backend):
+    checks.rescaled(grad, factor, target)
+    _implementation(backend).rescale_(grad, factor, target, ignore_index)
 
 
-def _scan_fake(base, aux, *args):
-    return empty_fields(base, aux, wanted=args[-2])
+def _scan_fake(*args):
+    checks.op_arguments(*args[:10])
+    return empty_fields(*args[:2], wanted=args[-2])
 
 
-def _loss_fake(base, aux, *args):
+def _loss_fake(*args):
+    checks.op_arguments(*args[:10])
+    base, aux = args[:2]
     wanted, needs = args[-3:-1]
     loss = base.new_empty((), dtype=compute_dtype(base, aux))
     return [loss, *empty_fields(base, aux, wanted), *empty_grads(base, aux, needs)]
 
 
-def _backward_fake(base, aux, *args):
-    return empty_grads(base, aux, needs=args[-2])
+def _backward_fake(*args):
+    checks.op_arguments(*args[:10])
+    return empty_grads(*args[:2], needs=args[-2])
 
 
 def _check_target(target, vocab_size, ignore_index):
-    bad = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
+    bad = ((target < 0) | (target >= vocab_size)) & ~is_ignored(target, ignore_index)
     if target.device.type == "cpu" and bool(bad.any()):
         row = int(bad.flatten().nonzero()[0])
         value = int(target.flatten()[row])

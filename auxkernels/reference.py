@@ -1,7 +1,8 @@
 """The operators in plain PyTorch: the oracle of the tests, and the implementation where nothing faster exists.
 
-Any floating dtype, any device, differentiable by autograd (twice, if asked). Written for clarity: nothing here is shared
-with the fused implementations, so that a mistake in their formulas cannot hide.
+Any floating dtype, any device, differentiable by autograd (twice, if asked). On CPU the arithmetic is float64 whatever the
+sources are, elsewhere that of the sources. Written for clarity: nothing here is shared with the fused implementations, so
+that a mistake in their formulas cannot hide.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from . import ops
 from .sources import Logits, row_scale
 
 
+def _arithmetic(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type == "cpu" else compute
+
+
 def sum_of(sources: list[Logits], compute: torch.dtype, vocab_size: int, ignored: Tensor | None) -> Tensor:
     """Sum of the sources [*, V] in the compute dtype; ignored rows are replaced by zeros, so no gradient enters them."""
     total = None
@@ -22,11 +27,19 @@ def sum_of(sources: list[Logits], compute: torch.dtype, vocab_size: int, ignored
             z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
         if source.softcap is not None:
             z = source.softcap * torch.tanh(z / source.softcap)
-        z = z * row_scale(source.scale, compute)
+        z = _scaled(z, row_scale(source.scale, compute))
         if ignored is not None:  # a scale may be NaN or Inf in an ignored row as well
             z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
         total = z if total is None else total + z
     return total
+
+
+def _scaled(z: Tensor, scale: float | Tensor) -> Tensor:
+    """z * scale, where a masked class (-inf, gradient 0) adds 0 to the gradient of the scale and not 0 * (-inf)."""
+    if not isinstance(scale, Tensor):
+        return z * scale
+    masked = z == -torch.inf
+    return torch.where(masked, z * scale.detach(), z.masked_fill(masked, 0.0) * scale)
 
 
 def _picked(logits: Tensor, target: Tensor) -> Tensor:
@@ -47,7 +60,7 @@ def _expectation(p: Tensor, z: Tensor) -> Tensor:
 def _classes(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Target safe to gather with, which rows are ignored, which hold no class (poisoned; none on CPU, which raises)."""
     target = ops.check_target(target, vocab_size, ignore_index).long()
-    ignored = target == ignore_index
+    ignored = ops.is_ignored(target, ignore_index)
     poisoned = ((target < 0) | (target >= vocab_size)) & ~ignored
     return target.clamp(0, vocab_size - 1).masked_fill(ignored, 0), ignored, poisoned
 
@@ -68,8 +81,9 @@ def cross_entropy(
 ) -> Tensor:
     """The loss as `aux_cross_entropy` defines it. Logits [*, V], target [*]; 0-d, or [*] for reduction="none"."""
     classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
-    s = sum_of([*base, *aux], compute, vocab_size, ignored)
-    w = s.new_ones(vocab_size) if weight is None else weight.to(compute)
+    arithmetic = _arithmetic(compute, target.device)
+    s = sum_of([*base, *aux], arithmetic, vocab_size, ignored)
+    w = s.new_ones(vocab_size) if weight is None else weight.to(arithmetic)
     w_y = w[classes].masked_fill(ignored, 0.0)
     log_p = torch.log_softmax(s, -1)
     loss = (1 - label_smoothing) * w[classes] * -_picked(log_p, classes)
@@ -81,9 +95,9 @@ def cross_entropy(
     loss = loss * torch.ones_like(loss).masked_fill(poisoned, torch.nan)
     loss = loss.masked_fill(ignored, 0.0)
     if reduction == "none":
-        return loss
+        return loss.to(compute)
     if reduction == "sum":
-        return loss.sum()
+        return loss.sum().to(compute)
     if normalizer is None:
         normalizer = (~ignored).sum() if weight is None else w_y.sum()
     return (loss.sum() / normalizer).to(compute)  # a 0-d float64 count must not promote a 0-d float32 loss
@@ -102,8 +116,9 @@ def statistics(
     ignored = poisoned = classes = None
     if target is not None:
         classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
-    z_b = sum_of(base, compute, vocab_size, ignored)
-    s = z_b if not aux else z_b + sum_of(aux, compute, vocab_size, ignored)
+    arithmetic = _arithmetic(compute, base[0].values.device)
+    z_b = sum_of(base, arithmetic, vocab_size, ignored)
+    s = z_b if not aux else z_b + sum_of(aux, arithmetic, vocab_size, ignored)
     log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(z_b, -1)
     p = log_p.exp()
     mean_sum = _expectation(p, _relative(s))
@@ -118,6 +133,7 @@ def statistics(
         "argmax": s.argmax(-1),
         "base_argmax": z_b.argmax(-1),
     }
+    stats = {name: v.to(compute) if v is not None and v.is_floating_point() else v for name, v in stats.items()}
     if ignored is None:
         return stats
     for name, value in stats.items():

@@ -88,7 +88,8 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, const So
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs, int64_t loss_out, bool has_normalizer, double normalizer,
              double label_smoothing, double z_loss, bool mean) {
   const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
-  if (p.target == nullptr) throw py::value_error("a loss needs a target, got none");
+  // an empty tensor has no address
+  if (p.target == nullptr && p.num_rows > 0) throw py::value_error("target must be given for a loss, got none");
   const Outputs out = outputs_of(outputs);
   LossOptions options;
   options.label_smoothing = label_smoothing, options.z_loss = z_loss, options.mean = mean;

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .row_state import (
-    WIDTH,
     absorb,
     collapse,
     first_columns,
@@ -116,29 +115,29 @@ def logits_of(values, source):
 
 
 @triton.jit
-def before(first, stop, LANES: tl.constexpr, EVEN: tl.constexpr):
+def before(first, stop, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """Which columns of a tile are less than `stop`. EVEN: all or none of a lane's."""
-    return first < stop if EVEN else first + within(LANES, EVEN) < stop
+    return first < stop if EVEN else first + within(LANES, WIDTH, EVEN) < stop
 
 
 @triton.jit
-def load_tiles(source, first, stop, ROWS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
+def load_tiles(source, first, stop, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
     """The values of ROWS tiles: all loads are issued before anything waits for one of them."""
     tiles = ()
     if source.ptr is not None:
         for i in tl.static_range(ROWS):
             at = first + i * (LANES * WIDTH)
-            mask = before(at, stop, LANES, EVEN)
-            tiles += (tl.load(source.ptr + at + within(LANES, EVEN), mask=mask, other=0.0, eviction_policy=EVICT),)
+            mask = before(at, stop, LANES, WIDTH, EVEN)
+            tiles += (tl.load(source.ptr + at + within(LANES, WIDTH, EVEN), mask=mask, other=0.0, eviction_policy=EVICT),)
     return tiles
 
 
 @triton.jit
-def load_weights(weight, first, mask, LANES: tl.constexpr, EVEN: tl.constexpr):
+def load_weights(weight, first, mask, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     # known as aligned only where the logits are: a wider load than theirs would cost a trip through shared memory
     if EVEN:
         weight = tl.multiple_of(weight, 16)
-    return tl.load(weight + first + within(LANES, EVEN), mask=mask, other=0.0)
+    return tl.load(weight + first + within(LANES, WIDTH, EVEN), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -175,22 +174,23 @@ def scan_segment(
     WANTED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """The state of the columns [start, stop) without y."""
     lanes = no_columns([LANES], WANTED)
     for at in range(start, stop, ROWS * LANES * WIDTH):
-        first = at + first_columns(LANES, EVEN)
-        base_tiles = load_tiles(base, first, stop, ROWS, LANES, EVEN, "")
-        aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, EVEN, "")
+        first = at + first_columns(LANES, WIDTH, EVEN)
+        base_tiles = load_tiles(base, first, stop, ROWS, LANES, WIDTH, EVEN, "")
+        aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, WIDTH, EVEN, "")
         for i in tl.static_range(ROWS):
-            in_row = before(first, stop, LANES, EVEN)
+            in_row = before(first, stop, LANES, WIDTH, EVEN)
             z_base = logits_of(base_tiles[i], base).scaled
             s = z_base if aux.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
             w = None
             if weight is not None and lanes.weight is not None:
-                w = load_weights(weight, first, in_row, LANES, EVEN)
-            lanes = absorb(lanes, s, z_base, w, first, in_row, within(LANES, EVEN) == y - first, EVEN)
+                w = load_weights(weight, first, in_row, LANES, WIDTH, EVEN)
+            lanes = absorb(lanes, s, z_base, w, first, in_row, within(LANES, WIDTH, EVEN) == y - first, EVEN)
             first += LANES * WIDTH
     return collapse(lanes)
 
@@ -205,6 +205,7 @@ def scan_row(
     WANTED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     SEGMENT: tl.constexpr,
     EVEN: tl.constexpr,
 ):
@@ -212,7 +213,7 @@ def scan_row(
     state = no_columns([], WANTED)
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(start + SEGMENT, V)
-        state = merge(state, scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, EVEN))
+        state = merge(state, scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN))
     return state
 
 
@@ -289,6 +290,7 @@ def write_gradients(
     row,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Gradients of the columns [start, stop), the last tiles first; where a scale's is wanted these are the whole row."""
@@ -297,12 +299,12 @@ def write_gradients(
     size = ROWS * LANES * WIDTH
     last = start + (stop - 1 - start) // size * size
     for at in range(start, stop, size):
-        first = last - (at - start) + first_columns(LANES, EVEN)
-        base_tiles = load_tiles(base, first, stop, ROWS, LANES, EVEN, "evict_first")
-        aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, EVEN, "evict_first")
+        first = last - (at - start) + first_columns(LANES, WIDTH, EVEN)
+        base_tiles = load_tiles(base, first, stop, ROWS, LANES, WIDTH, EVEN, "evict_first")
+        aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, WIDTH, EVEN, "evict_first")
         for i in tl.static_range(ROWS):
-            mask = before(first, stop, LANES, EVEN)
-            cols = first + within(LANES, EVEN)
+            mask = before(first, stop, LANES, WIDTH, EVEN)
+            cols = first + within(LANES, WIDTH, EVEN)
             z_base = logits_of(base_tiles[i], base)
             s, z_aux = z_base.scaled, z_base
             if aux.ptr is not None:
@@ -310,8 +312,8 @@ def write_gradients(
                 s += z_aux.scaled
             w = 1.0
             if weight is not None and k.S is not None:
-                w = load_weights(weight, first, mask, LANES, EVEN)
-            dz = gradient_of_sum(s, z_base.scaled, w, within(LANES, EVEN) == y - first, soft, k)
+                w = load_weights(weight, first, mask, LANES, WIDTH, EVEN)
+            dz = gradient_of_sum(s, z_base.scaled, w, within(LANES, WIDTH, EVEN) == y - first, soft, k)
             dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
             store_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)
             store_gradient(grads.aux, cols, mask, dz.every, aux, z_aux.slope)
@@ -338,18 +340,18 @@ def gradients_at_row(grads, row, base, aux):
 
 
 @triton.jit
-def fill(ptr, start, stop, value, LANES: tl.constexpr):
+def fill(ptr, start, stop, value, BLOCK: tl.constexpr):
     if ptr is not None:
-        for first in range(start, stop, LANES * WIDTH):
-            cols = first + tl.arange(0, LANES * WIDTH)
-            tl.store(ptr + cols, tl.full([LANES * WIDTH], value, ptr.dtype.element_ty), mask=cols < stop)
+        for first in range(start, stop, BLOCK):
+            cols = first + tl.arange(0, BLOCK)
+            tl.store(ptr + cols, tl.full([BLOCK], value, ptr.dtype.element_ty), mask=cols < stop)
 
 
 @triton.jit
-def fill_gradients(grads, row, start, stop, value, LANES: tl.constexpr):
+def fill_gradients(grads, row, start, stop, value, BLOCK: tl.constexpr):
     """Gradients that no formula gives: 0 where the row is ignored, NaN where its target names no class."""
-    fill(grads.base, start, stop, value, LANES)
-    fill(grads.aux, start, stop, value, LANES)
+    fill(grads.base, start, stop, value, BLOCK)
+    fill(grads.aux, start, stop, value, BLOCK)
     if grads.base_scale is not None:
         tl.store(grads.base_scale + row, value)
     if grads.aux_scale is not None:
@@ -357,8 +359,8 @@ def fill_gradients(grads, row, start, stop, value, LANES: tl.constexpr):
 
 
 @triton.jit
-def fill_tails(grads, base, aux, stop, V, LANES: tl.constexpr):
+def fill_tails(grads, base, aux, stop, V, BLOCK: tl.constexpr):
     """Columns from V on belong to nobody: 0, written where the row's last columns are."""
     if stop == V:
-        fill(grads.base, V, base.width, 0.0, LANES)
-        fill(grads.aux, V, aux.width, 0.0, LANES)
+        fill(grads.base, V, base.width, 0.0, BLOCK)
+        fill(grads.aux, V, aux.width, 0.0, BLOCK)

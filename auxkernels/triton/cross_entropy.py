@@ -248,6 +248,7 @@ def cross_entropy_segment_kernel(
     WANTED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     SEGMENT: tl.constexpr,
     EVEN: tl.constexpr,
 ):
@@ -257,7 +258,7 @@ def cross_entropy_segment_kernel(
     y, ignored, _ = read_target(target, row, ignore_index, V)
     if not ignored:
         base, aux = at_row(base, row), at_row(aux, row)
-        state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, EVEN)
+        state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
         store_state(floats, ints, program.to(tl.int64), state)
 
 
@@ -287,6 +288,7 @@ def cross_entropy_fwd_kernel(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     SEGMENT: tl.constexpr,
     EVEN: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
@@ -300,12 +302,12 @@ def cross_entropy_fwd_kernel(
             store_fields(float_fields, int_fields, row, num_rows, 0.0, -1, None, FIELDS)
             if row_loss is not None:
                 tl.store(row_loss + row, 0.0)
-        fill_gradients(gradients_at_row(grads, row, base, aux), row, start, stop, 0.0, LANES)
+        fill_gradients(gradients_at_row(grads, row, base, aux), row, start, stop, 0.0, LANES * WIDTH)
     else:
         if SPLIT:
             rest = merge_segments(floats, ints, row, num_segments, WANTED)
         else:
-            rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, SEGMENT, EVEN)
+            rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, WIDTH, SEGMENT, EVEN)
         end = end_of_row(rest, base, aux, weight, y, target is not None)
         if start == 0:
             # a target that names no class makes the floats NaN; the argmaxes do not depend on it
@@ -324,10 +326,10 @@ def cross_entropy_fwd_kernel(
                 soft = Softmax(end.max, end.log_denom, None, None, end.residual)
                 at = gradients_at_row(grads, row, base, aux)
                 if poisoned:
-                    fill_gradients(at, row, start, stop, float("nan"), LANES)
+                    fill_gradients(at, row, start, stop, float("nan"), LANES * WIDTH)
                 else:
-                    write_gradients(base, aux, weight, y, start, stop, soft, k, at, row, ROWS, LANES, EVEN)
-    fill_tails(gradients_at_row(grads, row, base, aux), base, aux, stop, V, LANES)
+                    write_gradients(base, aux, weight, y, start, stop, soft, k, at, row, ROWS, LANES, WIDTH, EVEN)
+    fill_tails(gradients_at_row(grads, row, base, aux), base, aux, stop, V, LANES * WIDTH)
 
 
 @triton.jit
@@ -350,6 +352,7 @@ def cross_entropy_bwd_kernel(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     SEGMENT: tl.constexpr,
     EVEN: tl.constexpr,
 ):
@@ -359,9 +362,9 @@ def cross_entropy_bwd_kernel(
     base, aux = at_row(base, row), at_row(aux, row)
     grads = gradients_at_row(grads, row, base, aux)
     if ignored:
-        fill_gradients(grads, row, start, stop, 0.0, LANES)
+        fill_gradients(grads, row, start, stop, 0.0, LANES * WIDTH)
     elif poisoned:
-        fill_gradients(grads, row, start, stop, float("nan"), LANES)
+        fill_gradients(grads, row, start, stop, float("nan"), LANES * WIDTH)
     else:
         soft = Softmax(
             tl.load(saved.max + row),
@@ -380,8 +383,8 @@ def cross_entropy_bwd_kernel(
             load_or_none(coefficients.Q_b, row),
             load_or_none(coefficients.B_b, row),
         )
-        write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, EVEN)
-    fill_tails(grads, base, aux, stop, V, LANES)
+        write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, WIDTH, EVEN)
+    fill_tails(grads, base, aux, stop, V, LANES * WIDTH)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -421,13 +424,14 @@ class _Call(NamedTuple):
 
     def sizes(self, has_statistics: bool, sums_row: bool) -> dict[str, int]:
         base, aux, *_ = self.problem
-        num_bytes = max(source.ptr.element_size() for source in (base, aux) if source.ptr is not None)
         has_bends = sums_row or base.softcap is not None or aux.softcap is not None
+        even = self.problem[-1] % 16 == 0  # what Triton compiles for anyway
         return {
-            "ROWS": launch.tiles_at_once(num_bytes, has_statistics, has_bends),
+            "ROWS": launch.tiles_at_once(has_statistics, has_bends, even),
             "LANES": self.cut.lanes,
+            "WIDTH": self.cut.width,
             "SEGMENT": self.cut.segment,
-            "EVEN": self.problem[-1] % 16 == 0,  # Triton compiles for this anyway
+            "EVEN": even,
             "num_warps": self.num_warps,
         }
 
@@ -435,7 +439,8 @@ class _Call(NamedTuple):
 def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, V) -> _Call:
     launch.check_problem(base, aux, V)
     multiprocessors, warp_size = launch.device_limits(base.device)
-    cut = launch.cut_of(V)
+    num_bytes = max(t.element_size() for t in (base, aux) if t is not None)
+    cut = launch.cut_of(V, num_bytes)
     num_rows = base.shape[:-1].numel()
     problem = (
         launch.source(base, base_scale, base_softcap),

@@ -19,33 +19,41 @@ MAX_INT32 = 2**31 - 1
 
 
 class Cut(NamedTuple):
-    """How the columns of a row are cut. The bits of a result depend on these numbers, so they follow from V alone."""
+    """How the columns of a row are cut. The bits of a result depend on these numbers, so they follow from V and dtype alone."""
 
     lanes: int  # each with its own running maximum; a thread has one
+    width: int  # columns of a lane in a tile
     segment: int  # columns whose sums are formed together
 
 
-def cut_of(vocab_size: int) -> Cut:
-    """Wide rows get many threads, so that few rows are in flight on a multiprocessor and the second read finds them in L2.
+def cut_of(vocab_size: int, num_bytes: int) -> Cut:
+    """The cut of rows of `vocab_size` logits of up to `num_bytes` bytes. Reasoned, not measured.
 
-    A segment is long enough for the reduction over its lanes, where all warps wait, to cost a few percent.
+    A lane's columns in a tile are one 128-bit load. Wide rows get many threads, so that few rows are in flight on a
+    multiprocessor and the second read finds them in L2; a segment is then long enough for the reduction over its lanes,
+    where all warps wait, to cost a few percent.
     """
+    lanes, segment = 512, 32768
     if vocab_size <= 1024:
-        return Cut(32, 1024)
-    if vocab_size <= 8192:
-        return Cut(128, 8192)
-    if vocab_size <= 32768:
-        return Cut(256, 32768)
-    return Cut(512, 32768)
+        lanes, segment = 32, 1024
+    elif vocab_size <= 8192:
+        lanes, segment = 128, 8192
+    elif vocab_size <= 32768:
+        lanes = 256
+    return Cut(lanes, 16 // num_bytes, segment)
 
 
-def tiles_at_once(num_bytes: int, has_statistics: bool, has_bends: bool) -> int:
+def tiles_at_once(has_statistics: bool, has_bends: bool, even: bool) -> int:
     """How many tiles are loaded before the first is used; no bit depends on it.
 
-    64 bytes of each source in flight for every thread hide the memory's latency; statistics need half of these registers,
-    softcaps and scale gradients three quarters.
+    64 bytes of each source in flight for every thread hide the memory's latency. Statistics need some of these registers,
+    softcaps and scale gradients more, and so do 16-bit logits that come one by one, each in a register of its own.
     """
-    return max((16 if has_bends else 32 if has_statistics else 64) // (8 * num_bytes), 1)
+    if has_bends:
+        return 1
+    if has_statistics:
+        return 2 if even else 1
+    return 4
 
 
 def num_warps(lanes: int, warp_size: int) -> int:

@@ -25,8 +25,6 @@ WEIGHTED_SUM = tl.constexpr(FIELD_BIT["weighted_sum"])
 ARGMAX = tl.constexpr(FIELD_BIT["argmax"])
 BASE_ARGMAX = tl.constexpr(FIELD_BIT["base_argmax"])
 
-WIDTH = tl.constexpr(8)  # columns of a lane in a tile
-
 NUM_FLOATS = tl.constexpr(8)  # of a stored state
 NUM_INTS = tl.constexpr(2)
 
@@ -107,17 +105,17 @@ def soft_cap(z, cap):
 
 
 @triton.jit
-def first_columns(LANES: tl.constexpr, EVEN: tl.constexpr):
+def first_columns(LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """[LANES, 1]: where each lane's columns in a tile begin; `+ within(...)` are the columns.
 
-    EVEN, where rows are aligned: neighbours, a 128-bit load of 16-bit logits. Otherwise LANES apart, so that neighbouring
+    EVEN, where rows are aligned: WIDTH neighbours, a 128-bit load. Otherwise LANES apart, so that neighbouring
     threads load neighbouring columns, and a lane is still one thread's.
     """
     return (tl.arange(0, LANES) * (WIDTH if EVEN else 1))[:, None]
 
 
 @triton.jit
-def within(LANES: tl.constexpr, EVEN: tl.constexpr):
+def within(LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """[1, WIDTH]: distance of each column from the lane's first."""
     return (tl.arange(0, WIDTH) * (1 if EVEN else LANES))[None, :]
 
@@ -125,8 +123,9 @@ def within(LANES: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def tile_sum(x):
     """[LANES, WIDTH] to [LANES]."""
-    for _ in tl.static_range(3):
-        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
+    for _ in tl.static_range(8):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
     return tl.sum(x, axis=1)
 
 
@@ -156,7 +155,7 @@ def tile_argmax(z, first, in_row, EVEN: tl.constexpr):
     key = tl.where(z != z, 0x7FFFFFFF, key)
     key = tl.where(in_row, key, -0x80000000)
     best = tile_max(key)
-    behind = tile_max(tl.where(key == best[:, None], 0x7FFFFFFF - within(z.shape[0], EVEN), 0)) - tl.reshape(first, (first.shape[0],))
+    behind = tile_max(tl.where(key == best[:, None], 0x7FFFFFFF - within(z.shape[0], z.shape[1], EVEN), 0)) - tl.reshape(first, (first.shape[0],))
     return (best.to(tl.int64) << 32) | behind.to(tl.int64)
 
 
