@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import os
 import platform
 
 import torch
 
+from . import native
+
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
-@functools.cache
+def _is_installed(module: str) -> bool:
+    """Looks for a module without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # made unimportable on purpose, as tests do
+        return False
+
+
+# Found out once, at import: to torch.compile these are constants, and the compiled module must be loaded before a fork to
+# know a forked child as one.
+_NATIVE_MISSING = native.missing()
+_HAS_TRITON = _is_installed("triton")
+
+
 def native_missing() -> str | None:
     """Why the compiled CPU module cannot be used; None if it can."""
-    return importlib.import_module(".native", __package__).missing()
+    return _NATIVE_MISSING
 
 
-@functools.cache
 def triton_missing() -> str | None:
-    """Why Triton kernels cannot be used; None if they can. Looks for the module without importing it."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install 'auxkernels[triton]'"
-    return None
+    """Why Triton kernels cannot be used; None if they can."""
+    return None if _HAS_TRITON else "triton is not installed: pip install 'auxkernels[triton]'"
 
 
 def triton_interpreted() -> bool:
@@ -61,7 +71,7 @@ def resolve(backend: str, device: torch.device, compute: torch.dtype) -> str:
 
 def show_config() -> str:
     """One line for each implementation: available, or why not. Touches no device beyond asking whether there is one."""
-    from . import __version__, native
+    from . import __version__
 
     cuda = f"{torch.version.cuda or torch.version.hip}" if torch.cuda.is_available() else "no device"
     triton = triton_missing()

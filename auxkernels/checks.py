@@ -67,15 +67,11 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
             raise ValueError(f"softcap of {name} must be positive and finite, got {given.softcap}")
     if type(given.scale) is not float:
         scale(f"scale of {name}", given.scale, shape, device)
-    elif not math.isfinite(given.scale):
-        raise ValueError(f"scale of {name} must be finite, got {given.scale}")
 
 
 def scale(name: str, value: object, shape: torch.Size, device: torch.device) -> None:
     if not isinstance(value, Tensor):
         number(name, value)
-        if not isinstance(value, torch.SymFloat) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
         return
     floating(name, value)
     if value.dim() and value.shape != shape:

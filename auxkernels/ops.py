@@ -203,43 +203,36 @@ def cross_entropy_loss(*args) -> list[Tensor]:
 
 
 def _checked(args: tuple):
-    """The implementation that the last argument names, after checks: an op may be called by anyone."""
+    """The implementation that the last argument names, after the checks that all ops share: an op may be called by anyone."""
+    implementation = _implementation(args[-1])
     checks.op_arguments(*args[:10])
     if args[-1] == "native" and args[0].device.type != "cpu":
         raise RuntimeError(f"base must be a CPU tensor for backend='native', got {args[0].device}")
-    return _implementation(args[-1])
-
-
-def _check_scan(base, aux, target, weight, base_scale, aux_scale, *rest):
-    checks.op_outputs(aux, target, base_scale, aux_scale, 0, rest[-2] & OF_TARGET)
-
-
-def _check_loss(base, aux, target, weight, base_scale, aux_scale, *rest):
-    if target is None:
-        raise ValueError("target must be given for a loss, got None")
-    checks.op_outputs(aux, target, base_scale, aux_scale, rest[-2])
-
-
-def _check_backward(base, aux, target, weight, base_scale, aux_scale, *rest):
-    of_target = [COEFFICIENTS.index(name) for name in ("G", "B_b")]
-    checks.op_outputs(
-        aux, target, base_scale, aux_scale, rest[-2], any(rest[-3][i] is not None for i in of_target)
-    )
+    return implementation
 
 
 def _scan(*args):
-    _check_scan(*args)
-    return _checked(args).scan(*args[:-1])
+    implementation = _checked(args)
+    _, aux, target, _, base_scale, aux_scale, *_, wanted, _ = args
+    checks.op_outputs(aux, target, base_scale, aux_scale, 0, wanted & OF_TARGET)
+    return implementation.scan(*args[:-1])
 
 
 def _loss(*args):
-    _check_loss(*args)
-    return _checked(args).loss(*args[:-1])
+    implementation = _checked(args)
+    _, aux, target, _, base_scale, aux_scale, *_, needs, _ = args
+    checks.op_outputs(aux, target, base_scale, aux_scale, needs, target_fields=OF_TARGET)
+    return implementation.loss(*args[:-1])
 
 
 def _backward(*args):
-    _check_backward(*args)
-    return _checked(args).backward(*args[:-1])
+    implementation = _checked(args)
+    _, aux, target, _, base_scale, aux_scale, *_, coefficients, needs, _ = args
+    if len(coefficients) != len(COEFFICIENTS):
+        raise ValueError(f"coefficients must be the {len(COEFFICIENTS)} of ops.COEFFICIENTS, got {len(coefficients)}")
+    of_target = any(coefficients[COEFFICIENTS.index(name)] is not None for name in ("G", "B_b"))
+    checks.op_outputs(aux, target, base_scale, aux_scale, needs, of_target)
+    return implementation.backward(*args[:-1])
 
 
 def _rescale_(grad, factor, target, ignore_index, backend):

@@ -4,7 +4,7 @@ import os
 import zlib
 from typing import NamedTuple
 
-# several test processes share the cores: threads that spin while they wait would take the others' time (four times slower)
+# several test processes share the cores: threads that spin while they wait take the others' time (four times slower)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

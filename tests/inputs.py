@@ -1,4 +1,4 @@
-"""Input makers shared by the tests: logits, targets, confident rows, -inf blocks, views, and covering choices of options."""
+"""Input makers shared by the tests: logits, targets, confident rows, views, and covering choices of options."""
 
 import itertools
 import random
@@ -39,7 +39,7 @@ def targets(*shape: int, vocab_size: int, dtype=torch.int64, device="cpu", ignor
 
 
 def confident_row(vocab_size: int, target: int, rest: float, offset: float) -> Tensor:
-    """float64 [V] with probability 1 - rest at the target, the rest spread unevenly, and the target's logit at offset."""
+    """float64 [V] with probability 1 - rest at the target, the rest spread unevenly; the target's logit is offset."""
     others = torch.randn(vocab_size, dtype=torch.float64)
     keep = torch.arange(vocab_size) != target
     share = torch.where(keep, others.exp(), 0.0)

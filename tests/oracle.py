@@ -1,16 +1,16 @@
 """Float64 oracle of losses, row statistics and gradients, and the error that an implementation may make in each.
 
-Everything is computed on the exact input values, so a bf16 input is what bf16 holds. Tolerances are the error model of the
-package: with z the relative logit s - max(s), log d the log of the exp-sum and eps that of the compute dtype (float32, or
-float64 if a source is),
+Everything is computed on the exact input values, so a bf16 input is what bf16 holds. Tolerances are the error model of
+the package: with z the relative logit s - max(s), log d the log of the exp-sum and eps that of the compute dtype
+(float32, or float64 if a source is),
 
     loss       4 eps (1 + |z_y| + log d)
     gradient   8 eps (1 + |z_v| + log d) times the size of each of its terms, then one ulp of the tensor's dtype
     the sum    half an eps of |base| + |aux| for each rounding on the way into s: one for the addition, two for a
                scale (its own rounding and the product), four for a softcap (a division, tanh and a product)
 
-and the smallest normal number, below which exp may flush. The true class's -G (1 - p_y) is the sum of the other classes'
-terms and may be wrong by the sum of their errors; plain torch, which forms p_y - 1, may add the error of p_y.
+and the smallest normal number, below which exp may flush. The true class's -G (1 - p_y) is the sum of the other
+classes' terms and may be wrong by the sum of their errors; plain torch, which forms p_y - 1, may add the error of p_y.
 """
 
 from __future__ import annotations

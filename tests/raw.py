@@ -31,9 +31,7 @@ def scan(backend: str, *wanted: str, **given) -> dict[str, torch.Tensor]:
 def loss(
     backend: str, *, needs=0, wanted=0, normalizer=None, label_smoothing=0.0, z_loss=0.0, mean=True, **given
 ) -> list[torch.Tensor]:
-    return loss_op(
-        *sources(given), normalizer, label_smoothing, z_loss, mean, wanted, needs, backend
-    )
+    return loss_op(*sources(given), normalizer, label_smoothing, z_loss, mean, wanted, needs, backend)
 
 
 def backward(backend: str, coefficients: dict[str, torch.Tensor], needs: int, **given) -> list[torch.Tensor]:

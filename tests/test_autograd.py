@@ -96,7 +96,7 @@ def test_an_inference_tensor_that_would_be_reread_is_refused(fused, road):
     base, aux, target = sources(fused.device)
     with torch.inference_mode():
         frozen = base * 1.0
-    with pytest.raises(RuntimeError, match="[Ii]nference tensors cannot be saved for backward"):
+    with pytest.raises(RuntimeError, match=r"[Ii]nference tensors cannot be saved for backward"):
         loss_of(fused, road, frozen, aux, target)
 
 
@@ -209,7 +209,7 @@ def test_double_differentiation_of_a_sum_of_sources_and_of_scales_is_an_error(fu
     for source in (Logits(aux, scale=scale), [Logits(aux, scale=scale), base.detach()]):
         loss = loss_of(fused, road, base, source, target).sum()
         for grad in torch.autograd.grad(loss, (aux, scale), create_graph=True):
-            with pytest.raises(RuntimeError, match="differentiate|once_differentiable"):
+            with pytest.raises(RuntimeError, match=r"differentiate|once_differentiable"):
                 grad.sum().backward(retain_graph=True)
 
 
@@ -235,7 +235,9 @@ def test_forward_mode_is_an_error_and_not_a_lost_tangent(fused, road):
 def test_forward_mode_of_the_statistics_is_an_error_and_not_a_lost_tangent(fused):
     base, aux, _ = sources(fused.device)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda a: logit_stats(base.detach(), a, backend=fused.backend).lse, (aux.detach(),), (aux.detach(),))
+        torch.func.jvp(
+            lambda a: logit_stats(base.detach(), a, backend=fused.backend).lse, (aux.detach(),), (aux.detach(),)
+        )
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -389,7 +391,9 @@ def test_gradients_flow_on_into_what_made_the_logits(impl, road):
         hidden, table = hidden.float(), table.detach().float().requires_grad_()
     aux = hidden @ table
     loss_of(impl, road, base.detach(), aux, target).sum().backward()
-    want, error = expected(Case(base.detach(), aux.detach().requires_grad_(), target, ROADS[road]), confident=False)["aux[0]"]
+    want, error = expected(Case(base.detach(), aux.detach().requires_grad_(), target, ROADS[road]), confident=False)[
+        "aux[0]"
+    ]
     slack = hidden.double().abs().t() @ error + 1e-6 * (hidden.double().abs().t() @ want.abs())
     assert_close("table", table.grad, hidden.double().t() @ want, slack)
 

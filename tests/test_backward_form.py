@@ -1,7 +1,7 @@
 """Every gradient has one form, with one number per row for each of eight coefficients: against float64 autograd.
 
-The scalar function below is written from the definitions (logsumexp, expectations, picked logits), not from the form, so
-the form is proved and not only the kernel.
+The scalar function below is written from the definitions (logsumexp, expectations, picked logits), not from the form,
+so the form is proved and not only the kernel.
 """
 
 import pytest
@@ -16,7 +16,7 @@ ALL_NEEDS = ops.NEEDS_BASE | ops.NEEDS_AUX | ops.NEEDS_BASE_SCALE | ops.NEEDS_AU
 
 
 def scalar_function(s, z_b, target, weight, k):
-    """A scalar whose gradient in the sources is the form with coefficients k, by what each of them is the derivative of."""
+    """A scalar whose gradient in the sources is the form with coefficients k."""
     p, q = torch.softmax(s, -1), torch.softmax(z_b, -1).detach()
     rel, rel_b = s - s.detach().amax(-1, keepdim=True), z_b - z_b.detach().amax(-1, keepdim=True)
     lse, lse_b = torch.logsumexp(s, -1), torch.logsumexp(z_b, -1)
@@ -34,7 +34,9 @@ def scalar_function(s, z_b, target, weight, k):
 class Problem:
     """Two sources with softcaps and scales as leaves, and what ops.cross_entropy_backward takes."""
 
-    def __init__(self, dtype, device, *, softcaps=(None, None), scales=(None, None), vocab_size=70, rows=4, target=True):
+    def __init__(
+        self, dtype, device, *, softcaps=(None, None), scales=(None, None), vocab_size=70, rows=4, target=True
+    ):
         self.values = [logits(rows, vocab_size, dtype=dtype, device=device, requires_grad=True) for _ in range(2)]
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         self.scales = []
@@ -74,7 +76,9 @@ class Problem:
 
     def check(self, impl, k):
         """The op's gradients against autograd's, within the error model."""
-        got = raw.backward(impl.backend, {n: v for n, v in k.items() if v is not None}, self.needs(), **self.arguments())
+        got = raw.backward(
+            impl.backend, {n: v for n, v in k.items() if v is not None}, self.needs(), **self.arguments()
+        )
         base, aux = self.sources()
         case = Case(base, aux, self.target, {"weight": self.weight})
         as_columns = {name: 0.0 if value is None else value.double().unsqueeze(-1) for name, value in k.items()}
@@ -207,7 +211,7 @@ def test_the_fields_of_a_scan_are_their_definitions(fused, dtype):
 @pytest.mark.parametrize("name", ["max", "base_max", "argmax", "base_argmax"])
 @pytest.mark.parametrize("scales", [(None, None), ("rows", "one")], ids=str)
 def test_the_sum_has_the_same_bits_whatever_is_asked_for(fused, name, scales):
-    """An argmax is found by comparing with the maximum: a product rounded in one pass and fused in another would miss it."""
+    """An argmax is found by comparing with the maximum: a product fused in one pass and not in another misses it."""
     problem = Problem(torch.float32, fused.device, scales=scales, vocab_size=4100, rows=40)
     everything = raw.scan(fused.backend, **problem.arguments())
     assert torch.equal(raw.scan(fused.backend, name, **problem.arguments())[name], everything[name])

@@ -1,7 +1,7 @@
 """torch.compile(fullgraph=True): the bits of eager, without recompiling for every size or number.
 
-Most tests trace without generating code (backend="aot_eager"): what can go wrong is in the tracing of the operators, their
-fakes and autograd. One test of each kind generates code as well.
+Most tests trace without generating code (backend="aot_eager"): what can go wrong is in the tracing of the operators,
+their fakes and autograd. One test of each kind generates code as well.
 """
 
 import pytest

@@ -49,13 +49,19 @@ def refuses(error, message, function, *args, **kwargs):
     "value, message",
     [
         (torch.zeros(3, 8, dtype=torch.int64), "must be float32, bfloat16, float16 or float64, got torch.int64"),
-        (torch.zeros(3, 8, dtype=torch.complex64), "must be float32, bfloat16, float16 or float64, got torch.complex64"),
+        (
+            torch.zeros(3, 8, dtype=torch.complex64),
+            "must be float32, bfloat16, float16 or float64, got torch.complex64",
+        ),
         (torch.zeros(3, 8, dtype=torch.float8_e5m2), "must be float32, bfloat16, float16 or float64, got torch.float8"),
         ([[0.0] * 8] * 3, "must be a tensor, Logits or a sequence of these, got float"),
         (3.0, "must be a tensor, Logits or a sequence of these, got float"),
         (Logits(None), "must be a tensor, got NoneType"),
         (torch.zeros(3, 8).to_sparse(), "must be a dense tensor, got layout torch.sparse_coo"),
-        (lambda: torch.quantize_per_tensor(torch.zeros(3, 8), 0.1, 0, torch.qint8), "must not be quantised, got torch.q"),
+        (
+            lambda: torch.quantize_per_tensor(torch.zeros(3, 8), 0.1, 0, torch.qint8),
+            "must not be quantised, got torch.q",
+        ),
     ],
 )
 def test_a_source_of_another_type_is_a_type_error(arguments, impl, side, value, message):
@@ -64,7 +70,9 @@ def test_a_source_of_another_type_is_a_type_error(arguments, impl, side, value, 
 
 
 def test_base_is_not_optional(arguments, impl):
-    refuses(TypeError, "base must be a tensor, Logits or a sequence of these, got NoneType", arguments.call, impl, base=None)
+    refuses(
+        TypeError, "base must be a tensor, Logits or a sequence of these, got NoneType", arguments.call, impl, base=None
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool, torch.int16])
@@ -75,7 +83,9 @@ def test_a_target_that_is_not_int32_or_int64_is_a_type_error(arguments, impl, dt
 
 
 def test_class_probabilities_are_refused_rather_than_misread(arguments, impl):
-    refuses(TypeError, "target must be int32 or int64, got torch.float32", arguments.call, impl, target=torch.rand(3, 8))
+    refuses(
+        TypeError, "target must be int32 or int64, got torch.float32", arguments.call, impl, target=torch.rand(3, 8)
+    )
 
 
 @pytest.mark.parametrize("value", [None, 3, [0, 1, 2]])
@@ -103,7 +113,9 @@ def test_a_scale_that_is_neither_number_nor_tensor_is_a_type_error(arguments, im
 
 @pytest.mark.parametrize("value", ["7", [7], True])
 def test_a_normalizer_that_is_no_number_is_a_type_error(arguments, impl, value):
-    refuses(TypeError, f"normalizer must be a number, got {type(value).__name__}", arguments.call, impl, normalizer=value)
+    refuses(
+        TypeError, f"normalizer must be a number, got {type(value).__name__}", arguments.call, impl, normalizer=value
+    )
 
 
 @pytest.mark.parametrize("value", [[1.0] * 8, torch.ones(8, dtype=torch.int64)], ids=["list", "int64"])
@@ -128,7 +140,9 @@ def test_a_target_of_another_shape_is_a_value_error(arguments, impl, shape):
 
 
 def test_logits_without_a_class_dimension_are_a_value_error(impl):
-    refuses(ValueError, "base must be [*, V], got a 0-d tensor", logit_stats, torch.ones(()), None, backend=impl.backend)
+    refuses(
+        ValueError, "base must be [*, V], got a 0-d tensor", logit_stats, torch.ones(()), None, backend=impl.backend
+    )
 
 
 def test_sources_of_unequal_width_are_a_value_error_that_lists_them(arguments, impl):
@@ -153,7 +167,9 @@ def test_a_vocabulary_of_zero_is_a_value_error(impl, num_rows):
     refuses(ValueError, "at least one class, got 0", aux_cross_entropy, empty, None, target, backend=impl.backend)
 
 
-@pytest.mark.parametrize("make", [lambda t: t.t().contiguous().t(), lambda t: t[:, :1].expand(3, 8), lambda t: t[:, ::2]])
+@pytest.mark.parametrize(
+    "make", [lambda t: t.t().contiguous().t(), lambda t: t[:, :1].expand(3, 8), lambda t: t[:, ::2]]
+)
 def test_a_class_dimension_with_gaps_is_a_value_error(arguments, impl, make):
     message = "base must be contiguous in its last dimension, got stride"
     base = make(arguments.base)
@@ -181,7 +197,9 @@ def test_a_weight_has_one_number_per_class(arguments, impl, shape):
 
 
 def test_a_weight_counts_the_classes_of_vocab_size(arguments, impl):
-    loss = arguments.call(impl, vocab_size=7, target=arguments.target.clamp(max=6), weight=torch.ones(7, device=impl.device))
+    loss = arguments.call(
+        impl, vocab_size=7, target=arguments.target.clamp(max=6), weight=torch.ones(7, device=impl.device)
+    )
     assert loss.isfinite()
 
 
@@ -284,7 +302,10 @@ def test_an_unavailable_backend_is_an_error_that_says_why(monkeypatch, backend):
     arguments = Arguments()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(auxkernels.backends, "native_missing", lambda: "the CPU module was not built: no compiler")
-    reason = {"native": "the CPU module was not built: no compiler", "triton": "Triton kernels run on CUDA or ROCm devices"}
+    reason = {
+        "native": "the CPU module was not built: no compiler",
+        "triton": "Triton kernels run on CUDA or ROCm devices",
+    }
     with pytest.raises(RuntimeError) as caught:
         aux_cross_entropy(arguments.base, None, arguments.target, backend=backend)
     assert f"backend='{backend}' cannot be used: {reason[backend]}" in str(caught.value)
@@ -328,7 +349,9 @@ def test_a_target_out_of_range_names_row_index_and_value(on_cpu, value, dtype):
     message = f"target must be in [0, 8) or ignore_index=-100, got target[1, 1] = {value} (row 4)"
     for reduction in ("mean", "none"):
         for aux in (logits(2, 3, 8), logits(2, 3, 8, requires_grad=True)):
-            refuses(IndexError, message, aux_cross_entropy, base, aux, target, reduction=reduction, backend=on_cpu.backend)
+            refuses(
+                IndexError, message, aux_cross_entropy, base, aux, target, reduction=reduction, backend=on_cpu.backend
+            )
     refuses(IndexError, message, logit_stats, base, aux, target, backend=on_cpu.backend)
     several = [base, aux]
     refuses(IndexError, message, aux_cross_entropy, several, aux, target, backend=on_cpu.backend)

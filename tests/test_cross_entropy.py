@@ -35,7 +35,9 @@ def test_loss_and_gradients_of_real_vocabularies(impl, vocab_size, reduction):
     check(Case(base, aux, target, {"reduction": reduction}), impl, upstream)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 17, 128, 289])  # fewer, as many, more rows than threads or blocks of rows
+@pytest.mark.parametrize(
+    "num_rows", [1, 2, 3, 17, 128, 289]
+)  # fewer, as many, more rows than threads or blocks of rows
 def test_loss_and_gradients_at_every_number_of_rows(impl, num_rows):
     aux = logits(num_rows, 65, device=impl.device, requires_grad=True)
     target = targets(num_rows, vocab_size=65, device=impl.device)

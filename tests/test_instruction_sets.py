@@ -1,4 +1,4 @@
-"""The CPU kernels compiled for each instruction set in turn: the same tolerances, the same patterns of NaN and infinity."""
+"""The CPU kernels for each instruction set in turn: the same tolerances, the same patterns of NaN and infinity."""
 
 import itertools
 
@@ -93,7 +93,9 @@ def test_halves_are_rounded_to_nearest_even_through_the_whole_range(instruction_
     numbers = torch.cat([torch.arange(-300, 300) / 256.0 + 1, 2.0 ** torch.arange(-30.0, 18.0), torch.randn(2000)])
     for dtype in (torch.bfloat16, torch.float16):
         aux = torch.zeros(len(numbers), 2, dtype=dtype, requires_grad=True)
-        case = Case(torch.zeros(len(numbers), 2), aux, torch.zeros(len(numbers), dtype=torch.int64), {"reduction": "none"})
+        case = Case(
+            torch.zeros(len(numbers), 2), aux, torch.zeros(len(numbers), dtype=torch.int64), {"reduction": "none"}
+        )
         got = case.run("native", numbers)["aux[0]"]
         want = torch.stack([-numbers / 2, numbers / 2], -1).to(dtype)  # p is exactly one half
         assert torch.equal(got, want)

@@ -201,9 +201,7 @@ def test_ignored_rows_may_hold_anything(impl, reduction, fill, options):
     for t in (base, aux, scale):
         t.requires_grad_()
     sources = (base, Logits(aux, scale=scale))
-    loss = aux_cross_entropy(
-        *sources, target, weight=weight, reduction=reduction, backend=impl.backend, **options
-    )
+    loss = aux_cross_entropy(*sources, target, weight=weight, reduction=reduction, backend=impl.backend, **options)
     upstream = torch.randn_like(loss)
     for grad in torch.autograd.grad(loss, (base, aux, scale), upstream):
         assert not grad[1:3].any() and not torch.signbit(grad[1:3]).any()

@@ -1,7 +1,7 @@
 """Properties that hold for any input: hypothesis looks for one for which they do not.
 
-Derandomised, so that a failure is the same for everybody; sizes are small, because the shapes at which code changes are in
-the grids of the other files, except where a row is long enough to be split over threads.
+Derandomised, so that a failure is the same for everybody; sizes are small, because the shapes at which code changes are
+in the grids of the other files, except where a row is long enough to be split over threads.
 """
 
 import pytest
@@ -73,7 +73,8 @@ def test_any_call_matches_the_oracle(impl, problem, reduction):
         base.to(impl.device).requires_grad_(),
         aux.to(impl.device).requires_grad_(),
         target.to(impl.device),
-        {k: v.to(impl.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()} | {"reduction": reduction},
+        {k: v.to(impl.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        | {"reduction": reduction},
     )
     upstream = torch.rand(target.shape, device=impl.device) if reduction == "none" else None
     got = case.run(impl.backend, upstream)
@@ -170,7 +171,9 @@ def test_an_aux_of_zeros_is_plain_cross_entropy(fused, problem, reduction):
     loss, grad, _ = run(fused, base, torch.zeros_like(base), target, options, reduction=reduction)
     leaf = base.clone().to(fused.device).requires_grad_()
     options = {k: v.to(fused.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    plain = aux_cross_entropy(leaf, None, target.to(fused.device), reduction=reduction, backend=fused.backend, **options)
+    plain = aux_cross_entropy(
+        leaf, None, target.to(fused.device), reduction=reduction, backend=fused.backend, **options
+    )
     assert_same_bits((plain.detach(), torch.autograd.grad(plain, leaf, torch.ones_like(plain))[0]), (loss, grad))
 
 
@@ -227,7 +230,10 @@ def test_a_loss_is_not_negative(impl, problem):
     base, aux, target, options = problem
     loss, *_ = run(impl, base, aux, target, options, reduction="none")
     case = Case(base, aux, target, options)
-    assert (loss.double().cpu() >= -expected(Case(base, aux, target, options | {"reduction": "none"}), confident=True)["loss"][1]).all()
+    assert (
+        loss.double().cpu()
+        >= -expected(Case(base, aux, target, options | {"reduction": "none"}), confident=True)["loss"][1]
+    ).all()
     if impl.backend != "reference" and not options["label_smoothing"]:
         assert (loss >= 0).all()
     assert Rows(case).compute == torch.float32
@@ -246,4 +252,6 @@ def test_permuting_classes_permutes_gradients(impl, problem, order):
     case = Case(base, aux.requires_grad_(), target, options | {"reduction": "none"})
     error = expected(case, torch.ones(target.shape), confident=False)
     assert_close("loss", permuted[0].cpu(), plain[0].double().cpu(), 2 * error["loss"][1])
-    assert_close("gradient", permuted[2].cpu(), plain[2][:, permutation].double().cpu(), 2 * error["aux[0]"][1][:, permutation])
+    assert_close(
+        "gradient", permuted[2].cpu(), plain[2][:, permutation].double().cpu(), 2 * error["aux[0]"][1][:, permutation]
+    )

@@ -240,7 +240,14 @@ def test_losses_pass_gradcheck(doubles, reduction, weighted, options, recompute)
 
     def loss(base, aux):
         return aux_cross_entropy(
-            base, aux, target, weight=weight, reduction=reduction, recompute=recompute, backend=doubles.backend, **options
+            base,
+            aux,
+            target,
+            weight=weight,
+            reduction=reduction,
+            recompute=recompute,
+            backend=doubles.backend,
+            **options,
         )
 
     check_gradients(loss, base, aux)
@@ -258,12 +265,16 @@ def test_one_pass_gradients_pass_gradcheck(doubles, reduction, weighted):
 
     def loss(base, aux, scale):
         options = {"weight": weight, "reduction": reduction, "label_smoothing": 0.2, "z_loss": 0.1}
-        return aux_cross_entropy(base, Logits(aux, scale=scale, softcap=3.0), target, backend=doubles.backend, **options)
+        return aux_cross_entropy(
+            base, Logits(aux, scale=scale, softcap=3.0), target, backend=doubles.backend, **options
+        )
 
     grads = torch.autograd.grad(loss(*leaves), leaves)
     for _ in range(5):
         directions = [torch.randn_like(t) for t in leaves]
-        ends = (loss(*(t.detach() + step * d for t, d in zip(leaves, directions, strict=True))) for step in (1e-6, -1e-6))
+        ends = (
+            loss(*(t.detach() + step * d for t, d in zip(leaves, directions, strict=True))) for step in (1e-6, -1e-6)
+        )
         slope = (next(ends) - next(ends)) / 2e-6
         want = sum((grad * d).sum() for grad, d in zip(grads, directions, strict=True))
         assert abs(slope - want) < 1e-6 + 1e-4 * abs(want)
@@ -302,6 +313,8 @@ def test_statistics_pass_gradcheck(doubles, name):
     target = torch.tensor([0, 3, -100], device=doubles.device)
 
     def statistic(base, aux, scale):
-        return getattr(logit_stats(Logits(base, softcap=4.0), Logits(aux, scale=scale), target, backend=doubles.backend), name)
+        return getattr(
+            logit_stats(Logits(base, softcap=4.0), Logits(aux, scale=scale), target, backend=doubles.backend), name
+        )
 
     check_gradients(statistic, base, aux, scale)

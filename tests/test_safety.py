@@ -1,7 +1,7 @@
 """No tensor content reaches memory that is not its own, and every output element is written.
 
-Hostile targets, buffers that end or begin at a protected page (one element too far kills the process), outputs that start
-as NaN, canaries around gradients.
+Hostile targets, buffers that end or begin at a protected page (one element too far kills the process), outputs that
+start as NaN, canaries around gradients.
 """
 
 import ctypes
@@ -169,7 +169,9 @@ def test_gradients_stay_inside_their_buffers(native, monkeypatch, offset):
         return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", fenced)
-    for dtype, vocab_size in itertools.product((torch.float32, torch.bfloat16, torch.float16, torch.float64), (1, 31, 4099)):
+    for dtype, vocab_size in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64), (1, 31, 4099)
+    ):
         base, aux = (logits(3, vocab_size, dtype=dtype, requires_grad=True) for _ in range(2))
         target = targets(3, vocab_size=vocab_size, ignored=0.3)
         for reduction in ("mean", "none"):
@@ -253,7 +255,8 @@ def test_nothing_is_read_or_written_past_a_protected_page(native, monkeypatch, v
     base.requires_grad_()
     aux.requires_grad_()
     for target_dtype, options in itertools.product(
-        DTYPES, ({}, {"reduction": "none"}, {"reduction": "sum", "weight": weight, "label_smoothing": 0.1, "z_loss": 0.1})
+        DTYPES,
+        ({}, {"reduction": "none"}, {"reduction": "sum", "weight": weight, "label_smoothing": 0.1, "z_loss": 0.1}),
     ):
         target = guarded(targets(rows, vocab_size=vocab_size, dtype=target_dtype, ignored=0.2), at_end)
         for source in (aux, Logits(aux, scale=scale, softcap=5.0)):

@@ -52,7 +52,8 @@ def statistics_coefficients(rows: Rows, upstream: dict) -> Coefficients:
     return Coefficients(
         A=g["lse"] + entropy * s.mean + kl * (mean_base - s.mean),
         A_size=abs(g["lse"]) + abs(entropy * s.mean) + abs(kl) * (mean_base.abs() + s.mean.abs()),
-        A_error=(abs(entropy) + abs(kl)) * s.mean_error + abs(kl) * s.mean_error.maximum(mean_base.abs() * s.mean_error),
+        A_error=(abs(entropy) + abs(kl)) * s.mean_error
+        + abs(kl) * s.mean_error.maximum(mean_base.abs() * s.mean_error),
         C=kl - entropy,
         D=-kl,
         G=-g["log_prob"],

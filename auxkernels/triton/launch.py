@@ -49,11 +49,9 @@ def tiles_at_once(has_statistics: bool, has_bends: bool, even: bool) -> int:
     64 bytes of each source in flight for every thread hide the memory's latency. Statistics need some of these registers,
     softcaps and scale gradients more, and so do 16-bit logits that come one by one, each in a register of its own.
     """
-    if has_bends:
+    if has_bends or (has_statistics and not even):
         return 1
-    if has_statistics:
-        return 2 if even else 1
-    return 4
+    return 4 if even and not has_statistics else 2
 
 
 def num_warps(lanes: int, warp_size: int) -> int:
