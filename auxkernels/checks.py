@@ -198,4 +198,6 @@ def in_range_message(shape: torch.Size, row: int, value: int, vocab_size: int, i
         index.append(rest % size)
         rest //= size
     where = ", ".join(map(str, reversed(index)))
-    return f"target must be in [0, {vocab_size}) or ignore_index={ignore_index}, got target[{where}] = {value} (row {row})"
+    return (
+        f"target must be in [0, {vocab_size}) or ignore_index={ignore_index}, got target[{where}] = {value} (row {row})"
+    )

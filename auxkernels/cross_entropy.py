@@ -400,9 +400,7 @@ class _RowScan(torch.autograd.Function):
         args = (base, aux, target, weight, base_scale, aux_scale, *constants)
         fields, _ = ops.named_fields(wanted | state, ops.cross_entropy_scan(*args, wanted | state, backend))
         saved = ("max", "log_denom", "nll", "base_max", "base_log_denom", "mean_sum", "mean_base")
-        ctx.save_for_backward(
-            base, aux, target, weight, base_scale, aux_scale, *(fields.get(name) for name in saved)
-        )
+        ctx.save_for_backward(base, aux, target, weight, base_scale, aux_scale, *(fields.get(name) for name in saved))
         ctx.constants, ctx.wanted, ctx.backend = constants, wanted, backend
         ctx.set_materialize_grads(False)
         # copies: an output that is a view could not be modified in place by its user
@@ -422,7 +420,16 @@ class _RowScan(torch.autograd.Function):
         grads: list = [None] * 4
         if any(c is not None for c in coefficients):
             made = ops.cross_entropy_backward(
-                *args, *ctx.constants, m, log_denom, nll, m_b, log_denom_b, coefficients, _needs_mask(needs), ctx.backend
+                *args,
+                *ctx.constants,
+                m,
+                log_denom,
+                nll,
+                m_b,
+                log_denom_b,
+                coefficients,
+                _needs_mask(needs),
+                ctx.backend,
             )
             grads = _grads_by_input(made, needs, (args[4], args[5]))
         return (*_once(grads), None, None, None, None, None)
@@ -469,9 +476,7 @@ class _OnePass(torch.autograd.Function):
     ):
         needs = ctx.needs_input_grad[:4]
         args = (base, aux, target, weight, base_scale, aux_scale, *constants)
-        loss, *rest = ops.cross_entropy_loss(
-            *args, normalizer, eps, z_loss, mean, wanted, _needs_mask(needs), backend
-        )
+        loss, *rest = ops.cross_entropy_loss(*args, normalizer, eps, z_loss, mean, wanted, _needs_mask(needs), backend)
         num_grads = sum(needs)
         fields, grads = rest[: len(rest) - num_grads], rest[len(rest) - num_grads :]
         ctx.save_for_backward(target, *grads)

@@ -128,8 +128,7 @@ def statistics(
         "base_log_prob": None if classes is None else _picked(log_q, classes),
         "lse": torch.logsumexp(s, -1),
         "entropy": log_denom - mean_sum,
-        "kl_to_base": (mean_sum - _expectation(p, _relative(z_b)))
-        + (torch.logsumexp(_relative(z_b), -1) - log_denom),
+        "kl_to_base": (mean_sum - _expectation(p, _relative(z_b))) + (torch.logsumexp(_relative(z_b), -1) - log_denom),
         "argmax": s.argmax(-1),
         "base_argmax": z_b.argmax(-1),
     }

@@ -57,8 +57,7 @@ Problem problem_of(const ProblemArguments& a, const Source& base, const Source& 
 int64_t check_targets(const Problem& p) {
   int64_t num_kept = 0;
   const int64_t bad = first_bad_target(p, &num_kept);
-  if (bad >= 0)
-    throw py::index_error(std::to_string(bad) + " " + std::to_string(target_of(p, bad)));
+  if (bad >= 0) throw py::index_error(std::to_string(bad) + " " + std::to_string(target_of(p, bad)));
   return num_kept;
 }
 
@@ -85,8 +84,9 @@ void py_scan(const ProblemArguments& args, const SourceArguments& base, const So
 }
 
 void py_loss(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
-             const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs, int64_t loss_out, bool has_normalizer, double normalizer,
-             double label_smoothing, double z_loss, bool mean) {
+             const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
+             int64_t loss_out, bool has_normalizer, double normalizer, double label_smoothing, double z_loss,
+             bool mean) {
   const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   // an empty tensor has no address
   if (p.target == nullptr && p.num_rows > 0) throw py::value_error("target must be given for a loss, got none");
@@ -104,8 +104,8 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, const So
 
 // state: max, log_denom, nll, base_max, base_log_denom
 void py_backward(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
-                 const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs, const std::array<int64_t, 5>& state,
-                 const std::array<int64_t, kNumCoefficients>& coefficients) {
+                 const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
+                 const std::array<int64_t, 5>& state, const std::array<int64_t, kNumCoefficients>& coefficients) {
   const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
   BackwardInputs in;

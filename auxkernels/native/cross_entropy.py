@@ -108,9 +108,7 @@ def scan(
     base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
 ) -> list[Tensor]:
     """The wanted fields of every row."""
-    call = _Call(
-        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
-    )
+    call = _Call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
     fields = ops.empty_fields(base, aux, wanted)
     call.run(cpu().scan, _output_pointers(wanted, 0, fields, []))
     return fields
@@ -135,9 +133,7 @@ def loss(
     needs,
 ) -> list[Tensor]:
     """The reduced loss, the wanted fields and the requested gradients, in one pass over the sources."""
-    call = _Call(
-        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
-    )
+    call = _Call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
     value = base.new_empty((), dtype=call.compute)
     fields, grads = ops.empty_fields(base, aux, wanted), ops.empty_grads(base, aux, needs)
     divisor = 1.0 if normalizer is None else float(normalizer)
@@ -174,9 +170,7 @@ def backward(
     needs,
 ) -> list[Tensor]:
     """The requested gradients for one number per row and coefficient."""
-    call = _Call(
-        base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
-    )
+    call = _Call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
     grads = ops.empty_grads(base, aux, needs)
     state = zip(
         ("max", "log_denom", "nll", "base_max", "base_log_denom"),

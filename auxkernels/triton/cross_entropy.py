@@ -417,7 +417,7 @@ class _Call(NamedTuple):
     num_rows: int
     cut: launch.Cut
     split: bool
-    num_warps: int
+    device: launch.Device
 
     def num_programs(self) -> int:
         return self.num_rows * (triton.cdiv(self.problem[-1], self.cut.segment) if self.split else 1)
@@ -432,13 +432,13 @@ class _Call(NamedTuple):
             "WIDTH": self.cut.width,
             "SEGMENT": self.cut.segment,
             "EVEN": even,
-            "num_warps": self.num_warps,
+            **launch.options(self.cut, has_statistics, has_bends, self.device),
         }
 
 
 def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, V) -> _Call:
     launch.check_problem(base, aux, V)
-    multiprocessors, warp_size = launch.device_limits(base.device)
+    device = launch.device_of(base.device)
     num_bytes = max(t.element_size() for t in (base, aux) if t is not None)
     cut = launch.cut_of(V, num_bytes)
     num_rows = base.shape[:-1].numel()
@@ -450,8 +450,8 @@ def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_so
         ignore_index,
         V,
     )
-    split = launch.is_split(V, num_rows, cut.segment, multiprocessors)
-    return _Call(problem, num_rows, cut, split, launch.num_warps(cut.lanes, warp_size))
+    split = launch.is_split(V, num_rows, cut.segment, device.multiprocessors)
+    return _Call(problem, num_rows, cut, split, device)
 
 
 def _gradients(base: Tensor, aux: Tensor | None, needs: int) -> tuple[list[Tensor], Gradients]:

@@ -18,6 +18,14 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_INT32 = 2**31 - 1
 
 
+class Device(NamedTuple):
+    """What launch choices depend on."""
+
+    backend: str  # "cuda", "hip", or "cpu" where kernels are interpreted
+    multiprocessors: int
+    warp_size: int
+
+
 class Cut(NamedTuple):
     """How the columns of a row are cut. The bits of a result depend on these numbers, so they follow from V and dtype alone."""
 
@@ -54,8 +62,14 @@ def tiles_at_once(has_statistics: bool, has_bends: bool, even: bool) -> int:
     return 4 if even and not has_statistics else 2
 
 
-def num_warps(lanes: int, warp_size: int) -> int:
-    return max(lanes // warp_size, 1)
+def options(cut: Cut, has_statistics: bool, has_bends: bool, device: Device) -> dict[str, int]:
+    """Launch options: warps, and on NVIDIA how many registers a thread may have."""
+    num_warps = max(cut.lanes // device.warp_size, 1)
+    if device.backend != "cuda" or (has_statistics and not has_bends and cut.width == 8):
+        return {"num_warps": num_warps}
+    # left to itself ptxas spills a register or two for one more resident block; for statistics of 16-bit logits it would
+    # do so only if told the limit. no bit depends on it
+    return {"num_warps": num_warps, "maxnreg": min(65536 // (32 * num_warps), 255)}
 
 
 def is_split(vocab_size: int, num_rows: int, segment: int, multiprocessors: int) -> bool:
@@ -64,12 +78,13 @@ def is_split(vocab_size: int, num_rows: int, segment: int, multiprocessors: int)
 
 
 @functools.cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, threads of a warp)."""
+def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
-        return 0, 32
+        return Device("cpu", 0, 32)
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(properties, "warp_size", 32)
+    if torch.version.hip is not None:
+        return Device("hip", properties.multi_processor_count, properties.warp_size)
+    return Device("cuda", properties.multi_processor_count, 32)
 
 
 def on_device_of(tensor: Tensor):

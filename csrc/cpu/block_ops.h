@@ -27,10 +27,10 @@ struct Ahead {
 
 template <class C>
 struct ScanSums {
-  C sum = 0;            // sum_v exp(s_v - m)
-  C sum_times_s = 0;    // sum_v exp(s_v - m) (s_v - m)
-  C sum_times_base = 0; // sum_v exp(s_v - m) (z_b,v - m_b)
-  C base_sum = 0;       // sum_v exp(z_b,v - m_b)
+  C sum = 0;             // sum_v exp(s_v - m)
+  C sum_times_s = 0;     // sum_v exp(s_v - m) (s_v - m)
+  C sum_times_base = 0;  // sum_v exp(s_v - m) (z_b,v - m_b)
+  C base_sum = 0;        // sum_v exp(z_b,v - m_b)
 };
 
 // one row's numbers in the backward form of auxkernels/ops.py

@@ -48,12 +48,24 @@ static C load_sum_as(const T* __restrict__ b, const T* __restrict__ a, int64_t n
   return largest;
 }
 
-#define AUXK_DISPATCH(dtype, T, ...)                                                      \
-  switch (dtype) {                                                                        \
-    case DType::kFloat32: { using T = float; __VA_ARGS__; } break;                        \
-    case DType::kBFloat16: { using T = bfloat16; __VA_ARGS__; } break;                    \
-    case DType::kFloat16: { using T = float16; __VA_ARGS__; } break;                      \
-    case DType::kFloat64: { using T = double; __VA_ARGS__; } break;                       \
+#define AUXK_DISPATCH(dtype, T, ...) \
+  switch (dtype) {                   \
+    case DType::kFloat32: {          \
+      using T = float;               \
+      __VA_ARGS__;                   \
+    } break;                         \
+    case DType::kBFloat16: {         \
+      using T = bfloat16;            \
+      __VA_ARGS__;                   \
+    } break;                         \
+    case DType::kFloat16: {          \
+      using T = float16;             \
+      __VA_ARGS__;                   \
+    } break;                         \
+    case DType::kFloat64: {          \
+      using T = double;              \
+      __VA_ARGS__;                   \
+    } break;                         \
   }
 
 template <class C>
@@ -195,7 +207,8 @@ static void copy_past_cache(void* out, const void* from, int64_t bytes) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(o + i), _mm512_loadu_si512(f + i));
 #else
     for (int64_t j = 0; j < 64; j += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(o + i + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(f + i + j)));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(o + i + j),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(f + i + j)));
 #endif
   }
   std::memcpy(o + i, f + i, static_cast<size_t>(bytes - i));
@@ -213,7 +226,8 @@ static AUXK_INLINE void narrow_number(float x, bfloat16& out) {
 }
 
 template <class C, class T>
-static void scale_into(const C* __restrict__ e, C factor, C S, const C* __restrict__ w, int64_t n, T* __restrict__ out) {
+static void scale_into(const C* __restrict__ e, C factor, C S, const C* __restrict__ w, int64_t n,
+                       T* __restrict__ out) {
   if (S == 0 && factor == factor) {  // a NaN among the e would have made the factor NaN
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) narrow_number(e[i] * factor, out[i]);
@@ -287,7 +301,8 @@ static void backward(const C* s, const C* z_b, const C* w, const RowCoefficients
 }
 
 template <class C, class T, bool kCapped>
-static C finish_as(const SourceBlock<C>& source, const C* __restrict__ ds, int64_t n, bool wants_dscale, T* out, bool stream) {
+static C finish_as(const SourceBlock<C>& source, const C* __restrict__ ds, int64_t n, bool wants_dscale, T* out,
+                   bool stream) {
   const T* __restrict__ values = static_cast<const T*>(source.values);
   const C scale = source.scale, cap = source.softcap, inverse_cap = kCapped ? 1 / cap : 0;
   C dscale = 0;
@@ -332,15 +347,13 @@ static void multiply_as(T* values, C factor, int64_t n) {
 
 template <class C>
 static void multiply(void* values, DType dtype, C factor, int64_t n) {
-  AUXK_DISPATCH(dtype, T, {
-    multiply_as(static_cast<T*>(values), factor, n);
-  })
+  AUXK_DISPATCH(dtype, T, { multiply_as(static_cast<T*>(values), factor, n); })
 }
 
 template <class C>
 static constexpr BlockOps<C> table() {
-  return {&load<C>,         &load_add<C>, &load_sum<C>, &exp_sum<C>,  &scan_sums<C>,
-          &weighted_sum<C>, &store_scaled<C>, &backward<C>, &finish<C>, &multiply<C>};
+  return {&load<C>,         &load_add<C>,     &load_sum<C>, &exp_sum<C>, &scan_sums<C>,
+          &weighted_sum<C>, &store_scaled<C>, &backward<C>, &finish<C>,  &multiply<C>};
 }
 
 static const InstructionSet instruction_set = {AUXK_NAME, table<float>(), table<double>()};

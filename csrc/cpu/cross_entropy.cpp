@@ -184,7 +184,9 @@ template <class C>
 double loss(const Problem& p, const LossOptions& options, const Outputs& out, int64_t num_kept) {
   const Kernel<C> kernel(p);
   const double eps = options.label_smoothing, z_loss = options.z_loss, V = static_cast<double>(p.V);
-  const auto weight_at = [&](int64_t v) { return p.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const C*>(p.weight)[v]); };
+  const auto weight_at = [&](int64_t v) {
+    return p.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const C*>(p.weight)[v]);
+  };
   double total_weight = 0;
   for (int64_t k = 0; k < kernel.num_blocks && eps > 0; ++k) total_weight += kernel.sum_of_weights(k);
   double divisor = options.has_normalizer ? options.normalizer : static_cast<double>(num_kept);
@@ -290,7 +292,8 @@ void rescale(const Problem& p, void* grad, DType dtype, int64_t width, double fa
   const Kernel<C> kernel(p);
   const int64_t row_bytes = width * size_of(dtype);
   parallel_for(p.num_rows, kernel.useful_threads(), kernel.rows_per_chunk(), [&](int64_t n, int) {
-    if (!kernel.ignored(n)) kernel.ops.multiply(static_cast<char*>(grad) + n * row_bytes, dtype, static_cast<C>(factor), width);
+    if (!kernel.ignored(n))
+      kernel.ops.multiply(static_cast<char*>(grad) + n * row_bytes, dtype, static_cast<C>(factor), width);
   });
 }
 

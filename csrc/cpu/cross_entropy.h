@@ -15,18 +15,36 @@ struct Source {
   int64_t num_inner = 1, stride_outer = 0, stride_inner = 0;
   const void* scale = nullptr;  // compute dtype; null: scale_value
   double scale_value = 1;
-  int64_t scale_stride = 0;     // 0: one for all rows, 1: one per row
-  double softcap = 0;           // 0: none
+  int64_t scale_stride = 0;  // 0: one for all rows, 1: one per row
+  double softcap = 0;        // 0: none
 };
 
 // the order of auxkernels.ops.FIELDS
-enum Field { kMax, kLogDenom, kNll, kMeanSum, kMeanBase, kBaseMax, kBaseLogDenom, kBaseNll, kWeightedSum, kLse, kEntropy, kKlToBase, kLogProb, kBaseLogProb, kArgmax, kBaseArgmax, kNumFields };
+enum Field {
+  kMax,
+  kLogDenom,
+  kNll,
+  kMeanSum,
+  kMeanBase,
+  kBaseMax,
+  kBaseLogDenom,
+  kBaseNll,
+  kWeightedSum,
+  kLse,
+  kEntropy,
+  kKlToBase,
+  kLogProb,
+  kBaseLogProb,
+  kArgmax,
+  kBaseArgmax,
+  kNumFields
+};
 constexpr int kNumFloatFields = kArgmax;
 // the order of auxkernels.ops.COEFFICIENTS
 enum Coefficient { kA, kC, kD, kQ, kG, kS, kQ_b, kB_b, kNumCoefficients };
 
 struct Problem {
-  Source base, aux;  // aux.values null: none
+  Source base, aux;              // aux.values null: none
   const void* target = nullptr;  // null: none
   bool target_is_int32 = false;
   int64_t ignore_index = -100;

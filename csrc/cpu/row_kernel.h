@@ -65,8 +65,7 @@ struct Buffers {
 template <class C>
 class Kernel {
  public:
-  explicit Kernel(const Problem& problem)
-      : p(problem), ops(block_ops<C>()), num_blocks((p.V + kBlock - 1) / kBlock) {}
+  explicit Kernel(const Problem& problem) : p(problem), ops(block_ops<C>()), num_blocks((p.V + kBlock - 1) / kBlock) {}
 
   const Problem& p;
   const BlockOps<C>& ops;
@@ -76,13 +75,16 @@ class Kernel {
   bool ignored(int64_t n) const { return p.target != nullptr && target_of(p, n) == p.ignore_index; }
   int64_t target(int64_t n) const { return p.target == nullptr ? -1 : target_of(p, n); }
   int64_t size(int64_t k) const { return std::min(kBlock, p.V - k * kBlock); }
-  const C* weights(int64_t k) const { return p.weight == nullptr ? nullptr : static_cast<const C*>(p.weight) + k * kBlock; }
+  const C* weights(int64_t k) const {
+    return p.weight == nullptr ? nullptr : static_cast<const C*>(p.weight) + k * kBlock;
+  }
 
   static int64_t row_start(const Source& source, int64_t n) {
     return (n / source.num_inner) * source.stride_outer + (n % source.num_inner) * source.stride_inner;
   }
   static C scale(const Source& source, int64_t n) {
-    return source.scale == nullptr ? static_cast<C>(source.scale_value) : static_cast<const C*>(source.scale)[n * source.scale_stride];
+    return source.scale == nullptr ? static_cast<C>(source.scale_value)
+                                   : static_cast<const C*>(source.scale)[n * source.scale_stride];
   }
   SourceBlock<C> block(const Source& source, int64_t n, int64_t k) const {
     const char* first = static_cast<const char*>(source.values);
@@ -281,7 +283,8 @@ class Kernel {
       if (row.Q != 0 || row.Q_b != 0) q_y = std::exp(x_b - static_cast<double>(row.base_log_denom));
       ds += static_cast<double>(row.Q) * q_y;
     }
-    *ds_b = static_cast<C>(ds + static_cast<double>(row.D) * p_y + static_cast<double>(row.Q_b) * q_y + g.base_target_term);
+    *ds_b =
+        static_cast<C>(ds + static_cast<double>(row.D) * p_y + static_cast<double>(row.Q_b) * q_y + g.base_target_term);
     return ds;
   }
 
