@@ -21,8 +21,8 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-# Found out once, at import: to torch.compile these are constants, and the compiled module must be loaded before a fork to
-# know a forked child as one.
+# Found out once, at import: to torch.compile these are constants, and the compiled module must be loaded before a fork
+# to know a forked child as one.
 _NATIVE_MISSING = native.missing()
 _HAS_TRITON = _is_installed("triton")
 

@@ -54,7 +54,7 @@ def aux_cross_entropy(
 
     base, aux        [*, V] floating point, `Logits` (with scale and softcap), or a sequence of these (their sum);
                      aux=None is plain cross-entropy. Any strides but the last dimension's, which is contiguous; the sum
-                     is formed in float32 (float64 if a source is). Each gets a gradient, in its dtype, if it requires one.
+                     is formed in float32 (float64 if a source is). Each gets a gradient in its dtype if it requires one.
     target           [*] int32 or int64, each in [0, V) or equal to ignore_index.
     ignore_index     rows with this target have loss 0 and gradient exactly 0, whatever they hold.
     weight           [V] class weights, floating point, as in torch.nn.functional.cross_entropy; gets no gradient.
@@ -161,13 +161,13 @@ class _Call(NamedTuple):
             return False
         if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
             return True
-        return any([isinstance(t, Tensor) and t.requires_grad for t in self.differentiable()])
+        return any(isinstance(t, Tensor) and t.requires_grad for t in self.differentiable())
 
     def has_half_gradient(self) -> bool:
         # fp16 gradients made in the forward pass would underflow before the grad scaler's factor arrives
         sources = (self.base, self.aux)
         return torch.is_grad_enabled() and any(
-            [t is not None and t.dtype == torch.float16 and t.requires_grad for t in sources]
+            t is not None and t.dtype == torch.float16 and t.requires_grad for t in sources
         )
 
 
@@ -309,7 +309,7 @@ def _detached(stats: LogitStats) -> LogitStats:
     return LogitStats(**{name: None if t is None else t.detach() for name, t in vars(stats).items()})
 
 
-# -- loss as plain arithmetic on row fields: "none", recompute, fp16 gradients ------------------------------------------
+# -- loss as plain arithmetic on row fields: "none", recompute, fp16 gradients -----------------------------------------
 
 
 def _row_scan(call: _Call, weight: Tensor | None, wanted: int) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """The operators as PyTorch sees them: schemas, fakes, dispatch to an implementation. Torch alone is imported here.
 
-Row fields. A forward scan of row n, with s the sum of the sources, p = softmax(s), z_b the base's part, q = softmax(z_b),
-m and m_b the maxima of s and z_b, y the target, w the class weights (1 without), gives the numbers of `FIELDS`. Which of
-them a call wants is a bit mask; they come back in this order, stacked: one float tensor [F, *], one int64 tensor [A, *].
-Ignored rows hold +0.0 (argmax -1).
+Row fields. A forward scan of row n, with s the sum of the sources, p = softmax(s), z_b the base's part,
+q = softmax(z_b), m and m_b the maxima of s and z_b, y the target, w the class weights (1 without), gives the numbers of
+`FIELDS`. Which of them a call wants is a bit mask; they come back in this order, stacked: one float tensor [F, *], one
+int64 tensor [A, *]. Ignored rows hold +0.0 (argmax -1).
 
 Coefficients. With one number per row for each name of `COEFFICIENTS`, every gradient has the form
 
@@ -11,7 +11,8 @@ Coefficients. With one number per row for each name of `COEFFICIENTS`, every gra
     dz_i,v = ds_v + [i is base] (D p_v + Q_b q_v + B_b [v = y])
     dvalues_i,v = scale_i softcap_i'(values_i,v) dz_i,v        dscale_i = sum_v dz_i,v softcap_i(values_i,v)
 
-where 0 * (-inf) = 0, at v = y the G term is -G (1 - p_y) formed from nll without cancellation, and ignored rows get +0.0.
+where 0 * (-inf) = 0, at v = y the G term is -G (1 - p_y) formed from nll without cancellation, and ignored rows get
++0.0.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ _FLOAT_FIELDS = (1 << NUM_FLOAT_FIELDS) - 1
 
 
 def empty_fields(base: Tensor, aux: Tensor | None, wanted: int) -> list[Tensor]:
-    """Room for the wanted fields: [F, *] of the compute dtype, then [A, *] of int64; each only if F or A is not zero."""
+    """Room for the wanted fields: [F, *] of the compute dtype, then [A, *] of int64; each only if it is not empty."""
     num_floats = (wanted & _FLOAT_FIELDS).bit_count()
     num_ints = wanted.bit_count() - num_floats
     shape = base.shape[:-1]
@@ -138,7 +139,7 @@ def named_fields(wanted: int, outputs: list[Tensor]) -> tuple[dict[str, Tensor],
 
 
 def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
-    """Room for the requested gradients: dvalues in each source's dtype and full width, dscale per row in the compute dtype."""
+    """Room for the requested gradients: dvalues in a source's dtype and width, dscale per row in the compute dtype."""
     grads = []
     if needs & NEEDS_BASE:
         grads.append(base.new_empty(base.shape))
@@ -161,7 +162,7 @@ def _implementation(backend: str):
 
 
 def _direct(tensor: Tensor, backend: str) -> bool:
-    """Whether a CPU call may skip the dispatcher, which costs a fifth of a small call (6 of 30 us): nothing is tracing."""
+    """Whether a CPU call may skip the dispatcher, a fifth of a small call (6 of 30 us): nothing is tracing."""
     return (
         backend == "native"
         and not torch.compiler.is_compiling()
@@ -180,7 +181,7 @@ def number_tensor(value: float | Tensor | None, dtype: torch.dtype, device: torc
 
 
 def _with_tensors(args: tuple, positions: tuple[int, ...]) -> list:
-    """The arguments with the numbers at these positions (scales, normalizer) as the tensors that the schema asks for."""
+    """The arguments with the numbers at these positions (scales, normalizer) as the tensors of the schema."""
     args = list(args)
     dtype = compute_dtype(args[0], args[1])
     for i in positions:
@@ -203,7 +204,7 @@ def cross_entropy_loss(*args) -> list[Tensor]:
 
 
 def _checked(args: tuple):
-    """The implementation that the last argument names, after the checks that all ops share: an op may be called by anyone."""
+    """The implementation that the last argument names, after the checks that all ops share: anyone may call an op."""
     implementation = _implementation(args[-1])
     checks.op_arguments(*args[:10])
     if args[-1] == "native" and args[0].device.type != "cpu":

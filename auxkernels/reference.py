@@ -1,8 +1,8 @@
 """The operators in plain PyTorch: the oracle of the tests, and the implementation where nothing faster exists.
 
-Any floating dtype, any device, differentiable by autograd (twice, if asked). On CPU the arithmetic is float64 whatever the
-sources are, elsewhere that of the sources. Written for clarity: nothing here is shared with the fused implementations, so
-that a mistake in their formulas cannot hide.
+Any floating dtype, any device, differentiable by autograd (twice, if asked). On CPU the arithmetic is float64 whatever
+the sources are, elsewhere that of the sources. Written for clarity: nothing here is shared with the fused
+implementations, so that a mistake in their formulas cannot hide.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _arithmetic(compute: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def sum_of(sources: list[Logits], compute: torch.dtype, vocab_size: int, ignored: Tensor | None) -> Tensor:
-    """Sum of the sources [*, V] in the compute dtype; ignored rows are replaced by zeros, so no gradient enters them."""
+    """Sum of the sources [*, V] in the compute dtype; ignored rows become zeros, so no gradient enters them."""
     total = None
     for source in sources:
         z = source.values[..., :vocab_size].to(compute)

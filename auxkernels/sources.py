@@ -50,7 +50,7 @@ def sum_sources(sources: list[Logits], compute_dtype: torch.dtype, vocab_size: i
 
 
 def row_scale(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A scale that multiplies [*, V]: a number or 0-d tensor as it is, a per-row tensor with a last dimension of one."""
+    """A scale that multiplies [*, V]: a number or 0-d tensor as it is, a per-row tensor with one more dimension."""
     if not isinstance(scale, Tensor):
         return scale
     return scale.to(dtype) if scale.dim() == 0 else scale.to(dtype).unsqueeze(-1)
