@@ -54,7 +54,7 @@ def aux_cross_entropy(
 
     base, aux        [*, V] floating point, `Logits` (with scale and softcap), or a sequence of these (their sum);
                      aux=None is plain cross-entropy. Any strides but the last dimension's, which is contiguous; the sum
-                     is formed in float32 (float64 if a source is). Each gets a gradient in its dtype if it requires one.
+                     is formed in float32 (float64 if a source is). Each gets a gradient in its dtype, if required.
     target           [*] int32 or int64, each in [0, V) or equal to ignore_index.
     ignore_index     rows with this target have loss 0 and gradient exactly 0, whatever they hold.
     weight           [V] class weights, floating point, as in torch.nn.functional.cross_entropy; gets no gradient.

@@ -10,6 +10,7 @@ import triton.language as tl
 from .row_state import (
     absorb,
     collapse,
+    finite,
     first_columns,
     lane_sum,
     load_state,
@@ -241,9 +242,9 @@ def gradient_of_sum(s, z_base, w, at_y, soft, k):
     if k.A is not None:
         dz += k.A * p
     if k.C is not None:
-        dz += tl.where(p == 0, 0.0, k.C * p * z)
+        dz += k.C * p * finite(z)
     if k.D is not None:
-        dz += tl.where(p == 0, 0.0, k.D * p * (z_base - soft.base_max))
+        dz += k.D * p * finite(z_base - soft.base_max)
         extra = k.D * p
     if k.S is not None:
         dz += k.S * w
@@ -273,7 +274,7 @@ def store_gradient(ptr, cols, mask, dz, source, slope):
 @triton.jit
 def sum_of_products(mask, dz, bent):
     """Of the gradient and softcap(values), in each lane; a masked class, 0 * (-inf), counts nothing."""
-    return tile_sum(tl.where(mask & (dz != 0), dz * bent, 0.0))
+    return tile_sum(tl.where(mask, dz * finite(bent), 0.0))
 
 
 @triton.jit

@@ -427,7 +427,7 @@ class _Call(NamedTuple):
         has_bends = sums_row or base.softcap is not None or aux.softcap is not None
         even = self.problem[-1] % 16 == 0  # what Triton compiles for anyway
         return {
-            "ROWS": launch.tiles_at_once(has_statistics, has_bends, even),
+            "ROWS": launch.tiles_at_once(has_statistics, has_bends, even, self.device),
             "LANES": self.cut.lanes,
             "WIDTH": self.cut.width,
             "SEGMENT": self.cut.segment,
@@ -440,7 +440,7 @@ def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_so
     launch.check_problem(base, aux, V)
     device = launch.device_of(base.device)
     num_bytes = max(t.element_size() for t in (base, aux) if t is not None)
-    cut = launch.cut_of(V, num_bytes)
+    cut = launch.cut_of(V, num_bytes, device)
     num_rows = base.shape[:-1].numel()
     problem = (
         launch.source(base, base_scale, base_softcap),

@@ -34,10 +34,10 @@ class Cut(NamedTuple):
     segment: int  # columns whose sums are formed together
 
 
-def cut_of(vocab_size: int, num_bytes: int) -> Cut:
+def cut_of(vocab_size: int, num_bytes: int, device: Device) -> Cut:
     """The cut of rows of `vocab_size` logits of up to `num_bytes` bytes. Reasoned, not measured.
 
-    A lane's columns in a tile are one 128-bit load. Wide rows get many threads, so that few rows are in flight on a
+    A lane's columns in a tile are one 128-bit load; on AMD four columns, since more masks do not fit its scalar registers. Wide rows get many threads, so that few rows are in flight on a
     multiprocessor and the second read finds them in L2; a segment is then long enough for the reduction over its lanes,
     where all warps wait, to cost a few percent.
     """
@@ -48,18 +48,19 @@ def cut_of(vocab_size: int, num_bytes: int) -> Cut:
         lanes, segment = 128, 8192
     elif vocab_size <= 32768:
         lanes = 256
-    return Cut(lanes, 16 // num_bytes, segment)
+    return Cut(lanes, 4 if device.backend == "hip" else 16 // num_bytes, segment)
 
 
-def tiles_at_once(has_statistics: bool, has_bends: bool, even: bool) -> int:
+def tiles_at_once(has_statistics: bool, has_bends: bool, even: bool, device: Device) -> int:
     """How many tiles are loaded before the first is used; no bit depends on it.
 
     64 bytes of each source in flight for every thread hide the memory's latency. Statistics need some of these registers,
     softcaps and scale gradients more, and so do 16-bit logits that come one by one, each in a register of its own.
     """
-    if has_bends or (has_statistics and not even):
+    limited = not even or device.backend == "hip"
+    if has_bends or (has_statistics and limited):
         return 1
-    return 4 if even and not has_statistics else 2
+    return 2 if has_statistics or limited else 4
 
 
 def options(cut: Cut, has_statistics: bool, has_bends: bool, device: Device) -> dict[str, int]:

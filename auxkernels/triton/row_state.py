@@ -25,6 +25,8 @@ WEIGHTED_SUM = tl.constexpr(FIELD_BIT["weighted_sum"])
 ARGMAX = tl.constexpr(FIELD_BIT["argmax"])
 BASE_ARGMAX = tl.constexpr(FIELD_BIT["base_argmax"])
 
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
 NUM_FLOATS = tl.constexpr(8)  # of a stored state
 NUM_INTS = tl.constexpr(2)
 
@@ -51,6 +53,12 @@ class RowState(NamedTuple):
 def finite_or_zero(m):
     # a row may hold whole blocks of -inf (masked classes): subtracting their maximum would make NaN of exp(-inf + inf)
     return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def finite(x):
+    """Infinities as the largest numbers: 0 times these is 0. NaN is lost, so the other factor must have it."""
+    return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
 
 
 @triton.jit
@@ -97,8 +105,10 @@ def soft_cap(z, cap):
     series = series * u - 5.37397155531e-2
     series = series * u + 1.33314422036e-1
     series = series * u - 3.33332819422e-1
-    far = tl.where(x < 0, e - 1.0, 1.0 - e) * r
-    return cap * tl.where(size < 0.625, x + x * (u * series), far), 4.0 * e * r * r
+    far = (1.0 - e) * r
+    bent = cap * tl.where(size < 0.625, size + size * (u * series), far)
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (bent.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), 4.0 * e * r * r
 
 
 # -- tiles and lanes ---------------------------------------------------------------------------------------------------
@@ -150,9 +160,8 @@ def lane_sum(x):
 def tile_argmax(z, first, in_row, EVEN: tl.constexpr):
     """Value and column of each lane's torch.argmax as one int64 that is compared as such: NaN above all, then the value,
     then the lower column."""
-    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where(z != z, 0x7FFFFFFF, key)
+    bits = (z + 0.0).to(tl.int32, bitcast=True)  # -0.0 is 0.0
+    key = tl.where(z != z, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     key = tl.where(in_row, key, -0x80000000)
     best = tile_max(key)
     behind = tile_max(tl.where(key == best[:, None], 0x7FFFFFFF - within(z.shape[0], z.shape[1], EVEN), 0)) - tl.reshape(first, (first.shape[0],))
@@ -300,11 +309,11 @@ def absorb(lanes, s, z_base, w, first, in_row, at_y, EVEN: tl.constexpr):
     s = s - finite_or_zero(new_max)[:, None]
     e = tl.exp(s)
     if mean_sum is not None:
-        mean_sum += tile_sum(tl.where(e == 0, 0.0, e * s))
+        mean_sum += tile_sum(e * finite(s))
     if new_base_max is not None:
         z_base = z_base - finite_or_zero(new_base_max)[:, None]
     if mean_base is not None:
-        mean_base += tile_sum(tl.where(e == 0, 0.0, e * z_base))
+        mean_base += tile_sum(e * finite(z_base))
     if base_denom is not None:
         base_denom += tile_sum(tl.exp(z_base))
     if weighted_sum is not None:
