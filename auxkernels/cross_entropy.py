@@ -339,13 +339,14 @@ def _loss_from_rows(call, weight, label_smoothing, z_loss, reduction, normalizer
         loss = (1 - label_smoothing) * loss + (label_smoothing / call.vocab_size) * smooth
     if z_loss:
         loss = loss + z_loss * (fields["max"] + fields["log_denom"]).square()
-    if reduction != "none":
-        loss = loss.sum()
+    if reduction == "none":
+        return loss, fields
+    total = loss.sum(dtype=torch.float64)
     if reduction == "mean":
         if normalizer is None:
             normalizer = (~ops.is_ignored(call.target, call.ignore_index)).sum() if weight is None else w_y.sum()
-        loss = (loss / normalizer).to(loss.dtype)  # a 0-d float64 count must not promote a 0-d float32 loss
-    return loss, fields
+        total = total / normalizer
+    return total.to(loss.dtype), fields
 
 
 def _op_args(call: _Call, weight: Tensor | None) -> tuple:

@@ -1,6 +1,5 @@
 """The CPU module built with address and undefined-behaviour sanitizers, under the tests that reach furthest.
 
-
 Python itself is not instrumented, so the sanitizers' runtime is preloaded and its leak check is off.
 """
 

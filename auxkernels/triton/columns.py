@@ -10,6 +10,7 @@ import triton.language as tl
 from .row_state import (
     absorb,
     collapse,
+    exp,
     finite,
     first_columns,
     lane_sum,
@@ -234,7 +235,7 @@ def merge_segments(floats, ints, row, num_segments, WANTED: tl.constexpr):
 def gradient_of_sum(s, z_base, w, at_y, soft, k):
     """The formula of auxkernels/ops.py."""
     z = s - soft.max
-    p = tl.exp(z - soft.log_denom)
+    p = exp(z - soft.log_denom)
     dz = tl.zeros_like(p)
     extra = None
     if k.G is not None:
@@ -249,7 +250,7 @@ def gradient_of_sum(s, z_base, w, at_y, soft, k):
     if k.S is not None:
         dz += k.S * w
     if k.Q is not None or k.Q_b is not None:
-        q = tl.exp((z_base - soft.base_max) - soft.base_log_denom)
+        q = exp((z_base - soft.base_max) - soft.base_log_denom)
         if k.Q is not None:
             dz += k.Q * q
         if k.Q_b is not None:
