@@ -204,7 +204,7 @@ def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.devi
 def _scale_of(source: Logits, compute: torch.dtype) -> float | Tensor | None:
     scale = source.scale
     if isinstance(scale, Tensor):
-        return scale.to(compute)
+        return scale if scale.dtype == compute else scale.to(compute)
     return None if scale == 1.0 else _number(scale, compute, source.values.device)
 
 
