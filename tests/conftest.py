@@ -81,6 +81,15 @@ def native():
     return cpu()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """One line of the summary for each implementation that is not here, rather than one for each test."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and report.longrepr[2].endswith(": no CUDA device"):
+        report.longrepr = (__file__, _available.__code__.co_firstlineno, report.longrepr[2])
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _seed(request):
     """The same numbers for a test whatever ran before it, in whatever process."""

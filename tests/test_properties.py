@@ -183,6 +183,36 @@ def test_calls_repeat_bit_for_bit(impl, problem, reduction):
     assert_same_bits(run(impl, *problem, reduction=reduction), run(impl, *problem, reduction=reduction))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fifty_calls_with_work_between_them_are_one(fused, reduction):
+    """Rows go to whichever thread is free, and results must not show it; memory is used again and may hold anything."""
+    base = torch.randn(37, 9000, dtype=torch.bfloat16, device=fused.device)
+    aux = torch.randn(37, 9000, device=fused.device, requires_grad=True)
+    scale = torch.rand(37, device=fused.device, requires_grad=True)
+    target = torch.randint(9000, (37,), device=fused.device)
+    first = None
+    for i in range(50):
+        loss = aux_cross_entropy(base, Logits(aux, scale=scale), target, reduction=reduction, backend=fused.backend)
+        got = [loss.detach(), *torch.autograd.grad(loss, (aux, scale), torch.ones_like(loss))]
+        first = first or [t.clone() for t in got]
+        assert_same_bits(got, first)
+        del loss, got
+        torch.full((37, 9000 + i), torch.nan, device=fused.device)
+
+
+def test_deterministic_algorithms_are_all_there(impl):
+    torch.use_deterministic_algorithms(True)
+    try:
+        aux = torch.randn(3, 9, device=impl.device, requires_grad=True)
+        target = torch.tensor([0, 8, -100], device=impl.device)
+        for reduction in ("mean", "none"):
+            loss = aux_cross_entropy(aux.detach(), aux, target, reduction=reduction, backend=impl.backend)
+            torch.autograd.grad(loss.sum(), aux)
+        torch.autograd.grad(logit_stats(aux.detach(), aux, target, backend=impl.backend).entropy.sum(), aux)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_comparison_of_bits_notices_one_flipped_bit():
     """The negative control of this file."""
     numbers = torch.randn(1000)

@@ -233,6 +233,31 @@ def test_the_guard_page_kills_a_process_that_reads_one_byte_too_far(offset, surv
     assert (done.returncode == 0) == survives
 
 
+MAP_NORESERVE = 0x4000  # of Linux; Python does not always name it
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not there until it is touched")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_further_apart_than_32_bits_can_say_are_found(native, reduction):
+    """Row strides past 2**31 elements, in memory of which only the rows themselves are ever touched."""
+    rows, vocab_size, stride = 3, 1000, 2**31 + 5
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    try:
+        room = mmap.mmap(-1, 2 * (stride * rows + vocab_size), flags=flags)
+    except (OSError, OverflowError):
+        pytest.skip("no address space of 13 GB")
+    base = torch.frombuffer(room, dtype=torch.bfloat16).as_strided((rows, vocab_size), (stride, 1))
+    plain = logits(rows, vocab_size, dtype=torch.bfloat16)
+    base.copy_(plain)
+    aux, target = logits(rows, vocab_size, requires_grad=True), targets(rows, vocab_size=vocab_size)
+    results = []
+    for source in (base, plain):
+        loss = aux_cross_entropy(source, aux, target, reduction=reduction, backend="native")
+        stats = logit_stats(source, aux, target, backend="native")
+        results.append([loss.detach(), stats.lse.detach(), *torch.autograd.grad(loss.sum(), aux)])
+    assert all(map(torch.equal, *results))
+
+
 GUARDED_WIDTHS = [1, 15, 16, 17, 33, 1023, 4095, 4096, 4097]
 
 

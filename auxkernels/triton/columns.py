@@ -123,14 +123,24 @@ def before(first, stop, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.const
 
 
 @triton.jit
-def load_tiles(source, first, stop, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
+def load_tiles(
+    source,
+    first,
+    stop,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """The values of ROWS tiles: all loads are issued before anything waits for one of them."""
     tiles = ()
     if source.ptr is not None:
         for i in tl.static_range(ROWS):
             at = first + i * (LANES * WIDTH)
             mask = before(at, stop, LANES, WIDTH, EVEN)
-            tiles += (tl.load(source.ptr + at + within(LANES, WIDTH, EVEN), mask=mask, other=0.0, eviction_policy=EVICT),)
+            place = source.ptr + at + within(LANES, WIDTH, EVEN)
+            tiles += (tl.load(place, mask=mask, other=0.0, eviction_policy=EVICT),)
     return tiles
 
 
@@ -223,7 +233,7 @@ def scan_row(
 def merge_segments(floats, ints, row, num_segments, WANTED: tl.constexpr):
     """The same from the states that other programs have stored, segment by segment."""
     state = no_columns([], WANTED)
-    for segment in range(0, num_segments):
+    for segment in range(num_segments):
         state = merge(state, load_state(floats, ints, row * num_segments + segment, WANTED))
     return state
 
@@ -295,7 +305,7 @@ def write_gradients(
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Gradients of the columns [start, stop), the last tiles first; where a scale's is wanted these are the whole row."""
+    """Gradients of the columns [start, stop), the last tiles first; all of the row's where a scale's is wanted."""
     base_lanes = None if grads.base_scale is None else tl.zeros([LANES], tl.float32)
     aux_lanes = None if grads.aux_scale is None else tl.zeros([LANES], tl.float32)
     size = ROWS * LANES * WIDTH

@@ -10,7 +10,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import checks
 from ..layout import as_rows
 from .columns import Source
 
@@ -27,19 +26,23 @@ class Device(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How the columns of a row are cut. The bits of a result depend on these numbers, so they follow from V and dtype alone."""
+    """How the columns of a row are cut.
+
+    The bits of a result depend on these numbers: they follow from V, dtypes and options, never from the number of rows.
+    """
 
     lanes: int  # each with its own running maximum; a thread has one
     width: int  # columns of a lane in a tile
     segment: int  # columns whose sums are formed together
 
 
-def cut_of(vocab_size: int, num_bytes: int, device: Device) -> Cut:
-    """The cut of rows of `vocab_size` logits of up to `num_bytes` bytes. Reasoned, not measured.
+def cut_of(vocab_size: int, num_bytes: int, is_bent: bool, device: Device) -> Cut:
+    """The cut of rows of `vocab_size` logits of up to `num_bytes` bytes; `is_bent`: with scales or softcaps.
 
-    A lane's columns in a tile are one 128-bit load; on AMD four columns, since more masks do not fit its scalar registers. Wide rows get many threads, so that few rows are in flight on a
-    multiprocessor and the second read finds them in L2; a segment is then long enough for the reduction over its lanes,
-    where all warps wait, to cost a few percent.
+    A lane's columns in a tile are one 128-bit load; fewer on AMD, whose scalar registers hold a mask for each column.
+    Wide rows get many threads, so that few rows are in flight on a multiprocessor and the second read finds them in L2;
+    a segment is then long enough for the reduction over its lanes, where all warps wait, to cost a few percent.
+    Reasoned, not measured.
     """
     lanes, segment = 512, 32768
     if vocab_size <= 1024:
@@ -48,34 +51,35 @@ def cut_of(vocab_size: int, num_bytes: int, device: Device) -> Cut:
         lanes, segment = 128, 8192
     elif vocab_size <= 32768:
         lanes = 256
-    return Cut(lanes, 4 if device.backend == "hip" else 16 // num_bytes, segment)
+    width = 16 // num_bytes
+    if device.backend == "hip":
+        width = 2 if is_bent else 4
+    return Cut(lanes, width, segment)
 
 
-def tiles_at_once(has_statistics: bool, has_bends: bool, even: bool, device: Device) -> int:
+def tiles_at_once(is_plain: bool, even: bool, device: Device) -> int:
     """How many tiles are loaded before the first is used; no bit depends on it.
 
-    64 bytes of each source in flight for every thread hide the memory's latency. Statistics need some of these registers,
-    softcaps and scale gradients more, and so do 16-bit logits that come one by one, each in a register of its own.
+    64 bytes of each source in flight for every thread hide the memory's latency. Statistics, softcaps and scale
+    gradients need the registers, and have arithmetic to hide it; 16-bit logits that come one by one take one each.
     """
-    limited = not even or device.backend == "hip"
-    if has_bends or (has_statistics and limited):
+    if not is_plain:
         return 1
-    return 2 if has_statistics or limited else 4
+    return 4 if even and device.backend != "hip" else 2
 
 
-def options(cut: Cut, has_statistics: bool, has_bends: bool, device: Device) -> dict[str, int]:
+def options(cut: Cut, has_bends: bool, device: Device) -> dict[str, int]:
     """Launch options: warps, and on NVIDIA how many registers a thread may have."""
     num_warps = max(cut.lanes // device.warp_size, 1)
-    if device.backend != "cuda" or (has_statistics and not has_bends and cut.width == 8):
+    if device.backend != "cuda":
         return {"num_warps": num_warps}
-    # left to itself ptxas spills a register or two for one more resident block; for statistics of 16-bit logits it would
-    # do so only if told the limit. no bit depends on it
-    return {"num_warps": num_warps, "maxnreg": min(65536 // (32 * num_warps), 255)}
+    # left to itself ptxas spills a register or two for one more resident block
+    return {"num_warps": num_warps, "maxnreg": min(65536 // (32 * num_warps), 255) if has_bends else 128}
 
 
-def is_split(vocab_size: int, num_rows: int, segment: int, multiprocessors: int) -> bool:
+def is_split(vocab_size: int, num_rows: int, segment: int, device: Device) -> bool:
     """Whether segments of one row go to several programs: where a program a row leaves half of the device idle."""
-    return vocab_size > segment and 2 * num_rows <= multiprocessors
+    return vocab_size > segment and 2 * num_rows <= device.multiprocessors
 
 
 @functools.cache
@@ -108,14 +112,9 @@ def check_device(tensor: Tensor) -> None:
     if tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu"):
         return
     raise RuntimeError(
-        "backend='triton' needs tensors on a CUDA or ROCm device (or on CPU, with TRITON_INTERPRET=1 set before Triton is "
-        f"imported), got {tensor.device}"
+        "backend='triton' needs tensors on a CUDA or ROCm device (or on CPU, with TRITON_INTERPRET=1 set before Triton "
+        f"is imported), got {tensor.device}"
     )
-
-
-def check_float(name: str, tensor: Tensor) -> None:
-    if tensor.dtype == torch.float64:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got torch.float64: triton has no float64")
 
 
 def check_rows(name: str, tensor: Tensor | None, like: Tensor) -> None:
@@ -128,12 +127,12 @@ def check_rows(name: str, tensor: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
-def check_problem(base, aux, vocab_size) -> None:
+def check(base: Tensor, aux: Tensor | None, vocab_size: int) -> None:
     """What the kernels cannot do, of arguments that the op has checked."""
     check_device(base)
-    check_float("base", base)
-    if aux is not None:
-        check_float("aux", aux)
+    for name, tensor in (("base", base), ("aux", aux)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got torch.float64: triton has no float64")
     if vocab_size > MAX_INT32 // 2:
         raise ValueError(f"vocab_size must be at most {MAX_INT32 // 2}, got {vocab_size}")
 
@@ -148,7 +147,7 @@ def aligned(tensor: Tensor | None) -> Tensor | None:
 
 
 def source(values: Tensor | None, scale: Tensor | None, softcap: float | None) -> Source:
-    """A source as kernels read it; a matrix is one row per outer step, whatever N is, so that N starts no compilation."""
+    """A source as kernels read it. A matrix has one row per outer step: Triton would compile for some N again."""
     if values is None:
         return Source(None, 1, 0, 0, 0, None, 0, None)
     tensor, num_inner, stride_outer, stride_inner = as_rows(values)

@@ -1,10 +1,10 @@
-"""Arithmetic of one row: its state while columns are scanned, the one merge of two states, and accurate scalar functions.
+"""Arithmetic of one row: its state while columns are scanned, the one merge of two states, accurate scalar functions.
 
 Columns are cut in segments that depend on the vocabulary alone. A segment is scanned in tiles [LANES, WIDTH] by lanes
-that each have their own maximum, so that the loop has no reduction across threads; `collapse` makes one state of them, and
-`merge` joins segments in their order. Every sum over a tile or over lanes is a tree of pairs: its bits do not depend on how
-the compiler lays a tensor out over threads, which changes with alignment. Kernels are compiled without fused multiply-add for
-the same reason: a row has the same bits from every kernel, split or not.
+that each have their own maximum, so that the loop has no reduction across threads; `collapse` makes one state of them,
+and `merge` joins segments in their order. Every sum over a tile or over lanes is a tree of pairs: its bits do not
+depend on how the compiler lays a tensor out over threads, which changes with alignment. Kernels are compiled without
+fused multiply-add, so that a row has the same bits from every kernel, split or not.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..ops import FIELD_BIT
+from ..ops import mask_of
 
-MEAN_SUM = tl.constexpr(FIELD_BIT["mean_sum"])
-MEAN_BASE = tl.constexpr(FIELD_BIT["mean_base"])
-BASE_MAX = tl.constexpr(FIELD_BIT["base_max"])
-BASE_DENOM = tl.constexpr(FIELD_BIT["base_log_denom"] | FIELD_BIT["base_nll"])
-BASE = tl.constexpr(FIELD_BIT["mean_base"] | FIELD_BIT["base_max"] | FIELD_BIT["base_log_denom"] | FIELD_BIT["base_nll"])
-WEIGHTED_SUM = tl.constexpr(FIELD_BIT["weighted_sum"])
-ARGMAX = tl.constexpr(FIELD_BIT["argmax"])
-BASE_ARGMAX = tl.constexpr(FIELD_BIT["base_argmax"])
+MEAN_SUM = tl.constexpr(mask_of("mean_sum"))
+MEAN_BASE = tl.constexpr(mask_of("mean_base"))
+BASE_DENOM = tl.constexpr(mask_of("base_log_denom", "base_nll"))
+BASE = tl.constexpr(mask_of("mean_base", "base_max", "base_log_denom", "base_nll"))
+WEIGHTED_SUM = tl.constexpr(mask_of("weighted_sum"))
+ARGMAX = tl.constexpr(mask_of("argmax"))
+BASE_ARGMAX = tl.constexpr(mask_of("base_argmax"))
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -51,7 +50,7 @@ class RowState(NamedTuple):
 
 @triton.jit
 def exp(x):
-    """To a few ulp, results below the smallest normal number as 0: one hardware instruction, where tl.exp scales besides."""
+    """To a few ulp, results below the smallest normal number as 0: one instruction, where tl.exp has four."""
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -69,7 +68,7 @@ def finite(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1], to full relative accuracy: 2 atanh(x / (2 + x)), the series with ratio at most 1/9."""
+    """log(1 + x) for x in [0, 1], to full relative accuracy: 2 atanh(x / (2 + x)), a series of ratio at most 1/9."""
     t = tl.math.div_rn(x, 2.0 + x)
     u = t * t
     series = 1.0 / 17
@@ -164,13 +163,16 @@ def lane_sum(x):
 
 @triton.jit
 def tile_argmax(z, first, in_row, EVEN: tl.constexpr):
-    """Value and column of each lane's torch.argmax as one int64 that is compared as such: NaN above all, then the value,
-    then the lower column."""
+    """Value and column of each lane's torch.argmax, as one int64 that is compared as such.
+
+    NaN is above all, then comes the value, then the lower column.
+    """
     bits = (z + 0.0).to(tl.int32, bitcast=True)  # -0.0 is 0.0
     key = tl.where(z != z, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     key = tl.where(in_row, key, -0x80000000)
     best = tile_max(key)
-    behind = tile_max(tl.where(key == best[:, None], 0x7FFFFFFF - within(z.shape[0], z.shape[1], EVEN), 0)) - tl.reshape(first, (first.shape[0],))
+    behind = tl.where(key == best[:, None], 0x7FFFFFFF - within(z.shape[0], z.shape[1], EVEN), 0)
+    behind = tile_max(behind) - tl.reshape(first, (first.shape[0],))
     return (best.to(tl.int64) << 32) | behind.to(tl.int64)
 
 
@@ -324,7 +326,7 @@ def absorb(lanes, s, z_base, w, first, in_row, at_y, EVEN: tl.constexpr):
         base_denom += tile_sum(exp(z_base))
     if weighted_sum is not None:
         if w is None:
-            # 1, but made of the logits: a constant would get a layout of its own, and each sum a trip through shared memory
+            # 1, but made of the logits: a constant would get a layout of its own, and its sum go through shared memory
             w = tl.where(s == s, 1.0, float("nan"))
         weighted_sum += tile_sum(tl.where(keep, w * s, 0.0))
         weight += tile_sum(tl.where(keep, w, 0.0))

@@ -1,0 +1,398 @@
+"""The kernels of cross-entropy: one program works on one row, or on one segment of a row.
+
+The mathematics is in auxkernels/ops.py, the arithmetic of a row in row_state.py, how its columns are walked in
+columns.py. A program scans the row's columns and, where gradients are wanted, reads them again, last columns first
+because those are still in L2. With few and long rows the segments of a row go to several programs, with the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .. import ops
+from .columns import (
+    Coefficients,
+    Softmax,
+    at_row,
+    fill_gradients,
+    fill_tails,
+    gradients_at_row,
+    load_logits_at,
+    merge_segments,
+    read_target,
+    scan_row,
+    scan_segment,
+    write_gradients,
+)
+from .row_state import column_of, lane_sum, merge, nll_of, of_target, one_minus_exp, store_state
+
+# what the loss is divided by
+BY_ONE = tl.constexpr(0)
+BY_NORMALIZER = tl.constexpr(1)
+BY_KEPT_ROWS = tl.constexpr(2)
+
+NUM_FIELDS = tl.constexpr(len(ops.FIELDS))
+NUM_FLOAT_FIELDS = tl.constexpr(ops.NUM_FLOAT_FIELDS)
+
+
+class RowEnd(NamedTuple):
+    """The row fields of ops.FIELDS in their order, then what losses and gradients need besides. None: not wanted."""
+
+    max: Any
+    log_denom: Any
+    nll: Any
+    mean_sum: Any
+    mean_base: Any
+    base_max: Any
+    base_log_denom: Any
+    base_nll: Any
+    weighted_sum: Any
+    lse: Any
+    entropy: Any
+    kl_to_base: Any
+    log_prob: Any
+    base_log_prob: Any
+    argmax: Any
+    base_argmax: Any
+    residual: Any  # 1 - p of the target
+    weight: Any  # sum of the class weights
+    target_weight: Any
+
+
+# -- one row -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def checked(new_max, denom):
+    """(max, denom): a row of -inf alone has no distribution; a running maximum steps over NaN, a sum does not."""
+    denom = tl.where(new_max == float("-inf"), float("nan"), denom)
+    is_number = (denom == denom) | (tl.abs(new_max) == float("inf"))
+    return tl.where(is_number, new_max, float("nan")), denom
+
+
+@triton.jit
+def end_of_row(rest, base, aux, weight, y, HAS_TARGET: tl.constexpr):
+    """From the state of a row without its target to the row's numbers."""
+    whole, w_y = rest, 1.0
+    nll, base_nll, residual, base_max, base_log_denom = None, None, None, None, None
+    if HAS_TARGET:
+        s_y, z_y = load_logits_at(base, aux, y)
+        if weight is not None:
+            w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
+        whole = merge(rest, of_target(s_y, z_y, w_y, rest))
+    row_max, denom = checked(whole.max, whole.denom)
+    if HAS_TARGET:
+        nll, residual = nll_of(rest.max, rest.denom, whole.max, denom, s_y)
+    if whole.base_max is not None:
+        base_max = whole.base_max
+    if whole.base_denom is not None:
+        base_max, base_denom = checked(whole.base_max, whole.base_denom)
+        base_log_denom = tl.log(base_denom)
+        if HAS_TARGET:
+            base_nll, _ = nll_of(rest.base_max, rest.base_denom, whole.base_max, base_denom, z_y)
+    log_denom = tl.log(denom)
+    mean_sum = None if whole.mean_sum is None else tl.math.div_rn(whole.mean_sum, denom)
+    mean_base = None if whole.mean_base is None else tl.math.div_rn(whole.mean_base, denom)
+    kl_to_base = None
+    if mean_sum is not None and mean_base is not None and base_log_denom is not None:
+        kl_to_base = (mean_sum - mean_base) + (base_log_denom - log_denom)
+    return RowEnd(
+        row_max,
+        log_denom,
+        nll,
+        mean_sum,
+        mean_base,
+        base_max,
+        base_log_denom,
+        base_nll,
+        whole.weighted_sum,
+        row_max + log_denom,
+        None if mean_sum is None else log_denom - mean_sum,
+        kl_to_base,
+        None if nll is None else 0.0 - nll,
+        None if base_nll is None else 0.0 - base_nll,
+        None if whole.argmax is None else column_of(whole.argmax),
+        None if whole.base_argmax is None else column_of(whole.base_argmax),
+        residual,
+        whole.weight,
+        w_y,
+    )
+
+
+@triton.jit
+def store_fields(float_fields, int_fields, row, num_rows, floats, ints, end, FIELDS: tl.constexpr):
+    """The fields of the mask FIELDS, [F, num_rows] and [A, num_rows]: `floats` and `ints`; the row's where None."""
+    for i in tl.static_range(NUM_FIELDS):
+        if (FIELDS >> i) & 1:
+            if i < NUM_FLOAT_FIELDS:
+                tl.store(float_fields + row, end[i] if floats is None else floats)
+                float_fields += num_rows
+            else:
+                tl.store(int_fields + row, end[i] if ints is None else ints)
+                int_fields += num_rows
+
+
+@triton.jit
+def loss_of(end, kept, share, z_loss, divisor):
+    """(the row's loss, not divided; its gradient's coefficients, divided).
+
+    kept, share   1 - label_smoothing and label_smoothing / V, or None and None
+    """
+    a, s = None, None
+    w_y = end.target_weight if kept is None else kept * end.target_weight
+    loss = w_y * end.nll
+    g = tl.math.div_rn(w_y, divisor)
+    if share is not None:
+        loss += share * (end.weight * end.log_denom - end.weighted_sum)
+        a = tl.math.div_rn(share * end.weight, divisor)
+        s = tl.math.div_rn(-share, divisor)
+    if z_loss is not None:
+        lse = end.max + end.log_denom
+        loss += z_loss * lse * lse
+        pull = tl.math.div_rn(2.0 * z_loss * lse, divisor)
+        a = pull if a is None else a + pull
+    return loss, Coefficients(a, None, None, None, g, s, None, None)
+
+
+# -- divisor -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def kept_rows(target, weight, ignore_index, V, num_rows, BLOCK: tl.constexpr):
+    """Number of rows that are not ignored, or the sum of their targets' weights; float64."""
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, num_rows, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        y = tl.load(target + rows, mask=rows < num_rows, other=0).to(tl.int64)
+        kept = (rows < num_rows) & (y != ignore_index)
+        if weight is None:
+            lanes += kept.to(tl.float64)
+        else:
+            lanes += tl.load(weight + y, mask=kept & (y >= 0) & (y < V), other=0.0).to(tl.float64)
+    return lane_sum(lanes)
+
+
+@triton.jit
+def divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR: tl.constexpr, BLOCK: tl.constexpr):
+    divisor = tl.full([], 1.0, tl.float64)
+    if DIVISOR == BY_NORMALIZER:
+        divisor = tl.load(normalizer).to(tl.float64)
+    if DIVISOR == BY_KEPT_ROWS:
+        divisor = kept_rows(target, weight, ignore_index, V, num_rows, BLOCK)
+    return divisor
+
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+def cross_entropy_divisor_kernel(
+    target, weight, ignore_index: tl.int64, V, num_rows: tl.int64, divisor, BLOCK: tl.constexpr
+):
+    tl.store(divisor, kept_rows(target, weight, ignore_index, V, num_rows, BLOCK))
+
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+def cross_entropy_reduce_kernel(
+    row_loss,
+    loss,
+    normalizer,
+    target,
+    weight,
+    ignore_index: tl.int64,
+    V,
+    num_rows: tl.int64,
+    DIVISOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The 0-d loss: a float64 sum in an order that depends on the number of rows alone."""
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, num_rows, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        lanes += tl.load(row_loss + rows, mask=rows < num_rows, other=0.0).to(tl.float64)
+    divisor = divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR, BLOCK)
+    tl.store(loss, lane_sum(lanes) / divisor)
+
+
+# -- kernels over rows -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def place_of(program, V, SEGMENT: tl.constexpr, SPLIT: tl.constexpr):
+    """(row, first column, one past the last, number of segments) of a program; rows in 64 bits."""
+    program = program.to(tl.int64)
+    if not SPLIT:
+        return program, 0, V, 1
+    num_segments = tl.cdiv(V, SEGMENT)
+    start = (program % num_segments).to(tl.int32) * SEGMENT
+    return program // num_segments, start, tl.minimum(start + SEGMENT, V), num_segments
+
+
+@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["weight"])
+def cross_entropy_segment_kernel(
+    base,
+    aux,
+    target,
+    weight,
+    ignore_index: tl.int64,
+    V,
+    floats,
+    ints,
+    WANTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """The state of one segment of one row, for the programs of cross_entropy_fwd_kernel to merge."""
+    program = tl.program_id(0)
+    row, start, stop, _ = place_of(program, V, SEGMENT, True)
+    y, ignored, _ = read_target(target, row, ignore_index, V)
+    if not ignored:
+        base, aux = at_row(base, row), at_row(aux, row)
+        state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
+        store_state(floats, ints, program.to(tl.int64), state)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"], do_not_specialize_on_alignment=["weight"])
+def cross_entropy_fwd_kernel(
+    base,
+    aux,
+    target,
+    weight,
+    ignore_index: tl.int64,
+    V,
+    num_rows: tl.int64,
+    floats,
+    ints,
+    float_fields,
+    int_fields,
+    row_loss,
+    normalizer,
+    kept,
+    share,
+    z_loss,
+    grads,
+    FIELDS: tl.constexpr,
+    WANTED: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+):
+    """Fields, loss and gradients of a row. Split: of a segment of it, whose row's states are in `floats` and `ints`."""
+    row, start, stop, num_segments = place_of(tl.program_id(0), V, SEGMENT, SPLIT)
+    y, ignored, poisoned = read_target(target, row, ignore_index, V)
+    base, aux = at_row(base, row), at_row(aux, row)
+    if ignored:
+        if start == 0:
+            store_fields(float_fields, int_fields, row, num_rows, 0.0, -1, None, FIELDS)
+            if row_loss is not None:
+                tl.store(row_loss + row, 0.0)
+        fill_gradients(gradients_at_row(grads, row, base, aux), row, start, stop, 0.0, LANES * WIDTH)
+    else:
+        if SPLIT:
+            rest = merge_segments(floats, ints, row, num_segments, WANTED)
+        else:
+            rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, WIDTH, SEGMENT, EVEN)
+        end = end_of_row(rest, base, aux, weight, y, target is not None)
+        if start == 0:
+            # a target that names no class makes the floats NaN; the argmaxes do not depend on it
+            if poisoned:
+                store_fields(float_fields, int_fields, row, num_rows, float("nan"), None, end, FIELDS)
+            else:
+                store_fields(float_fields, int_fields, row, num_rows, None, None, end, FIELDS)
+        if row_loss is not None:
+            divisor = 1.0
+            if HAS_GRADIENT:
+                divisor = divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR, COUNT_BLOCK)
+                divisor = divisor.to(tl.float32)
+            loss, k = loss_of(end, kept, share, z_loss, divisor)
+            if start == 0:
+                tl.store(row_loss + row, tl.where(poisoned, float("nan"), loss))
+            if HAS_GRADIENT:
+                soft = Softmax(end.max, end.log_denom, None, None, end.residual)
+                at = gradients_at_row(grads, row, base, aux)
+                if poisoned:
+                    fill_gradients(at, row, start, stop, float("nan"), LANES * WIDTH)
+                else:
+                    write_gradients(base, aux, weight, y, start, stop, soft, k, at, row, ROWS, LANES, WIDTH, EVEN)
+    fill_tails(gradients_at_row(grads, row, base, aux), base, aux, stop, V, LANES * WIDTH)
+
+
+@triton.jit
+def load_or_none(ptr, row):
+    return None if ptr is None else tl.load(ptr + row)
+
+
+@triton.jit(
+    do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["weight", "saved", "nll", "coefficients"]
+)
+def cross_entropy_bwd_kernel(
+    base,
+    aux,
+    target,
+    weight,
+    ignore_index: tl.int64,
+    V,
+    saved,
+    nll,
+    coefficients,
+    grads,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Gradients of a row, or of a segment of it, from its saved state and one number per row for each coefficient."""
+    row, start, stop, _ = place_of(tl.program_id(0), V, SEGMENT, SPLIT)
+    y, ignored, poisoned = read_target(target, row, ignore_index, V)
+    base, aux = at_row(base, row), at_row(aux, row)
+    grads = gradients_at_row(grads, row, base, aux)
+    if ignored:
+        fill_gradients(grads, row, start, stop, 0.0, LANES * WIDTH)
+    elif poisoned:
+        fill_gradients(grads, row, start, stop, float("nan"), LANES * WIDTH)
+    else:
+        soft = Softmax(
+            tl.load(saved.max + row),
+            tl.load(saved.log_denom + row),
+            load_or_none(saved.base_max, row),
+            load_or_none(saved.base_log_denom, row),
+            None if nll is None else one_minus_exp(tl.load(nll + row)),
+        )
+        k = Coefficients(
+            load_or_none(coefficients.A, row),
+            load_or_none(coefficients.C, row),
+            load_or_none(coefficients.D, row),
+            load_or_none(coefficients.Q, row),
+            load_or_none(coefficients.G, row),
+            load_or_none(coefficients.S, row),
+            load_or_none(coefficients.Q_b, row),
+            load_or_none(coefficients.B_b, row),
+        )
+        write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, WIDTH, EVEN)
+    fill_tails(grads, base, aux, stop, V, LANES * WIDTH)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def cross_entropy_rescale_kernel(grad, factor, target, ignore_index: tl.int64, width, BLOCK: tl.constexpr):
+    """grad *= factor on the rows that count: 0 * -1 is -0.0 and 0 * inf NaN, which ignored rows must not become."""
+    factor = tl.load(factor).to(tl.float32)
+    if factor != 1.0:
+        program = tl.program_id(0).to(tl.int64)
+        blocks = tl.cdiv(width, BLOCK)
+        row = program // blocks
+        if tl.load(target + row).to(tl.int64) != ignore_index:
+            cols = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+            place = grad + row * width + cols
+            g = tl.load(place, mask=cols < width, other=0.0).to(tl.float32)
+            tl.store(place, (g * factor).to(grad.dtype.element_ty), mask=cols < width)
