@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -34,8 +35,14 @@ def floating(name: str, value: object) -> Tensor:
 
 
 def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit in a float, got an integer of {value.bit_length()} bits") from None
 
 
 def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
@@ -45,6 +52,8 @@ def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return
     if not minimum <= value <= maximum:
+        if minimum == -math.inf:
+            raise ValueError(f"{name} must not be NaN, got {value}")
         bounds = f"at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
@@ -55,7 +64,9 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
     if values.device != device:
         raise ValueError(f"{name} must be on the target's device {device}, got {values.device}")
     if values.dim() == 0 or values.shape[:-1] != shape:
-        raise ValueError(f"{name} must be [*, V] with leading shape {list(shape)}, got {list(values.shape)}")
+        raise ValueError(
+            f"{name} must be [*, V] with leading shape {list(shape)}, got {list(values.shape)}: target has the leading shape"
+        )
     if values.stride(-1) != 1 and values.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}: "
@@ -63,8 +74,10 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
         )
     if given.softcap is not None:
         number(f"softcap of {name}", given.softcap)
-        if not 0 < given.softcap < math.inf:
-            raise ValueError(f"softcap of {name} must be positive and finite, got {given.softcap}")
+        if not 2.0**-126 <= given.softcap <= 2.0**126:  # float32 must hold it and its inverse
+            raise ValueError(
+                f"softcap of {name} must be positive and finite, got {given.softcap}: float32 has to hold it and its inverse"
+            )
     if type(given.scale) is not float:
         scale(f"scale of {name}", given.scale, shape, device)
 
@@ -83,7 +96,8 @@ def scale(name: str, value: object, shape: torch.Size, device: torch.device) -> 
 def classes(value: object) -> Tensor:
     tensor = plain_tensor("target", value)
     if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must be int32 or int64, got {tensor.dtype}")
+        hint = ": class probabilities are not supported" if tensor.is_floating_point() else ""
+        raise TypeError(f"target must be int32 or int64, got {tensor.dtype}{hint}")
     return tensor
 
 
@@ -108,7 +122,7 @@ def common_width(widths: list[tuple[str, int]], vocab_size: int | None) -> int:
     else:
         integer("vocab_size", vocab_size)
     if vocab_size < 1:
-        raise ValueError(f"there must be at least one class, got {vocab_size}")
+        raise ValueError(f"vocab_size: there must be at least one class, got {vocab_size}")
     for name, width in widths:
         if vocab_size > width:
             raise ValueError(f"vocab_size must be at most the width of {name}, {width}, got {vocab_size}")

@@ -157,10 +157,10 @@ class _Call(NamedTuple):
         return self.base_softcap, self.aux_softcap, self.ignore_index, self.vocab_size
 
     def requires_grad(self) -> bool:
-        if not torch.is_grad_enabled():
-            return False
         if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
             return True
+        if not torch.is_grad_enabled():
+            return False
         return any(isinstance(t, Tensor) and t.requires_grad for t in self.differentiable())
 
     def has_half_gradient(self) -> bool:
@@ -314,8 +314,9 @@ def _detached(stats: LogitStats) -> LogitStats:
 
 def _row_scan(call: _Call, weight: Tensor | None, wanted: int) -> dict[str, Tensor]:
     if call.requires_grad():
-        call = call.with_tensor_scales()
-        fields = _RowScan.apply(*call.differentiable(), call.target, weight, call.constants(), wanted, call.backend)
+        sources = _distinct(call.with_tensor_scales().differentiable())
+        small = (_saveable(call.target), _saveable(weight))
+        fields = _RowScan.apply(*sources, *small, call.constants(), wanted, call.backend)
         return dict(zip(ops.fields_in(wanted), fields, strict=True))
     return ops.named_fields(wanted, ops.cross_entropy_scan(*_op_args(call, weight), wanted, call.backend))[0]
 
@@ -331,7 +332,7 @@ def _loss_from_rows(call, weight, label_smoothing, z_loss, reduction, normalizer
     if weight is not None:
         kept = ~ops.is_ignored(call.target, call.ignore_index)
         classes = call.target.long().masked_fill(~kept, 0).clamp(0, call.vocab_size - 1)
-        w_y = weight.to(loss.dtype)[classes] * kept
+        w_y = torch.where(kept, weight.to(loss.dtype)[classes], 0.0)  # an ignored row's class may have any weight
         loss = loss * w_y
     if label_smoothing:
         total = call.vocab_size if weight is None else weight.sum(dtype=loss.dtype)
@@ -368,12 +369,34 @@ def _needs_mask(needs: tuple[bool, ...]) -> int:
     return sum(1 << i for i, need in enumerate(needs) if need)
 
 
+def _distinct(sources: tuple) -> tuple:
+    """While torch.compile traces, which refuses one tensor as two arguments, the second one as a view of itself."""
+    if not torch.compiler.is_compiling():
+        return sources
+    seen: list[Tensor] = []
+    for source in sources:
+        again = isinstance(source, Tensor) and any(source is other for other in seen)
+        seen.append(source.view_as(source) if again else source)
+    return tuple(seen)
+
+
+def _saveable(tensor: Tensor | None) -> Tensor | None:
+    """A small tensor in a form that autograd can save, also if it was made in inference mode."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
 class _DelayedError(torch.autograd.Function):
-    """Passes gradients through; differentiating them again raises instead of silently dropping a term."""
+    """Passes gradients through; differentiating them again raises instead of silently dropping a term.
+
+    Takes the gradients and then, as edges of the graph, the tensors that they depend on: without those, a second
+    differentiation with respect to such a tensor would not come through here.
+    """
 
     @staticmethod
-    def forward(ctx, *grads):
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx, num_grads, *tensors):
+        return tuple(g.view_as(g) for g in tensors[:num_grads])
 
     @staticmethod
     def backward(ctx, *_):
@@ -382,11 +405,13 @@ class _DelayedError(torch.autograd.Function):
         )
 
 
-def _once(grads: list[Tensor | None]) -> list[Tensor | None]:
+def _once(grads: list[Tensor | None], depend_on: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """With create_graph=True, make a second differentiation of these gradients an error."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grads
-    given = iter(_DelayedError.apply(*(g.detach().requires_grad_() for g in grads if g is not None)))
+    there = [g.detach() for g in grads if g is not None]
+    edges = [t for t in depend_on if t is not None and t.requires_grad]
+    given = iter(_DelayedError.apply(len(there), *there, *edges) if there else ())
     return [None if g is None else next(given) for g in grads]
 
 
@@ -433,7 +458,7 @@ class _RowScan(torch.autograd.Function):
                 ctx.backend,
             )
             grads = _grads_by_input(made, needs, (args[4], args[5]))
-        return (*_once(grads), None, None, None, None, None)
+        return (*_once(grads, (args[0], args[1], args[4], args[5], *upstream)), None, None, None, None, None)
 
 
 def _coefficients(given: dict[str, Tensor | None], mean_sum, mean_base) -> list[Tensor | None]:
@@ -460,12 +485,20 @@ def _coefficients(given: dict[str, Tensor | None], mean_sum, mean_base) -> list[
 def _loss_in_one_pass(call, weight, label_smoothing, z_loss, reduction, normalizer, wanted):
     options = (normalizer, float(label_smoothing), float(z_loss), reduction == "mean", wanted)
     if call.requires_grad():
+        sources = _distinct(call.differentiable())
         loss, *fields = _OnePass.apply(
-            *call.differentiable(), call.target, weight, call.constants(), *options, call.backend
+            *sources, _saveable(call.target), weight, call.constants(), *options, call.backend, *_anchors(sources)
         )
     else:
         loss, *fields = ops.cross_entropy_loss(*_op_args(call, weight), *options, 0, call.backend)
     return loss, ops.named_fields(wanted, fields)[0] if wanted else {}
+
+
+def _anchors(sources: tuple) -> list[Tensor]:
+    """Empty tensors that depend on the sources: edges for `_once`, where saving the sources would keep their memory."""
+    if torch.compiler.is_compiling():
+        return []
+    return [t[..., None][:0].clone() for t in sources if isinstance(t, Tensor) and t.requires_grad]
 
 
 class _OnePass(torch.autograd.Function):
@@ -473,14 +506,29 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, base, aux, base_scale, aux_scale, target, weight, constants, normalizer, eps, z_loss, mean, wanted, backend
+        ctx,
+        base,
+        aux,
+        base_scale,
+        aux_scale,
+        target,
+        weight,
+        constants,
+        normalizer,
+        eps,
+        z_loss,
+        mean,
+        wanted,
+        backend,
+        *anchors,
     ):
         needs = ctx.needs_input_grad[:4]
         args = (base, aux, target, weight, base_scale, aux_scale, *constants)
         loss, *rest = ops.cross_entropy_loss(*args, normalizer, eps, z_loss, mean, wanted, _needs_mask(needs), backend)
         num_grads = sum(needs)
         fields, grads = rest[: len(rest) - num_grads], rest[len(rest) - num_grads :]
-        ctx.save_for_backward(target, *grads)
+        ctx.save_for_backward(target, *anchors, *grads)
+        ctx.num_anchors = len(anchors)
         ctx.sums_scale = [isinstance(scale, Tensor) and scale.dim() == 0 for scale in (base_scale, aux_scale)]
         ctx.ignore_index, ctx.backend, ctx.handed_out = constants[2], backend, False
         ctx.mark_non_differentiable(*fields)
@@ -491,11 +539,12 @@ class _OnePass(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             if ctx.handed_out:
                 raise RuntimeError(
-                    "the gradient of aux_cross_entropy was made in the forward pass and has been handed out: pass "
-                    "recompute=True to go backward a second time"
+                    "the gradient of aux_cross_entropy was made in the forward pass and has been handed out in a first "
+                    "backward: pass recompute=True to go backward again"
                 )
             ctx.handed_out = True
-        target, *grads = ctx.saved_tensors
+        target, *saved = ctx.saved_tensors
+        anchors, grads = saved[: ctx.num_anchors], saved[ctx.num_anchors :]
         needs = ctx.needs_input_grad[:4]
         remaining = iter(grads)
         spread = [next(remaining) if need else None for need in needs]
@@ -503,11 +552,11 @@ class _OnePass(torch.autograd.Function):
             if grad is None:
                 continue
             if i < 2:
-                spread[i] = _rescaled(grad, upstream, target, ctx.ignore_index, ctx.backend)
+                spread[i] = _rescaled(grad, upstream.detach(), target, ctx.ignore_index, ctx.backend)
             else:
-                per_row = (grad * upstream).masked_fill(ops.is_ignored(target, ctx.ignore_index), 0.0)
+                per_row = (grad * upstream.detach()).masked_fill(ops.is_ignored(target, ctx.ignore_index), 0.0)
                 spread[i] = per_row.sum() if ctx.sums_scale[i - 2] else per_row
-        return (*_once(spread), *([None] * 9))
+        return (*_once(spread, (*anchors, upstream)), *([None] * (9 + ctx.num_anchors)))
 
 
 def _rescaled(grad: Tensor, upstream: Tensor, target: Tensor, ignore_index: int, backend: str) -> Tensor:

@@ -44,7 +44,11 @@ def sum_sources(sources: list[Logits], compute_dtype: torch.dtype, vocab_size: i
 
     ignored   bool [*]: rows whose gradients are exactly zero, whatever the rows hold. None: no such row.
     """
-    args = [part for source in sources for part in (source.values, source.scale)]
+    args = []
+    for part in (part for source in sources for part in (source.values, source.scale)):
+        # torch.compile refuses one tensor as two arguments of a function
+        again = torch.compiler.is_compiling() and isinstance(part, Tensor) and any(part is other for other in args)
+        args.append(part.view_as(part) if again else part)
     softcaps = tuple(source.softcap for source in sources)
     return _SumSources.apply(compute_dtype, vocab_size, ignored, softcaps, *args)
 
@@ -67,9 +71,15 @@ class _SumSources(torch.autograd.Function):
                 z = softcap * torch.tanh(z / softcap)
             z = z * row_scale(scale, compute_dtype)
             total = z if total is None else total.add_(z)
-        tensors = [part if isinstance(part, Tensor) else None for part in args]
-        ctx.save_for_backward(ignored, *tensors)
+        # values are read again only for the slope of a softcap and the gradient of a scale
+        needs = ctx.needs_input_grad[4:]
+        tensors = list(args)
+        for i, softcap in enumerate(softcaps):
+            if not needs[2 * i + 1] and (softcap is None or not needs[2 * i]):
+                tensors[2 * i] = None
+        ctx.save_for_backward(ignored, *(part if isinstance(part, Tensor) else None for part in tensors))
         ctx.numbers = tuple(None if isinstance(part, Tensor) else part for part in args)
+        ctx.layouts = tuple((value.shape[-1], value.dtype) for value in values)
         ctx.softcaps, ctx.vocab_size, ctx.compute_dtype = softcaps, vocab_size, compute_dtype
         return total
 
@@ -82,24 +92,31 @@ class _SumSources(torch.autograd.Function):
             needs_value, needs_scale = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
             value, scale = parts[2 * i], parts[2 * i + 1]
             z = None
-            if softcap is not None or needs_scale:
+            if value is not None:
                 z = value[..., : ctx.vocab_size].to(ctx.compute_dtype)
-            bent = None if softcap is None else torch.tanh(z / softcap)
+            bent = None if softcap is None or z is None else torch.tanh(z / softcap)
             grads += [
-                _value_grad(grad, value, scale, bent, ignored) if needs_value else None,
+                _value_grad(grad, *ctx.layouts[i], scale, bent, ignored) if needs_value else None,
                 _scale_grad(grad, scale, z if bent is None else softcap * bent, ignored) if needs_scale else None,
             ]
         return (None, None, None, None, *grads)
 
 
-def _value_grad(grad: Tensor, value: Tensor, scale: float | Tensor, bent: Tensor | None, ignored: Tensor | None):
+def _value_grad(
+    grad: Tensor,
+    width: int,
+    dtype: torch.dtype,
+    scale: float | Tensor,
+    bent: Tensor | None,
+    ignored: Tensor | None,
+):
     g = grad * row_scale(scale, grad.dtype)
     if bent is not None:
         g = g * (1 - bent * bent)
     if ignored is not None:
         g = g.masked_fill(ignored.unsqueeze(-1), 0.0)
-    tail = value.shape[-1] - grad.shape[-1]
-    g = g.to(value.dtype)
+    tail = width - grad.shape[-1]
+    g = g.to(dtype)
     return torch.nn.functional.pad(g, (0, tail)) if tail else g
 
 

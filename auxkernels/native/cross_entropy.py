@@ -53,7 +53,7 @@ class _Call:
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         self.alive.append(tensor)
-        return tensor.data_ptr()
+        return _address(tensor)
 
     def _converted_pointer(self, tensor: Tensor) -> int:
         """Of a tensor in the compute dtype; a conversion that changes nothing still costs half a microsecond."""
@@ -66,7 +66,7 @@ class _Call:
         scale_pointer = scale_stride = 0
         if isinstance(scale, Tensor):
             scale_pointer, scale_stride = self._converted_pointer(scale), int(scale.dim() > 0)
-        return (values.data_ptr(), code, width, *rows, scale_pointer, scale_stride)
+        return (_address(values), code, width, *rows, scale_pointer, scale_stride)
 
     def row_pointer(self, name: str, values: Tensor | None) -> int:
         """A [*] tensor of the compute dtype, contiguous."""
@@ -83,6 +83,14 @@ class _Call:
             row, value = map(int, str(error).split())
             message = in_range_message(self.shape, row, value, self.vocab_size, self.ignore_index)
             raise IndexError(message) from None
+
+
+def _address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        # the compiled module would take it for an argument that was not given
+        raise TypeError(f"tensors must have memory of their own, got one of type {type(tensor).__name__} without")
+    return address
 
 
 def _numbers(scale: float | Tensor | None, softcap: float | None) -> tuple[float, float]:
@@ -196,7 +204,7 @@ def backward(
 
 def rescale_(grad: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> None:
     """grad [*, V] *= factor (0-d) in place, but for ignored rows, which stay +0.0."""
-    factor = float(factor)
+    factor = float(factor.detach())
     if factor == 1.0:
         return
     target = target.contiguous()

@@ -249,8 +249,8 @@ def cross_entropy_segment_kernel(
     program = tl.program_id(0)
     row, start, stop, _ = place_of(program, V, SEGMENT, True)
     y, ignored, _ = read_target(target, row, ignore_index, V)
+    base, aux = at_row(base, row), at_row(aux, row)
     if not ignored:
-        base, aux = at_row(base, row), at_row(aux, row)
         state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
         store_state(floats, ints, program.to(tl.int64), state)
 

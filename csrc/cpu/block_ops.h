@@ -59,7 +59,7 @@ struct BlockOps {
   // out = e * factor + S w, element `y` (if in the block) replaced by `y_value`; `stream`: past the caches
   void (*store_scaled)(const C* e, C factor, C S, const C* w, int64_t n, int64_t y, C y_value, DType, void* out,
                        bool stream);
-  // ds and, unless null, the base's own ds_b = ds + D p + Q_b q of the backward form, without the terms at v = y
+  // ds, and the base's own ds_b = ds + D p + Q_b q, of the backward form, without the terms at v = y
   void (*backward)(const C* s, const C* z_b, const C* w, const RowCoefficients<C>&, int64_t n, C* ds, C* ds_b);
   // out = scale * softcap' * ds (out null: not wanted); returns sum_v ds softcap(values) if `wants_dscale`
   C (*finish)(const SourceBlock<C>&, const C* ds, int64_t n, bool wants_dscale, void* out, bool stream);

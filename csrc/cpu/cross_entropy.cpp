@@ -78,13 +78,15 @@ std::vector<Buffers<C>> make_buffers(const Problem& p, int threads, bool keeps_r
 }
 
 // Scans every row and calls finish(n, row state, blocks, buffers) for each that is not ignored, ignored(n) for the others.
-// Returns through finish_blocks(n, k, row state, block, buffers), called afterwards for every block of every scanned row.
+// finish_block(n, k, row state, block maximum, exponentials, buffers) comes afterwards for every block of a scanned row; the
+// exponentials exp(s - block maximum) only with keeps_row, from the scan or, where rows are split, from scanning again.
 //
 // Rows are independent, so threads take rows. Few long rows (decode) are cut instead, into the blocks that a row is scanned
 // in anyway: the same partial sums, merged in the same order, so the same bits.
 template <class C, class Ignored, class Finish, class FinishBlock>
 void for_each_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_row, const Ignored& ignored,
                   const Finish& finish, const FinishBlock& finish_block) {
+  const FlushSubnormals flush;  // in every part alike, or the bits of a tiny loss would depend on how rows are shared out
   const Problem& p = kernel.p;
   const int threads = kernel.useful_threads();
   const int64_t num_blocks = kernel.num_blocks;
@@ -184,7 +186,9 @@ template <class C>
 double loss(const Problem& p, const LossOptions& options, const Outputs& out, int64_t num_kept) {
   const Kernel<C> kernel(p);
   const double eps = options.label_smoothing, z_loss = options.z_loss, V = static_cast<double>(p.V);
+  // another thread may write the targets while they are read: what was checked is checked again where it is an index
   const auto weight_at = [&](int64_t v) {
+    if (static_cast<uint64_t>(v) >= static_cast<uint64_t>(p.V)) return std::numeric_limits<double>::quiet_NaN();
     return p.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const C*>(p.weight)[v]);
   };
   double total_weight = 0;
@@ -211,7 +215,7 @@ double loss(const Problem& p, const LossOptions& options, const Outputs& out, in
     typename Kernel<C>::Gradient g;
     const double lse = row.max + row.log_denom();
     const double G = (1 - eps) * weight_at(kernel.target(n)) / divisor;
-    g.A = (eps / V * total_weight + 2 * z_loss * lse) / divisor;
+    if (eps > 0 || z_loss > 0) g.A = (eps / V * total_weight + 2 * z_loss * lse) / divisor;
     g.row.p_factor = static_cast<C>(g.A + G);
     g.row.S = static_cast<C>(-eps / V / divisor);
     g.row.max = static_cast<C>(row.max);

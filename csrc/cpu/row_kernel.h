@@ -106,7 +106,7 @@ class Kernel {
     return {base_max, base_max};
   }
 
-  // Scans one block. `s` receives exp(s - block maximum), 0 at the target's column, if `wants` is only the plain sum.
+  // Scans one block. `s` receives exp(s - block maximum), 0 at the target's column.
   BlockState scan_block(int64_t n, int64_t k, const ScanWants& wants, C* s, C* z_b, RowState* row) const {
     const int64_t size = this->size(k), y = target(n) - k * kBlock;
     const auto [max, base_max] = load(n, k, s, wants.base ? z_b : nullptr);

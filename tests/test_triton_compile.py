@@ -1,0 +1,235 @@
+"""Every Triton kernel compiles ahead of time for each architecture: no spills, 128-bit loads, one program for any N.
+
+No GPU is needed: a driver that only names a target lets the launchers run as far as the compiler, on tensors without
+memory, so what is compiled here is what a launch on that device would compile.
+"""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from auxkernels import ops
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiled kernels and interpreted ones exclude each other", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from auxkernels.triton import cross_entropy, launch  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MULTIPROCESSORS = 132
+SHARED_LIMIT = 48 * 1024  # bytes that every one of them gives a block without being asked
+LLAMA, GPT2, QWEN, SMALL = 128256, 50257, 151936, 32000
+
+
+class NamesATarget:
+    """As much of a driver as compiling takes."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_device(self):
+        return f"no device, {self.target.arch}"
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function of (target name, call): the kernels that the call would launch there, in their order."""
+    made = []
+
+    def warm_up(kernel, num_programs, *args, **options):
+        if num_programs:
+            made.append(kernel.warmup(*args, grid=(num_programs,), **options, enable_fp_fusion=False))
+
+    def kernels_of(name, call):
+        target = TARGETS[name]
+        triton.runtime.driver.set_active(NamesATarget(target))
+        device = launch.Device(target.backend, MULTIPROCESSORS, target.warp_size)
+        monkeypatch.setattr(launch, "device_of", lambda _: device)
+        made.clear()
+        call.run()
+        return list(made)
+
+    monkeypatch.setattr(launch, "run", warm_up)
+    monkeypatch.setattr(launch, "check_device", lambda _: None)
+    before = dict(vars(triton.runtime.driver))  # its own reset looks for a GPU
+    yield kernels_of
+    vars(triton.runtime.driver).update(before)
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@dataclass
+class Call:
+    """One call of an operator, on tensors without memory."""
+
+    op: str
+    dtypes: tuple = (torch.bfloat16, torch.bfloat16)
+    vocab_size: int = LLAMA
+    rows: int = 8192
+    needs: int = ops.NEEDS_AUX
+    wanted: tuple = ()
+    coefficients: str = "G"
+    options: dict = field(default_factory=dict)
+    bent: bool = False
+    weighted: bool = False
+
+    def sources(self):
+        base, aux = (empty(self.rows, self.vocab_size, dtype=dtype) for dtype in self.dtypes)
+        scales = (empty(), empty(self.rows)) if self.bent else (None, None)
+        weight = empty(self.vocab_size) if self.weighted else None
+        softcaps = (30.0, 5.0) if self.bent else (None, None)
+        return (base, aux, empty(self.rows, dtype=torch.int64), weight, *scales, *softcaps, -100, self.vocab_size)
+
+    def run(self):
+        mask, row = ops.mask_of(*self.wanted), empty(self.rows)
+        if self.op == "scan":
+            cross_entropy.scan(*self.sources(), mask)
+        elif self.op == "loss":
+            terms = (self.options.get("normalizer"), self.options.get("label_smoothing", 0.0))
+            cross_entropy.loss(*self.sources(), *terms, self.options.get("z_loss", 0.0), True, mask, self.needs)
+        elif self.op == "backward":
+            k = [row if name in self.coefficients.split() else None for name in ops.COEFFICIENTS]
+            cross_entropy.backward(*self.sources(), *[row] * 5, k, self.needs)
+        else:
+            grad, target = empty(self.rows, self.vocab_size, dtype=self.dtypes[0]), empty(self.rows, dtype=torch.int64)
+            cross_entropy.rescale_(grad, empty(), target, -100)
+
+
+STATISTICS = ("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax")
+EVERYTHING = {"normalizer": empty(dtype=torch.float64), "label_smoothing": 0.1, "z_loss": 1e-4}
+BOTH, ALL = ops.NEEDS_BASE | ops.NEEDS_AUX, 15
+HALF, FULL = (torch.float16, torch.float16), (torch.float32, torch.float32)
+CALLS = {
+    "plain": Call("loss"),
+    "plain-float32-odd": Call("loss", FULL, GPT2, 100, BOTH),
+    "plain-odd": Call("loss", HALF, GPT2, 100),
+    "forward": Call("loss", vocab_size=SMALL, needs=0),
+    "statistics": Call("loss", vocab_size=SMALL, wanted=STATISTICS),
+    "statistics-float32": Call("scan", FULL, QWEN, wanted=STATISTICS),
+    "smoothing-odd": Call("loss", HALF, GPT2, needs=BOTH, options={"label_smoothing": 0.1}, weighted=True),
+    "everything": Call(
+        "loss", (torch.bfloat16, torch.float32), QWEN, 8192, ALL, ops.FIELDS, "", EVERYTHING, True, True
+    ),
+    "split": Call("loss", rows=4, needs=BOTH, wanted=STATISTICS),
+    "tiny": Call("loss", FULL, 1000, 64),
+    "backward": Call("backward"),
+    "backward-everything": Call(
+        "backward", HALF, GPT2, needs=ALL, coefficients=" ".join(ops.COEFFICIENTS), bent=True, weighted=True
+    ),
+    "backward-statistics": Call("backward", FULL, SMALL, needs=BOTH, coefficients="A C D G Q_b B_b"),
+    "rescale": Call("rescale"),
+}
+# rows that begin at a multiple of 16 bytes, and those that do not, where a wide load would be an error
+ALIGNED = {"plain", "forward", "statistics", "statistics-float32", "split", "backward", "rescale"}
+ODD = {"plain-float32-odd", "plain-odd"}
+# every call for Hopper; elsewhere those that have spilled there, or whose instructions are others
+ELSEWHERE = ("plain", "plain-odd", "statistics", "everything", "split", "backward-everything", "rescale")
+
+
+def covering():
+    return [(target, call) for target in TARGETS for call in CALLS if target == "sm_90" or call in ELSEWHERE]
+
+
+# -- what the compilers say --------------------------------------------------------------------------------------------
+
+
+def nvidia_spills(kernel, tmp_path):
+    """Bytes of stack and local memory: what a cubin keeps of registers that were spilled."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"\b{name}:(\d+)", said)[1]) for name in ("STACK", "LOCAL")}
+
+
+def amd_spills(kernel):
+    said = kernel.asm["amdgcn"]
+    names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return {name: int(re.search(rf"\.{name}:\s+(\d+)", said)[1]) for name in names}
+
+
+def wide_loads(kernel):
+    """Loads of more than one element from global memory."""
+    if "ptx" in kernel.asm:
+        return re.findall(r"ld\.global[\w.:]*\.v[248]\.\w+", kernel.asm["ptx"])
+    return re.findall(r"(?:global|buffer|flat)_load_dwordx?[248]?\b", kernel.asm["amdgcn"])
+
+
+@pytest.mark.parametrize("target, name", covering())
+def test_kernels_compile_without_spills(compiled, tmp_path, target, name):
+    kernels = compiled(target, CALLS[name])
+    assert kernels
+    for kernel in kernels:
+        spills = nvidia_spills(kernel, tmp_path) if "cubin" in kernel.asm else amd_spills(kernel)
+        assert not any(spills.values()), f"{kernel.metadata.name} spills {spills}"
+        assert kernel.metadata.shared <= SHARED_LIMIT
+        assert not kernel.metadata.enable_fp_fusion
+
+
+@pytest.mark.parametrize("name", sorted(ALIGNED | ODD))
+def test_aligned_rows_are_read_128_bits_at_a_time_and_others_element_by_element(compiled, name):
+    kernels = compiled("sm_90", CALLS[name])
+    over_rows = [k for k in kernels if re.search("fwd|bwd|segment|rescale", k.metadata.name)]
+    for kernel in over_rows:
+        # the programs of a split row read states, not columns, before they write gradients
+        wide = {load.split(".")[-2] for load in wide_loads(kernel)}
+        assert wide == ({"v4"} if name in ALIGNED else set()), kernel.metadata.name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_float_is_added_atomically(compiled, target):
+    for kernel in compiled(target, CALLS["split"]):
+        text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+        assert not re.search(r"\batom|\bred\.|_atomic_", text), kernel.metadata.name
+
+
+def test_rows_ignore_index_and_numbers_start_no_compilation(compiled):
+    """A kernel for each would stop a training loop for seconds whenever a batch has another size."""
+    first = compiled("sm_90", Call("loss", vocab_size=SMALL, wanted=STATISTICS, options={"z_loss": 1e-4}))
+    for rows in (4097, 8191, 100_000):
+        call = Call("loss", vocab_size=SMALL, rows=rows, wanted=STATISTICS, options={"z_loss": 0.5})
+        again = compiled("sm_90", call)
+        assert [id(kernel) for kernel in again] == [id(kernel) for kernel in first], rows
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1, 16, -100, 2**40])
+def test_ignore_index_starts_no_compilation(compiled, ignore_index):
+    class Other(Call):
+        def sources(self):
+            *sources, _, vocab_size = super().sources()
+            return (*sources, ignore_index, vocab_size)
+
+    first = compiled("sm_90", Call("loss", vocab_size=SMALL))
+    again = compiled("sm_90", Other("loss", vocab_size=SMALL))
+    assert [id(kernel) for kernel in again] == [id(kernel) for kernel in first]
+
+
+def test_a_wide_row_leaves_registers_for_a_whole_multiprocessor(compiled):
+    """512 threads of at most 128 registers: one row in flight on each, whose second read is to come from L2."""
+    (kernel,) = (k for k in compiled("sm_90", CALLS["plain"]) if "fwd" in k.metadata.name)
+    assert kernel.metadata.num_warps == 16
+    assert kernel.metadata.maxnreg == 128
