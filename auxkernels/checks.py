@@ -65,7 +65,8 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
         raise ValueError(f"{name} must be on the target's device {device}, got {values.device}")
     if values.dim() == 0 or values.shape[:-1] != shape:
         raise ValueError(
-            f"{name} must be [*, V] with leading shape {list(shape)}, got {list(values.shape)}: target has the leading shape"
+            f"{name} must be [*, V] with leading shape {list(shape)}, got {list(values.shape)}: "
+            "the leading shape is the target's"
         )
     if values.stride(-1) != 1 and values.shape[-1] > 1:
         raise ValueError(
@@ -76,7 +77,8 @@ def source(name: str, given: Logits, shape: torch.Size, device: torch.device) ->
         number(f"softcap of {name}", given.softcap)
         if not 2.0**-126 <= given.softcap <= 2.0**126:  # float32 must hold it and its inverse
             raise ValueError(
-                f"softcap of {name} must be positive and finite, got {given.softcap}: float32 has to hold it and its inverse"
+                f"softcap of {name} must be positive and finite, got {given.softcap}: "
+                "float32 has to hold it and its inverse"
             )
     if type(given.scale) is not float:
         scale(f"scale of {name}", given.scale, shape, device)

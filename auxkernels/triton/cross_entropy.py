@@ -24,8 +24,9 @@ from .cross_entropy_kernels import (
 )
 from .row_state import NUM_FLOATS, NUM_INTS
 
-COUNT_BLOCK = 1024
+REDUCE_BLOCK = 1024
 COUNTED_IN_PLACE = 2048  # up to here every row's program counts the kept rows itself, which saves a launch
+COUNT_BLOCK = 256
 RESCALE_BLOCK = 4096
 _PLAIN_FIELDS = ops.mask_of("max", "log_denom", "nll", "lse", "log_prob")
 _NO_GRADIENTS = Gradients(None, None, None, None)
@@ -163,7 +164,7 @@ def _divisor(call: _Call, normalizer: Tensor | None, mean: bool, has_gradient: b
         return None, BY_KEPT_ROWS
     divisor = values.new_empty((), dtype=torch.float64)
     args = (target, weight, ignore_index, V, call.num_rows, divisor)
-    launch.run(cross_entropy_divisor_kernel, 1, *args, BLOCK=COUNT_BLOCK)
+    launch.run(cross_entropy_divisor_kernel, 1, *args, BLOCK=REDUCE_BLOCK)
     return divisor, BY_NORMALIZER
 
 
@@ -207,7 +208,7 @@ def loss(
             *call.problem[2:],
             call.num_rows,
             DIVISOR=divisor,
-            BLOCK=COUNT_BLOCK,
+            BLOCK=REDUCE_BLOCK,
         )
     return [total, *fields, *grads]
 

@@ -86,7 +86,8 @@ std::vector<Buffers<C>> make_buffers(const Problem& p, int threads, bool keeps_r
 template <class C, class Ignored, class Finish, class FinishBlock>
 void for_each_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_row, const Ignored& ignored,
                   const Finish& finish, const FinishBlock& finish_block) {
-  const FlushSubnormals flush;  // in every part alike, or the bits of a tiny loss would depend on how rows are shared out
+  const FlushSubnormals
+      flush;  // in every part alike, or the bits of a tiny loss would depend on how rows are shared out
   const Problem& p = kernel.p;
   const int threads = kernel.useful_threads();
   const int64_t num_blocks = kernel.num_blocks;
