@@ -156,9 +156,10 @@ def load_weights(weight, first, mask, LANES: tl.constexpr, WIDTH: tl.constexpr, 
 def load_logits_at(base, aux, col):
     """(s, z_b) of one column; zeros for column -1."""
     z_base = logits_of(tl.load(base.ptr + col, mask=col >= 0, other=0.0), base).scaled
-    if aux.ptr is None:
-        return z_base, z_base
-    return z_base + logits_of(tl.load(aux.ptr + col, mask=col >= 0, other=0.0), aux).scaled, z_base
+    s = z_base
+    if aux.ptr is not None:
+        s += logits_of(tl.load(aux.ptr + col, mask=col >= 0, other=0.0), aux).scaled
+    return s, z_base
 
 
 @triton.jit

@@ -7,8 +7,8 @@
 
 namespace auxk {
 
-// Columns are processed in blocks of this size; the cut depends on nothing but V, so that a row's bits do not depend on how
-// the work was shared out. 4096 floats (16 KiB) and the sources' block together stay in a 48 KiB first-level cache.
+// Columns are processed in blocks of this size; the cut depends on nothing but V, so that a row's bits do not depend on
+// how the work was shared out. 4096 floats (16 KiB) and the sources' block together stay in a 48 KiB first-level cache.
 constexpr int64_t kBlock = 4096;
 
 template <class C>

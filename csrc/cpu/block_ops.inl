@@ -1,7 +1,7 @@
-// The body of every block loop. Included by block_ops.cpp once for each instruction set, inside a namespace of that name and
-// under that target; no include guard on purpose.
+// The body of every block loop. Included by block_ops.cpp once for each instruction set, inside a namespace of that
+// name and under that target; no include guard on purpose.
 
-// -- loads -------------------------------------------------------------------------------------------------------------
+// -- loads ----------------------------------------------------------------------------------------
 
 template <class C, bool kCapped>
 static AUXK_INLINE C transformed(C value, C scale, C softcap, C inverse_cap) {
@@ -98,7 +98,7 @@ static C load_sum(const SourceBlock<C>& base, const SourceBlock<C>& aux, int64_t
   return load_add(aux, n, s, s);
 }
 
-// -- sums --------------------------------------------------------------------------------------------------------------
+// -- sums -----------------------------------------------------------------------------------------
 
 // the reference point of a block: a block of -inf alone has none, and -inf - -inf would be NaN
 template <class C>
@@ -190,7 +190,7 @@ static C weighted_sum(const C* __restrict__ s, const C* __restrict__ w, C m, int
   return total;
 }
 
-// -- stores ------------------------------------------------------------------------------------------------------------
+// -- stores ---------------------------------------------------------------------------------------
 
 // A gradient is written once and read much later: past the caches it costs one transfer instead of two (no line is read
 // before it is overwritten). Whole lines only; the ragged ends go the ordinary way.
@@ -252,7 +252,7 @@ static void store_scaled(const C* e, C factor, C S, const C* w, int64_t n, int64
   })
 }
 
-// -- backward ----------------------------------------------------------------------------------------------------------
+// -- backward -------------------------------------------------------------------------------------
 
 template <class C>
 static void add_weights(C S, const C* __restrict__ w, int64_t n, C* __restrict__ d) {

@@ -31,9 +31,9 @@ int64_t first_bad_target(const Problem& p, int64_t* num_kept) {
 
 namespace {
 
-// Brings the pages of a large fresh output in, huge ones, by all threads, before the kernel writes it. Left to the kernel's
-// own page faults they would cost more than the kernel (100 MB: 35 ms small, 20 ms huge, where a store past the caches also
-// waits for the write-back of the line just zeroed; 7 ms this way).
+// Brings the pages of a large fresh output in, huge ones, by all threads, before the kernel writes it. Left to the
+// kernel's own page faults they would cost more than the kernel (100 MB: 35 ms small, 20 ms huge, where a store past
+// the caches also waits for the write-back of the line just zeroed; 7 ms this way).
 void bring_pages_in(void* begin, int64_t bytes, int threads) {
 #if defined(__linux__)
   constexpr int64_t kLarge = 4 << 20, kHugePage = 2 << 20, kPage = 4096;
@@ -77,12 +77,13 @@ std::vector<Buffers<C>> make_buffers(const Problem& p, int threads, bool keeps_r
   return buffers;
 }
 
-// Scans every row and calls finish(n, row state, blocks, buffers) for each that is not ignored, ignored(n) for the others.
-// finish_block(n, k, row state, block maximum, exponentials, buffers) comes afterwards for every block of a scanned row; the
-// exponentials exp(s - block maximum) only with keeps_row, from the scan or, where rows are split, from scanning again.
+// Scans every row and calls finish(n, row state, blocks, buffers) for each that is not ignored, ignored(n) for the
+// others. finish_block(n, k, row state, block maximum, exponentials, buffers) comes afterwards for every block of a
+// scanned row; the exponentials exp(s - block maximum) only with keeps_row, from the scan or, where rows are split,
+// from scanning again.
 //
-// Rows are independent, so threads take rows. Few long rows (decode) are cut instead, into the blocks that a row is scanned
-// in anyway: the same partial sums, merged in the same order, so the same bits.
+// Rows are independent, so threads take rows. Few long rows (decode) are cut instead, into the blocks that a row is
+// scanned in anyway: the same partial sums, merged in the same order, so the same bits.
 template <class C, class Ignored, class Finish, class FinishBlock>
 void for_each_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_row, const Ignored& ignored,
                   const Finish& finish, const FinishBlock& finish_block) {

@@ -1,4 +1,5 @@
-// Threads over independent tasks. OpenMP where the compiler has it; otherwise, in a forked child, or for one thread, a plain loop.
+// Threads over independent tasks. OpenMP where the compiler has it; otherwise, in a forked child, or for one thread, a
+// plain loop.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +19,17 @@ inline const pid_t loader_pid = getpid();
 
 inline bool in_forked_child() {
 #if defined(__unix__) || defined(__APPLE__)
-  // the OpenMP runtime's threads do not survive a fork, and entering it in a child hangs. whether the parent (or another
-  // library in it) had entered it is not ours to know: any process other than the one that loaded this module counts.
+  // the OpenMP runtime's threads do not survive a fork, and entering it in a child hangs. whether the parent (or
+  // another library in it) had entered it is not ours to know: any process other than the one that loaded this module
+  // counts.
   return getpid() != loader_pid;
 #else
   return false;
 #endif
 }
 
-// While it lives, results below the normal numbers are 0 in this thread. A peaked softmax is full of them, and each costs
-// a hundred cycles (a whole row was 1.6 times slower). The process's own setting comes back afterwards.
+// While it lives, results below the normal numbers are 0 in this thread. A peaked softmax is full of them, and each
+// costs a hundred cycles (a whole row was 1.6 times slower). The process's own setting comes back afterwards.
 class FlushSubnormals {
  public:
 #if defined(__SSE__)

@@ -1,4 +1,5 @@
-// The work on one row, and on one block of it: scan, merge, gradient. Which thread does what is decided in cross_entropy.cpp.
+// The work on one row, and on one block of it: scan, merge, gradient. Which thread does what is decided in
+// cross_entropy.cpp.
 #pragma once
 
 #include <algorithm>
@@ -237,7 +238,7 @@ class Kernel {
     return first;
   }
 
-  // -- gradients -------------------------------------------------------------------------------------------------------
+  // -- gradients ----------------------------------------------------------------------------------
 
   char* grad_row(void* grad, const Source& source, int64_t n) const {
     return static_cast<char*>(grad) + n * source.width * size_of(source.dtype);

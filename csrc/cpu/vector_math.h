@@ -1,5 +1,5 @@
-// Scalar building blocks of the block loops. Everything here is branch-free and inlined, so that a loop over it vectorises
-// for whatever instruction set the caller is compiled for.
+// Scalar building blocks of the block loops. Everything here is branch-free and inlined, so that a loop over it
+// vectorises for whatever instruction set the caller is compiled for.
 #pragma once
 
 #include <cmath>
@@ -74,8 +74,8 @@ AUXK_INLINE void narrow(float x, float16& out) {
 }
 AUXK_INLINE void narrow(double x, float16& out) { narrow(static_cast<float>(x), out); }
 
-// exp(x) for x <= 88, within 1 ulp and |x| / 2 ulp of 2^-24; below the normal numbers the result is exactly 0; NaN stays NaN.
-// 2^n * (1 + r + r^2 q(r)), q fitted to minimise the relative error on |r| <= ln(2)/2 (3e-9).
+// exp(x) for x <= 88, within 1 ulp and |x| / 2 ulp of 2^-24; below the normal numbers the result is exactly 0; NaN
+// stays NaN. 2^n * (1 + r + r^2 q(r)), q fitted to minimise the relative error on |r| <= ln(2)/2 (3e-9).
 AUXK_INLINE float exp_of(float x) {
   // 1.5 * 2^23 + 127: adding it leaves round(value) in the low mantissa bits, biased as an exponent is
   constexpr float kRound = 12583039.0f;
