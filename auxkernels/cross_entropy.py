@@ -161,14 +161,17 @@ class _Call(NamedTuple):
             return True
         if not torch.is_grad_enabled():
             return False
-        return any(isinstance(t, Tensor) and t.requires_grad for t in self.differentiable())
+        for source in (self.base, self.aux, self.base_scale, self.aux_scale):
+            if isinstance(source, Tensor) and source.requires_grad:
+                return True
+        return False
 
     def has_half_gradient(self) -> bool:
         # fp16 gradients made in the forward pass would underflow before the grad scaler's factor arrives
-        sources = (self.base, self.aux)
-        return torch.is_grad_enabled() and any(
-            t is not None and t.dtype == torch.float16 and t.requires_grad for t in sources
-        )
+        for source in (self.base, self.aux):
+            if source is not None and source.dtype == torch.float16 and source.requires_grad:
+                return torch.is_grad_enabled()
+        return False
 
 
 def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:

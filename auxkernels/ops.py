@@ -171,8 +171,12 @@ def _direct(args: tuple) -> bool:
         return False
     if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
         return False
-    for value in args:
-        if isinstance(value, Tensor) and (type(value) not in (Tensor, torch.nn.Parameter) or value.is_neg()):
+    for value in args[:6]:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_neg():
+                return False
+        elif isinstance(value, Tensor):
             return False
     return True
 

@@ -96,13 +96,16 @@ class Call:
     options: dict = field(default_factory=dict)
     bent: bool = False
     weighted: bool = False
+    alone: bool = False
 
     def sources(self):
         base, aux = (empty(self.rows, self.vocab_size, dtype=dtype) for dtype in self.dtypes)
+        aux = None if self.alone else aux
+        target = None if self.op == "scan" else empty(self.rows, dtype=torch.int64)
         scales = (empty(), empty(self.rows)) if self.bent else (None, None)
         weight = empty(self.vocab_size) if self.weighted else None
         softcaps = (30.0, 5.0) if self.bent else (None, None)
-        return (base, aux, empty(self.rows, dtype=torch.int64), weight, *scales, *softcaps, -100, self.vocab_size)
+        return (base, aux, target, weight, *scales, *softcaps, -100, self.vocab_size)
 
     def run(self):
         mask, row = ops.mask_of(*self.wanted), empty(self.rows)
@@ -129,7 +132,8 @@ CALLS = {
     "plain-odd": Call("loss", HALF, GPT2, 100),
     "forward": Call("loss", vocab_size=SMALL, needs=0),
     "statistics": Call("loss", vocab_size=SMALL, wanted=STATISTICS),
-    "statistics-float32": Call("scan", FULL, QWEN, wanted=STATISTICS),
+    "statistics-without-target": Call("scan", FULL, QWEN, wanted=("lse", "entropy", "kl_to_base", "argmax")),
+    "one-source": Call("loss", FULL, SMALL, needs=ops.NEEDS_BASE, alone=True),
     "smoothing-odd": Call("loss", HALF, GPT2, needs=BOTH, options={"label_smoothing": 0.1}, weighted=True),
     "everything": Call(
         "loss", (torch.bfloat16, torch.float32), QWEN, 8192, ALL, ops.FIELDS, "", EVERYTHING, True, True
@@ -144,7 +148,7 @@ CALLS = {
     "rescale": Call("rescale"),
 }
 # rows that begin at a multiple of 16 bytes, and those that do not, where a wide load would be an error
-ALIGNED = {"plain", "forward", "statistics", "statistics-float32", "split", "backward", "rescale"}
+ALIGNED = {"plain", "forward", "statistics", "statistics-without-target", "split", "backward", "rescale"}
 ODD = {"plain-float32-odd", "plain-odd"}
 # every call for Hopper; elsewhere those that have spilled there, or whose instructions are others
 ELSEWHERE = ("plain", "plain-odd", "statistics", "everything", "split", "backward-everything", "rescale")

@@ -165,12 +165,14 @@ def load_logits_at(base, aux, col):
 @triton.jit
 def read_target(target, row, ignore_index, V):
     """(column, or -1 where there is none; whether the row is ignored; whether its target names no class)."""
-    if target is None:
-        return -1, False, False
-    y = tl.load(target + row).to(tl.int64)
-    in_range = (y >= 0) & (y < V)  # in 64 bits: 2**32 + 5 is not class 5
-    is_ignored = y == ignore_index
-    return tl.where(in_range, y, -1).to(tl.int32), is_ignored, (in_range | is_ignored) == 0
+    col, is_ignored, is_poisoned = -1, False, False
+    if target is not None:
+        y = tl.load(target + row).to(tl.int64)
+        in_range = (y >= 0) & (y < V)  # in 64 bits: 2**32 + 5 is not class 5
+        is_ignored = y == ignore_index
+        is_poisoned = (in_range | is_ignored) == 0
+        col = tl.where(in_range, y, -1).to(tl.int32)
+    return col, is_ignored, is_poisoned
 
 
 # -- scan --------------------------------------------------------------------------------------------------------------

@@ -220,12 +220,12 @@ def cross_entropy_reduce_kernel(
 @triton.jit
 def place_of(program, V, SEGMENT: tl.constexpr, SPLIT: tl.constexpr):
     """(row, first column, one past the last, number of segments) of a program; rows in 64 bits."""
-    program = program.to(tl.int64)
-    if not SPLIT:
-        return program, 0, V, 1
-    num_segments = tl.cdiv(V, SEGMENT)
-    start = (program % num_segments).to(tl.int32) * SEGMENT
-    return program // num_segments, start, tl.minimum(start + SEGMENT, V), num_segments
+    row, start, stop, num_segments = program.to(tl.int64), 0, V, 1
+    if SPLIT:
+        num_segments = tl.cdiv(V, SEGMENT)
+        start = (row % num_segments).to(tl.int32) * SEGMENT
+        row, stop = row // num_segments, tl.minimum(start + SEGMENT, V)
+    return row, start, stop, num_segments
 
 
 @triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["weight"])
