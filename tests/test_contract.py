@@ -158,7 +158,8 @@ def test_vocab_size_may_not_pass_a_sources_width(arguments, impl):
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_there_must_be_at_least_one_class(arguments, impl, size):
-    refuses(ValueError, f"vocab_size: there must be at least one class, got {size}", arguments.call, impl, vocab_size=size)
+    message = f"vocab_size: there must be at least one class, got {size}"
+    refuses(ValueError, message, arguments.call, impl, vocab_size=size)
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])

@@ -123,6 +123,16 @@ def before(first, stop, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.const
 
 
 @triton.jit
+def places(ptr, first, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Pointers to the columns of a tile."""
+    pointers = ptr + first + within(LANES, WIDTH, EVEN)
+    if not EVEN:
+        # rows may be aligned although V is not: wide loads would give a thread several lanes, and no register is left
+        pointers = tl.multiple_of(pointers, (1, 1))
+    return pointers
+
+
+@triton.jit
 def load_tiles(
     source,
     first,
@@ -139,17 +149,9 @@ def load_tiles(
         for i in tl.static_range(ROWS):
             at = first + i * (LANES * WIDTH)
             mask = before(at, stop, LANES, WIDTH, EVEN)
-            place = source.ptr + at + within(LANES, WIDTH, EVEN)
+            place = places(source.ptr, at, LANES, WIDTH, EVEN)
             tiles += (tl.load(place, mask=mask, other=0.0, eviction_policy=EVICT),)
     return tiles
-
-
-@triton.jit
-def load_weights(weight, first, mask, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    # known as aligned only where the logits are: a wider load than theirs would cost a trip through shared memory
-    if EVEN:
-        weight = tl.multiple_of(weight, 16)
-    return tl.load(weight + first + within(LANES, WIDTH, EVEN), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -204,7 +206,7 @@ def scan_segment(
             s = z_base if aux.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
             w = None
             if weight is not None and lanes.weight is not None:
-                w = load_weights(weight, first, in_row, LANES, WIDTH, EVEN)
+                w = tl.load(places(weight, first, LANES, WIDTH, EVEN), mask=in_row, other=0.0)
             lanes = absorb(lanes, s, z_base, w, first, in_row, within(LANES, WIDTH, EVEN) == y - first, EVEN)
             first += LANES * WIDTH
     return collapse(lanes)
@@ -275,14 +277,15 @@ def gradient_of_sum(s, z_base, w, at_y, soft, k):
 
 
 @triton.jit
-def store_gradient(ptr, cols, mask, dz, source, slope):
+def store_gradient(ptr, first, mask, dz, source, slope, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     if ptr is not None:
         if source.scale is not None:
             dz = dz * source.scale
         if slope is not None:
             dz = dz * slope
         # streamed past the rows that wait in L2 for their second read
-        tl.store(ptr + cols, dz.to(ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+        place = places(ptr, first, LANES, WIDTH, EVEN)
+        tl.store(place, dz.to(ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
 @triton.jit
@@ -319,7 +322,6 @@ def write_gradients(
         aux_tiles = load_tiles(aux, first, stop, ROWS, LANES, WIDTH, EVEN, "evict_first")
         for i in tl.static_range(ROWS):
             mask = before(first, stop, LANES, WIDTH, EVEN)
-            cols = first + within(LANES, WIDTH, EVEN)
             z_base = logits_of(base_tiles[i], base)
             s, z_aux = z_base.scaled, z_base
             if aux.ptr is not None:
@@ -327,11 +329,11 @@ def write_gradients(
                 s += z_aux.scaled
             w = 1.0
             if weight is not None and k.S is not None:
-                w = load_weights(weight, first, mask, LANES, WIDTH, EVEN)
+                w = tl.load(places(weight, first, LANES, WIDTH, EVEN), mask=mask, other=0.0)
             dz = gradient_of_sum(s, z_base.scaled, w, within(LANES, WIDTH, EVEN) == y - first, soft, k)
             dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
-            store_gradient(grads.base, cols, mask, dz_base, base, z_base.slope)
-            store_gradient(grads.aux, cols, mask, dz.every, aux, z_aux.slope)
+            store_gradient(grads.base, first, mask, dz_base, base, z_base.slope, LANES, WIDTH, EVEN)
+            store_gradient(grads.aux, first, mask, dz.every, aux, z_aux.slope, LANES, WIDTH, EVEN)
             if base_lanes is not None:
                 base_lanes += sum_of_products(mask, dz_base, z_base.bent)
             if aux_lanes is not None:

@@ -80,7 +80,7 @@ def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_so
         launch.source(base, base_scale, base_softcap),
         launch.source(aux, aux_scale, aux_softcap),
         None if target is None else target.contiguous(),
-        launch.aligned(launch.numbers(weight)),
+        launch.numbers(weight),
         ignore_index,
         V,
     )

@@ -228,7 +228,7 @@ def place_of(program, V, SEGMENT: tl.constexpr, SPLIT: tl.constexpr):
     return row, start, stop, num_segments
 
 
-@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["weight"])
+@triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_segment_kernel(
     base,
     aux,
@@ -255,7 +255,7 @@ def cross_entropy_segment_kernel(
         store_state(floats, ints, program.to(tl.int64), state)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "num_rows"], do_not_specialize_on_alignment=["weight"])
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
 def cross_entropy_fwd_kernel(
     base,
     aux,
@@ -331,9 +331,7 @@ def load_or_none(ptr, row):
     return None if ptr is None else tl.load(ptr + row)
 
 
-@triton.jit(
-    do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["weight", "saved", "nll", "coefficients"]
-)
+@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["saved", "nll", "coefficients"])
 def cross_entropy_bwd_kernel(
     base,
     aux,

@@ -142,10 +142,6 @@ def numbers(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
-def aligned(tensor: Tensor | None) -> Tensor | None:
-    return tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor
-
-
 def source(values: Tensor | None, scale: Tensor | None, softcap: float | None) -> Source:
     """A source as kernels read it. A matrix has one row per outer step: Triton would compile for some N again."""
     if values is None:

@@ -1,0 +1,106 @@
+"""The Triton kernels' arithmetic, interpreted on CPU: values and gradients against float64.
+
+Interpreted and compiled kernels cannot live in one process, so an ordinary run starts this file once more with
+TRITON_INTERPRET=1. The interpreter's bf16 is not to be trusted; that dtype waits for a GPU, where every test of the
+other files runs through Triton.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Implementation
+from inputs import logits, targets
+from oracle import Case, Rows, assert_close, check
+
+from auxkernels import Logits, aux_cross_entropy, logit_stats
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = Implementation("triton", "cpu")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
+
+
+@pytest.fixture(autouse=True)
+def _many_segments(monkeypatch):
+    """Small tiles and segments, so that every loop runs several times over rows of a few hundred columns."""
+    if INTERPRETED:
+        from auxkernels.triton import launch
+
+        monkeypatch.setattr(launch, "cut_of", lambda V, num_bytes, *_: launch.Cut(4, 16 // num_bytes, 64))
+        monkeypatch.setattr(launch, "tiles_at_once", lambda *_: 2)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that run")
+def test_the_interpreted_kernels_pass():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+@interpreted
+@pytest.mark.parametrize("vocab_size", [1, 33, 300])  # one class, less than a tile, several segments with a ragged end
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", ["mean", "none", "everything"])
+def test_loss_and_gradients_match_the_oracle(vocab_size, dtype, options):
+    base, aux = (logits(3, vocab_size, dtype=dtype, requires_grad=True) for _ in range(2))
+    target = targets(3, vocab_size=vocab_size)
+    target[1] = -100
+    given = {"mean": {}, "none": {"reduction": "none"}}.get(options)
+    upstream = torch.randn(3) if options == "none" else None
+    if options == "everything":
+        weight = torch.rand(vocab_size) + 0.1
+        given = {"weight": weight, "label_smoothing": 0.1, "z_loss": 1e-2, "normalizer": 7.0}
+        base = Logits(base, scale=torch.tensor(0.7, requires_grad=True), softcap=4.0)
+        aux = Logits(aux, scale=(torch.rand(3) + 0.5).requires_grad_())
+    check(Case(base, aux, target, given), TRITON, upstream)
+
+
+@interpreted
+def test_masked_blocks_and_poisoned_rows_stay_in_their_rows():
+    base, aux = logits(5, 300), logits(5, 300)
+    base[0, 64:192] = -torch.inf
+    aux[1, 7] = torch.nan
+    base[2] = -torch.inf
+    base[3] = torch.nan
+    aux.requires_grad_()
+    target = torch.tensor([3, 3, 3, -100, 299])
+    loss = aux_cross_entropy(base, aux, target, reduction="none", backend="triton")
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, True, False, False]
+    assert aux.grad.isnan().all(-1).tolist() == [False, True, True, False, False]
+    assert not aux.grad[0, 64:192].any() and loss[3] == 0 and not aux.grad[3].any()
+    kept = [0, 4]
+    check(Case(base[kept], aux.detach()[kept].requires_grad_(), target[kept]), TRITON)
+
+
+@interpreted
+@pytest.mark.parametrize("bad", [-1, 300, 2**31, 2**32 + 5, -(2**63), 2**63 - 1])
+def test_a_target_out_of_range_poisons_its_row_alone(bad):
+    base, aux = logits(3, 300), logits(3, 300, requires_grad=True)
+    target = torch.tensor([5, bad, 7])
+    loss = aux_cross_entropy(base, aux, target, reduction="none", backend="triton")
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, False]
+    assert aux.grad.isnan().all(-1).tolist() == [False, True, False]
+
+
+@interpreted
+def test_statistics_match_the_oracle():
+    base, aux = logits(4, 300), logits(4, 300)
+    target = targets(4, vocab_size=300)
+    target[2] = -100
+    got = logit_stats(base, aux, target, backend="triton")
+    want = logit_stats(base.double(), aux.double(), target, backend="reference")
+    rows = Rows(Case(base, aux, target))
+    error = (8 * rows.eps * (4 + rows.sum.log_d + rows.sum.max.abs() + rows.base.max.abs())).squeeze(-1)
+    for name, value in vars(want).items():
+        if value.is_floating_point():
+            assert_close(name, getattr(got, name), value, error)
+        else:
+            assert torch.equal(getattr(got, name), value)
