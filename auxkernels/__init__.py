@@ -1,13 +1,25 @@
 """Fused kernels for steering a language model with a second one.
 
 `aux_cross_entropy` and `logit_stats` add the logits of a base and an auxiliary model and take their log-softmax
-cross-entropy (or row statistics) without storing the sum. See README.md for the contract.
+cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`. See README.md
+for the contract.
 """
 
 from . import nn
 from .backends import show_config
+from .chunked import settings as chunk_settings
 from .cross_entropy import LogitStats, aux_cross_entropy, logit_stats
-from .sources import Logits
+from .sources import Head, Logits
 
 __version__ = "0.1.0"
+__all__ = [
+    "Head",
+    "LogitStats",
+    "Logits",
+    "aux_cross_entropy",
+    "chunk_settings",
+    "logit_stats",
+    "nn",
+    "show_config",
+]
 __all__ = ["LogitStats", "Logits", "__version__", "aux_cross_entropy", "logit_stats", "nn", "show_config"]

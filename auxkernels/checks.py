@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .sources import Logits
+from .sources import Head, Logits, Source
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -58,30 +58,62 @@ def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
-def source(name: str, given: Logits, shape: torch.Size, device: torch.device) -> None:
-    """One source against the target's shape and device."""
-    values = floating(name, given.values)
+def source(
+    name: str, given: Source, shape: torch.Size, device: torch.device, autocast: torch.dtype | None = None
+) -> int:
+    """One source against the target's shape and device; returns its number of classes."""
+    is_head = isinstance(given, Head)
+    of, values, form = (f"hidden of {name}", given.hidden, "[*, D]") if is_head else (name, given.values, "[*, V]")
+    floating(of, values)
     if values.device != device:
-        raise ValueError(f"{name} must be on the target's device {device}, got {values.device}")
+        raise ValueError(f"{of} must be on the target's device {device}, got {values.device}")
     if values.dim() == 0 or values.shape[:-1] != shape:
         raise ValueError(
-            f"{name} must be [*, V] with leading shape {list(shape)}, got {list(values.shape)}: "
+            f"{of} must be {form} with leading shape {list(shape)}, got {list(values.shape)}: "
             "the leading shape is the target's"
         )
+    if given.softcap is not None:
+        softcap(f"softcap of {name}", given.softcap)
+    if type(given.scale) is not float:
+        scale(f"scale of {name}", given.scale, shape, device)
+    if is_head:
+        return head(name, given, autocast)
     if values.stride(-1) != 1 and values.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}: "
             f"call .contiguous() on it first"
         )
-    if given.softcap is not None:
-        number(f"softcap of {name}", given.softcap)
-        if not 2.0**-126 <= given.softcap <= 2.0**126:  # float32 must hold it and its inverse
+    return values.shape[-1]
+
+
+def head(name: str, given: Head, autocast: torch.dtype | None) -> int:
+    """Weight and bias of a head against its hidden states; returns its number of classes."""
+    hidden, weight, bias = given.hidden, floating(f"weight of {name}", given.weight), given.bias
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight of {name} must be [V, D] with the hidden states' D={hidden.shape[-1]}, got {list(weight.shape)}"
+        )
+    shared = [("weight", weight)]
+    if bias is not None:
+        shared.append(("bias", floating(f"bias of {name}", bias)))
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias of {name} must be [{weight.shape[0]}], got {list(bias.shape)}")
+    for part, tensor in shared:
+        if tensor.device != hidden.device:
             raise ValueError(
-                f"softcap of {name} must be positive and finite, got {given.softcap}: "
-                "float32 has to hold it and its inverse"
+                f"{part} of {name} must be on the hidden states' device {hidden.device}, got {tensor.device}"
             )
-    if type(given.scale) is not float:
-        scale(f"scale of {name}", given.scale, shape, device)
+        # autocast makes one dtype of all but float64
+        is_cast = autocast is not None and torch.float64 not in (tensor.dtype, hidden.dtype)
+        if tensor.dtype != hidden.dtype and not is_cast:
+            raise TypeError(f"{part} of {name} must have the hidden states' dtype {hidden.dtype}, got {tensor.dtype}")
+    return weight.shape[0]
+
+
+def softcap(name: str, value: object) -> None:
+    number(name, value)
+    if not 2.0**-126 <= value <= 2.0**126:  # float32 must hold it and its inverse
+        raise ValueError(f"{name} must be positive and finite, got {value}: float32 has to hold it and its inverse")
 
 
 def scale(name: str, value: object, shape: torch.Size, device: torch.device) -> None:
@@ -144,38 +176,72 @@ def op_arguments(
         ("aux", aux, aux_scale, aux_softcap),
     ):
         if values is not None:
-            source(name, Logits(values, scale=1.0 if factor is None else factor, softcap=softcap), shape, device)
-            widths.append((name, values.shape[-1]))
+            given = Logits(values, scale=1.0 if factor is None else factor, softcap=softcap)
+            widths.append((name, source(name, given, shape, device)))
     common_width(widths, vocab_size)
-    if target is not None:
-        classes(target)
-        if target.shape != shape or target.device != device:
-            raise ValueError(
-                f"target must have shape {list(shape)} and be on {device}, got {list(target.shape)} on {target.device}"
-            )
+    target_of(shape, device, target)
     if weight is not None:
         class_weight(weight, vocab_size, device)
 
 
-def op_outputs(aux, target, base_scale, aux_scale, needs: int, target_fields: int = 0) -> None:
-    """What an op is asked for: gradients of what is there, fields of a target only with one."""
+def op_gradients(aux, base_scale, aux_scale, needs: int) -> None:
+    """Gradients of what is there."""
     there = (True, aux is not None, base_scale is not None, aux_scale is not None)
     if needs >> 4 or any(needs >> i & 1 and not given for i, given in enumerate(there)):
         raise ValueError(f"needs must ask for gradients of what is given, got {needs}")
-    if target_fields and target is None:
-        raise ValueError("target must be given for the fields of a target, got None")
 
 
-def rescaled(grad: Tensor, factor: Tensor, target: Tensor) -> None:
+def chunked_sources(sources) -> None:
+    """The leading arguments of the ops of chunked/cross_entropy.py."""
+    parts, softcaps, num_base, autocast = sources[:4]
+    if not 1 <= num_base <= len(softcaps) or len(parts) != 4 * len(softcaps) or any(p is None for p in parts[0::4]):
+        raise ValueError(
+            "parts must hold four entries for each softcap, the first of them given, and num_base be in "
+            f"[1, {len(softcaps)}], got {len(parts)} parts and num_base={num_base}"
+        )
+    shape, device = parts[0].shape[:-1], parts[0].device
+    widths = []
+    for i, softcap in enumerate(softcaps):
+        values, weight, bias, factor = parts[4 * i : 4 * i + 4]
+        options = {"scale": 1.0 if factor is None else factor, "softcap": softcap or None}
+        given = Logits(values, **options) if weight is None else Head(values, weight, bias=bias, **options)
+        widths.append((f"source {i}", source(f"source {i}", given, shape, device, autocast)))
+    common_width(widths, sources.vocab_size)
+    target_of(shape, device, sources.target)
+    if sources.weight is not None:
+        class_weight(sources.weight, sources.vocab_size, device)
+
+
+def chunked_outputs(sources, needs: list[bool]) -> None:
+    if len(needs) != len(sources.parts):
+        raise ValueError(f"needs must have an entry for each of the {len(sources.parts)} parts, got {len(needs)}")
+    if any(need and part is None for need, part in zip(needs, sources.parts, strict=True)):
+        raise ValueError("needs must ask for gradients of what is given")
+
+
+def row_numbers(name: str, values: Tensor | None, shape: torch.Size) -> None:
+    if values is not None and values.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
+
+
+def target_of(shape: torch.Size, device: torch.device, target: Tensor | None) -> None:
+    if target is None:
+        return
+    classes(target)
+    if target.shape != shape or target.device != device:
+        raise ValueError(
+            f"target must have shape {list(shape)} and be on {device}, got {list(target.shape)} on {target.device}"
+        )
+
+
+def rescaled(grad: Tensor, factor: Tensor, target: Tensor | None) -> None:
     """The arguments of the op that rescales a gradient in place."""
     floating("grad", grad)
-    classes(target)
     if not grad.is_contiguous():
         raise ValueError(f"grad must be contiguous, got strides {grad.stride()}")
-    if grad.dim() == 0 or grad.shape[:-1] != target.shape:
-        raise ValueError(f"grad must be [*, V] with leading shape {list(target.shape)}, got {list(grad.shape)}")
-    if target.device != grad.device:
-        raise ValueError(f"target must be on {grad.device}, got {target.device}")
+    if grad.dim() == 0:
+        raise ValueError("grad must be [*, V], got a 0-d tensor")
+    target_of(grad.shape[:-1], grad.device, target)
     if factor.dim() or factor.device != grad.device:
         raise ValueError(f"factor must be 0-d and on {grad.device}, got {list(factor.shape)} on {factor.device}")
 

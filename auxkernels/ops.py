@@ -71,7 +71,7 @@ _library.define(
     "Tensor? base_log_denom, Tensor?[] coefficients, int needs, str backend) -> Tensor[]"
 )
 _library.define(
-    "cross_entropy_rescale_(Tensor(a!) grad, Tensor factor, Tensor target, int ignore_index, str backend) -> ()"
+    "cross_entropy_rescale_(Tensor(a!) grad, Tensor factor, Tensor? target, int ignore_index, str backend) -> ()"
 )
 _library.define("check_target(Tensor target, SymInt vocab_size, int ignore_index) -> Tensor")
 
@@ -116,17 +116,20 @@ def compute_dtype(base: Tensor, aux: Tensor | None) -> torch.dtype:
 _FLOAT_FIELDS = (1 << NUM_FLOAT_FIELDS) - 1
 
 
-def empty_fields(base: Tensor, aux: Tensor | None, wanted: int) -> list[Tensor]:
+def empty_rows(like: Tensor, shape: torch.Size, compute: torch.dtype, wanted: int) -> list[Tensor]:
     """Room for the wanted fields: [F, *] of the compute dtype, then [A, *] of int64; each only if it is not empty."""
     num_floats = (wanted & _FLOAT_FIELDS).bit_count()
     num_ints = wanted.bit_count() - num_floats
-    shape = base.shape[:-1]
     fields = []
     if num_floats:
-        fields.append(base.new_empty((num_floats, *shape), dtype=compute_dtype(base, aux)))
+        fields.append(like.new_empty((num_floats, *shape), dtype=compute))
     if num_ints:
-        fields.append(base.new_empty((num_ints, *shape), dtype=torch.int64))
+        fields.append(like.new_empty((num_ints, *shape), dtype=torch.int64))
     return fields
+
+
+def empty_fields(base: Tensor, aux: Tensor | None, wanted: int) -> list[Tensor]:
+    return empty_rows(base, base.shape[:-1], compute_dtype(base, aux), wanted)
 
 
 def named_fields(wanted: int, outputs: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -155,7 +158,7 @@ def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
 
 
 @functools.cache
-def _implementation(backend: str):
+def implementation(backend: str):
     if backend not in ("native", "triton"):
         raise ValueError(f"the backend of an op must be 'native' or 'triton', got {backend!r}")
     return importlib.import_module(f".{backend}.cross_entropy", __package__)
@@ -202,65 +205,72 @@ def _with_tensors(args: tuple, positions: tuple[int, ...]) -> list:
 def cross_entropy_scan(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales may be numbers."""
     if _direct(args):
-        return _implementation("native").scan(*args[:-1])
+        return implementation("native").scan(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_scan.default(*_with_tensors(args, (4, 5)))
 
 
 def cross_entropy_loss(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales and normalizer may be numbers."""
     if _direct(args):
-        return _implementation("native").loss(*args[:-1])
+        return implementation("native").loss(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_loss.default(*_with_tensors(args, (4, 5, 10)))
 
 
-def _checked(args: tuple):
-    """The implementation that the last argument names, after the checks that all ops share: anyone may call an op."""
-    implementation = _implementation(args[-1])
-    checks.op_arguments(*args[:10])
-    if args[-1] == "native" and args[0].device.type != "cpu":
-        raise RuntimeError(f"base must be a CPU tensor for backend='native', got {args[0].device}")
-    return implementation
-
-
-def _scan(*args):
-    implementation = _checked(args)
-    _, aux, target, _, base_scale, aux_scale, *_, wanted, _ = args
+def check_wanted(wanted: int, target: Tensor | None) -> None:
     if wanted < 0 or wanted >> len(FIELDS):
         raise ValueError(f"wanted must be a mask of ops.FIELDS, got {wanted}")
-    checks.op_outputs(aux, target, base_scale, aux_scale, 0, wanted & OF_TARGET)
-    return implementation.scan(*args[:-1])
+    if wanted & OF_TARGET and target is None:
+        raise ValueError("target must be given for the fields of a target, got None")
 
 
-def _loss(*args):
-    implementation = _checked(args)
-    _, aux, target, _, base_scale, aux_scale, *_, wanted, needs, _ = args
-    if wanted < 0 or wanted >> len(FIELDS):
-        raise ValueError(f"wanted must be a mask of ops.FIELDS, got {wanted}")
-    checks.op_outputs(aux, target, base_scale, aux_scale, needs, target_fields=OF_TARGET)
-    return implementation.loss(*args[:-1])
-
-
-def _backward(*args):
-    implementation = _checked(args)
-    _, aux, target, _, base_scale, aux_scale, *_, coefficients, needs, _ = args
+def check_coefficients(coefficients, nll, base_max, base_log_denom, target: Tensor | None) -> None:
+    """As many as there are, with the row state that they need."""
     if len(coefficients) != len(COEFFICIENTS):
         raise ValueError(f"coefficients must be the {len(COEFFICIENTS)} of ops.COEFFICIENTS, got {len(coefficients)}")
-    nll, base_max, base_log_denom = args[12:15]
     for names, state, name in (
         (("G",), nll, "nll"),
         (("D", "Q", "Q_b"), base_max, "base_max"),
         (("Q", "Q_b"), base_log_denom, "base_log_denom"),
+        (("G", "B_b"), target, "target"),
     ):
         if state is None and any(coefficients[COEFFICIENTS.index(c)] is not None for c in names):
             raise ValueError(f"{name} must be given for the coefficients {', '.join(names)}, got None")
-    of_target = any(coefficients[COEFFICIENTS.index(name)] is not None for name in ("G", "B_b"))
-    checks.op_outputs(aux, target, base_scale, aux_scale, needs, of_target)
-    return implementation.backward(*args[:-1])
+
+
+def _checked(args: tuple):
+    """The implementation that the last argument names, after the checks that all ops share: anyone may call an op."""
+    kernels = implementation(args[-1])
+    checks.op_arguments(*args[:10])
+    if args[-1] == "native" and args[0].device.type != "cpu":
+        raise RuntimeError(f"base must be a CPU tensor for backend='native', got {args[0].device}")
+    return kernels
+
+
+def _scan(*args):
+    kernels = _checked(args)
+    check_wanted(args[-2], args[2])
+    return kernels.scan(*args[:-1])
+
+
+def _loss(*args):
+    kernels = _checked(args)
+    _, aux, target, _, base_scale, aux_scale, *_, wanted, needs, _ = args
+    check_wanted(wanted | OF_TARGET, target)
+    checks.op_gradients(aux, base_scale, aux_scale, needs)
+    return kernels.loss(*args[:-1])
+
+
+def _backward(*args):
+    kernels = _checked(args)
+    _, aux, target, _, base_scale, aux_scale, *_, coefficients, needs, _ = args
+    check_coefficients(coefficients, *args[12:15], target)
+    checks.op_gradients(aux, base_scale, aux_scale, needs)
+    return kernels.backward(*args[:-1])
 
 
 def _rescale_(grad, factor, target, ignore_index, backend):
     checks.rescaled(grad, factor, target)
-    _implementation(backend).rescale_(grad, factor, target, ignore_index)
+    implementation(backend).rescale_(grad, factor, target, ignore_index)
 
 
 def _scan_fake(*args):
@@ -281,12 +291,19 @@ def _backward_fake(*args):
     return empty_grads(*args[:2], needs=args[-2])
 
 
-def _check_target(target, vocab_size, ignore_index):
+def raise_out_of_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """IndexError for a CPU target that names no class; a GPU's cannot be looked at without waiting for it."""
+    if target.device.type != "cpu":
+        return
     bad = ((target < 0) | (target >= vocab_size)) & ~is_ignored(target, ignore_index)
-    if target.device.type == "cpu" and bool(bad.any()):
+    if bool(bad.any()):
         row = int(bad.flatten().nonzero()[0])
         value = int(target.flatten()[row])
         raise IndexError(checks.in_range_message(target.shape, row, value, vocab_size, ignore_index))
+
+
+def _check_target(target, vocab_size, ignore_index):
+    raise_out_of_range(target, vocab_size, ignore_index)
     return target.clone()
 
 

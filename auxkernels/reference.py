@@ -11,20 +11,46 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .sources import Logits, row_scale
+from .sources import Head, Logits, Source, row_scale
 
 
 def _arithmetic(compute: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else compute
 
 
-def sum_of(sources: list[Logits], compute: torch.dtype, vocab_size: int, ignored: Tensor | None) -> Tensor:
+def logits_of(
+    source: Source, compute: torch.dtype, autocast: torch.dtype | None, vocab_size: int, ignored: Tensor | None
+) -> Tensor:
+    """The source's logits [*, V] before softcap and scale, ignored rows zeros; a head's, from its tensors in autocast's
+    dtype where that is on."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        if autocast is not None and isinstance(source, Head) and tensor.dtype != torch.float64:
+            tensor = tensor.to(autocast)
+        return tensor.to(compute)
+
+    z = cast(source.hidden if isinstance(source, Head) else source.values[..., :vocab_size])
+    if ignored is not None:
+        z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
+    if isinstance(source, Logits):
+        return z
+    z = torch.nn.functional.linear(z, cast(source.weight)[:vocab_size])
+    if source.bias is not None:
+        z = z + cast(source.bias)[:vocab_size]
+    return z if ignored is None else z.masked_fill(ignored.unsqueeze(-1), 0.0)
+
+
+def sum_of(
+    sources: list[Source],
+    compute: torch.dtype,
+    autocast: torch.dtype | None,
+    vocab_size: int,
+    ignored: Tensor | None,
+) -> Tensor:
     """Sum of the sources [*, V] in the compute dtype; ignored rows become zeros, so no gradient enters them."""
     total = None
     for source in sources:
-        z = source.values[..., :vocab_size].to(compute)
-        if ignored is not None:
-            z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
+        z = logits_of(source, compute, autocast, vocab_size, ignored)
         if source.softcap is not None:
             z = source.softcap * torch.tanh(z / source.softcap)
         z = _scaled(z, row_scale(source.scale, compute))
@@ -66,11 +92,12 @@ def _classes(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor
 
 
 def cross_entropy(
-    base: list[Logits],
-    aux: list[Logits],
+    base: list[Source],
+    aux: list[Source],
     target: Tensor,
     *,
     compute: torch.dtype,
+    autocast: torch.dtype | None,
     vocab_size: int,
     ignore_index: int,
     weight: Tensor | None,
@@ -82,7 +109,7 @@ def cross_entropy(
     """The loss as `aux_cross_entropy` defines it. Logits [*, V], target [*]; 0-d, or [*] for reduction="none"."""
     classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
     arithmetic = _arithmetic(compute, target.device)
-    s = sum_of([*base, *aux], arithmetic, vocab_size, ignored)
+    s = sum_of([*base, *aux], arithmetic, autocast, vocab_size, ignored)
     w = s.new_ones(vocab_size) if weight is None else weight.to(arithmetic)
     w_y = w[classes].masked_fill(ignored, 0.0)
     log_p = torch.log_softmax(s, -1)
@@ -104,11 +131,12 @@ def cross_entropy(
 
 
 def statistics(
-    base: list[Logits],
-    aux: list[Logits],
+    base: list[Source],
+    aux: list[Source],
     target: Tensor | None,
     *,
     compute: torch.dtype,
+    autocast: torch.dtype | None,
     vocab_size: int,
     ignore_index: int,
 ) -> dict[str, Tensor | None]:
@@ -116,9 +144,10 @@ def statistics(
     ignored = poisoned = classes = None
     if target is not None:
         classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
-    arithmetic = _arithmetic(compute, base[0].values.device)
-    z_b = sum_of(base, arithmetic, vocab_size, ignored)
-    s = z_b if not aux else z_b + sum_of(aux, arithmetic, vocab_size, ignored)
+    first = base[0].hidden if isinstance(base[0], Head) else base[0].values
+    arithmetic = _arithmetic(compute, first.device)
+    z_b = sum_of(base, arithmetic, autocast, vocab_size, ignored)
+    s = z_b if not aux else z_b + sum_of(aux, arithmetic, autocast, vocab_size, ignored)
     log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(z_b, -1)
     p = log_p.exp()
     mean_sum = _expectation(p, _relative(s))

@@ -10,6 +10,7 @@
 
 #include "cpu/block_ops.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/pages.h"
 
 namespace py = pybind11;
 
@@ -129,6 +130,11 @@ void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_
                           : rescale<float>(p, pointer(grad), type, width, factor);
 }
 
+void py_bring_in(int64_t address, int64_t bytes, int threads) {
+  py::gil_scoped_release release;
+  bring_pages_in(pointer(address), bytes, threads);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (int i = 0; i < num_instruction_sets(); ++i) names.emplace_back(instruction_set(i).name);
@@ -150,6 +156,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("loss", &auxk::py_loss);
   m.def("backward", &auxk::py_backward);
   m.def("rescale", &auxk::py_rescale);
+  m.def("bring_in", &auxk::py_bring_in, "Brings the pages of a large fresh buffer in before it is written.");
   m.def("instruction_sets", &auxk::instruction_sets, "Instruction sets that this processor can run, best first.");
   m.def("instruction_set", [] { return std::string(auxk::current_instruction_set().name); });
   m.def("set_instruction_set", &auxk::set_instruction_set, "Caps the instruction set, for tests.");

@@ -54,8 +54,8 @@ def refuses(error, message, function, *args, **kwargs):
             "must be float32, bfloat16, float16 or float64, got torch.complex64",
         ),
         (torch.zeros(3, 8, dtype=torch.float8_e5m2), "must be float32, bfloat16, float16 or float64, got torch.float8"),
-        ([[0.0] * 8] * 3, "must be a tensor, Logits or a sequence of these, got float"),
-        (3.0, "must be a tensor, Logits or a sequence of these, got float"),
+        ([[0.0] * 8] * 3, "must be a tensor, Logits, Head or a sequence of these, got float"),
+        (3.0, "must be a tensor, Logits, Head or a sequence of these, got float"),
         (Logits(None), "must be a tensor, got NoneType"),
         (torch.zeros(3, 8).to_sparse(), "must be a dense tensor, got layout torch.sparse_coo"),
         (
@@ -71,7 +71,7 @@ def test_a_source_of_another_type_is_a_type_error(arguments, impl, side, value, 
 
 def test_base_is_not_optional(arguments, impl):
     refuses(
-        TypeError, "base must be a tensor, Logits or a sequence of these, got NoneType", arguments.call, impl, base=None
+        TypeError, "base must be a tensor, Logits, Head or a sequence of these, got NoneType", arguments.call, impl, base=None
     )
 
 

@@ -144,11 +144,16 @@ def loss(
     mean,
     wanted,
     needs,
+    grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The reduced loss, the wanted fields and the requested gradients, in one pass over the sources."""
+    """The reduced loss, the wanted fields and the requested gradients, in one pass over the sources.
+
+    grads   where the gradients go, contiguous and as `ops.empty_grads` makes them; may be the sources' own memory.
+    """
     call = _Call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
     value = base.new_empty((), dtype=call.compute)
-    fields, grads = ops.empty_fields(base, aux, wanted), ops.empty_grads(base, aux, needs)
+    fields = ops.empty_fields(base, aux, wanted)
+    grads = ops.empty_grads(base, aux, needs) if grads is None else grads
     divisor = 1.0 if normalizer is None else float(normalizer)
     call.run(
         cpu().loss,
@@ -181,10 +186,11 @@ def backward(
     base_log_denom,
     coefficients,
     needs,
+    grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The requested gradients for one number per row and coefficient."""
+    """The requested gradients for one number per row and coefficient; `grads` as for `loss`."""
     call = _Call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
-    grads = ops.empty_grads(base, aux, needs)
+    grads = ops.empty_grads(base, aux, needs) if grads is None else grads
     state = zip(
         ("max", "log_denom", "nll", "base_max", "base_log_denom"),
         (max, log_denom, nll, base_max, base_log_denom),
@@ -202,20 +208,19 @@ def backward(
     return grads
 
 
-def rescale_(grad: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> None:
+def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int) -> None:
     """grad [*, V] *= factor (0-d) in place, but for ignored rows, which stay +0.0."""
     factor = float(factor.detach())
     if factor == 1.0:
         return
-    target = target.contiguous()
-    width = grad.shape[-1]
+    target = None if target is None else target.contiguous()
     cpu().rescale(
         grad.data_ptr(),
         DTYPE_CODES[grad.dtype],
-        target.numel(),
-        width,
-        target.data_ptr(),
-        target.dtype == torch.int32,
+        grad.shape[:-1].numel(),
+        grad.shape[-1],
+        0 if target is None else target.data_ptr(),
+        target is not None and target.dtype == torch.int32,
         ignore_index,
         factor,
         torch.get_num_threads(),

@@ -87,9 +87,9 @@ def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_so
     return _Call(problem, num_rows, cut, launch.is_split(V, num_rows, cut.segment, device), device)
 
 
-def _gradients(base: Tensor, aux: Tensor | None, needs: int) -> tuple[list[Tensor], Gradients]:
+def _gradients(base: Tensor, aux: Tensor | None, needs: int, given: list | None) -> tuple[list[Tensor], Gradients]:
     """Room for the requested gradients, in their order and by name."""
-    grads = ops.empty_grads(base, aux, needs)
+    grads = ops.empty_grads(base, aux, needs) if given is None else given
     remaining = iter(grads)
     return grads, Gradients(*(next(remaining) if needs >> i & 1 else None for i in range(4)))
 
@@ -185,11 +185,15 @@ def loss(
     mean,
     wanted,
     needs,
+    grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The reduced loss, the wanted fields and the requested gradients, divided too; arguments as in ops.py."""
+    """The reduced loss, the wanted fields and the requested gradients, divided too; arguments as in ops.py.
+
+    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; not the sources' own memory.
+    """
     call = _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
     fields = ops.empty_fields(base, aux, wanted)
-    grads, named_grads = _gradients(base, aux, needs)
+    grads, named_grads = _gradients(base, aux, needs, grads)
     row_loss = base.new_empty(call.num_rows, dtype=torch.float32)
     total = base.new_empty((), dtype=torch.float32)
     kept = share = None
@@ -231,8 +235,9 @@ def backward(
     base_log_denom,
     coefficients,
     needs,
+    grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The requested gradients for one number per row and coefficient; arguments as in ops.py."""
+    """The requested gradients for one number per row and coefficient; arguments as in ops.py, `grads` as for `loss`."""
     call = _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
     k = _coefficients(base, coefficients, needs)
     saved = {"max": max, "log_denom": log_denom, "nll": nll, "base_max": base_max, "base_log_denom": base_log_denom}
@@ -242,7 +247,7 @@ def backward(
         launch.check_rows(name, saved[name], base)
     saved = {name: launch.numbers(saved[name]) if name in _state_of(k) else None for name in saved}
     nll = saved.pop("nll")
-    grads, named_grads = _gradients(base, aux, needs)
+    grads, named_grads = _gradients(base, aux, needs, grads)
     call = call._replace(is_split=vocab_size > call.cut.segment and not _sums_row(named_grads))
     options = call.options(sum(c is not None for c in k) > 1, _sums_row(named_grads))
     if grads:
@@ -273,13 +278,13 @@ def _coefficients(base: Tensor, given: list[Tensor | None], needs: int) -> Coeff
     return Coefficients(*map(launch.numbers, k))
 
 
-def rescale_(grad: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> None:
+def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int) -> None:
     """grad [*, V] *= factor (0-d, read on the device) in place, but for ignored rows, which stay +0.0."""
     launch.check(grad, None, 1)
     if grad.numel() == 0:
         return
     width = grad.shape[-1]
-    args = (grad, factor, target.contiguous(), ignore_index, width)
-    num_programs = target.numel() * triton.cdiv(width, RESCALE_BLOCK)
+    args = (grad, factor, None if target is None else target.contiguous(), ignore_index, width)
+    num_programs = grad.shape[:-1].numel() * triton.cdiv(width, RESCALE_BLOCK)
     with launch.on_device_of(grad):
         launch.run(cross_entropy_rescale_kernel, num_programs, *args, BLOCK=RESCALE_BLOCK, num_warps=8)

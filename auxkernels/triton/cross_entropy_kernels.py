@@ -75,13 +75,21 @@ def checked(new_max, denom):
 
 @triton.jit
 def end_of_row(rest, base, aux, weight, y, HAS_TARGET: tl.constexpr):
-    """From the state of a row without its target to the row's numbers."""
-    whole, w_y = rest, 1.0
-    nll, base_nll, residual, base_max, base_log_denom = None, None, None, None, None
+    """From the state of a row without its target, whose column is read, to the row's numbers."""
+    s_y, z_y, w_y = None, None, 1.0
     if HAS_TARGET:
         s_y, z_y = load_logits_at(base, aux, y)
         if weight is not None:
             w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
+    return end_of_logits(rest, s_y, z_y, w_y, HAS_TARGET)
+
+
+@triton.jit
+def end_of_logits(rest, s_y, z_y, w_y, HAS_TARGET: tl.constexpr):
+    """The same, from the target's logits and class weight."""
+    whole = rest
+    nll, base_nll, residual, base_max, base_log_denom = None, None, None, None, None
+    if HAS_TARGET:
         whole = merge(rest, of_target(s_y, z_y, w_y, rest))
     row_max, denom = checked(whole.max, whole.denom)
     if HAS_TARGET:
@@ -389,7 +397,10 @@ def cross_entropy_rescale_kernel(grad, factor, target, ignore_index: tl.int64, w
         program = tl.program_id(0).to(tl.int64)
         blocks = tl.cdiv(width, BLOCK)
         row = program // blocks
-        if tl.load(target + row).to(tl.int64) != ignore_index:
+        is_kept = True
+        if target is not None:
+            is_kept = tl.load(target + row).to(tl.int64) != ignore_index
+        if is_kept:
             cols = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
             place = grad + row * width + cols
             g = tl.load(place, mask=cols < width, other=0.0).to(tl.float32)

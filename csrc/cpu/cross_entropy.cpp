@@ -2,10 +2,7 @@
 
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "pages.h"
 #include "parallel.h"
 #include "row_kernel.h"
 
@@ -30,31 +27,6 @@ int64_t first_bad_target(const Problem& p, int64_t* num_kept) {
 }
 
 namespace {
-
-// Brings the pages of a large fresh output in, huge ones, by all threads, before the kernel writes it. Left to the
-// kernel's own page faults they would cost more than the kernel (100 MB: 35 ms small, 20 ms huge, where a store past
-// the caches also waits for the write-back of the line just zeroed; 7 ms this way).
-void bring_pages_in(void* begin, int64_t bytes, int threads) {
-#if defined(__linux__)
-  constexpr int64_t kLarge = 4 << 20, kHugePage = 2 << 20, kPage = 4096;
-  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older kernels refuse it and nothing is lost
-  if (begin == nullptr || bytes < kLarge) return;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (first >= last) return;
-  unsigned char resident = 1;
-  if (mincore(reinterpret_cast<void*>(first), kPage, &resident) != 0 || (resident & 1) != 0) return;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  parallel_for(static_cast<int64_t>((last - first) / kHugePage), threads, 1, [&](int64_t i, int) {
-    madvise(reinterpret_cast<void*>(first + static_cast<uintptr_t>(i * kHugePage)), kHugePage, kPopulateWrite);
-  });
-#else
-  (void)begin;
-  (void)bytes;
-  (void)threads;
-#endif
-}
 
 void bring_gradients_in(const Problem& p, const Outputs& out) {
   bring_pages_in(out.grad_base, p.num_rows * p.base.width * size_of(p.base.dtype), p.threads);

@@ -1,0 +1,12 @@
+"""Sources that are heads or sums: chunks of rows, with library GEMMs around the row kernels of the other folders.
+
+rows.py        which rows there are, and how they are cut into chunks
+products.py    the GEMMs of one head: logits of a chunk, gradients of hidden, weight and bias
+sums.py        several sources as one
+sides.py       base or auxiliary as the row kernels take it: one matrix for each chunk
+cross_entropy.py  the operator
+"""
+
+from .rows import ChunkSettings, settings
+
+__all__ = ["ChunkSettings", "settings"]

@@ -1,0 +1,146 @@
+"""The GEMMs of one head, chunk by chunk: logits of the rows, then gradients of hidden, weight and bias."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+
+
+class Plan(NamedTuple):
+    """Dtypes of a head's products.
+
+    operands   hidden, weight and the logits' gradient, as they enter a product
+    logits     what the product of hidden and weight is stored in
+    is_wide    whether 16-bit operands can give a float32 product
+    """
+
+    operands: torch.dtype
+    logits: torch.dtype
+    is_wide: bool
+
+
+def plan_of(dtype: torch.dtype, autocast: torch.dtype | None, device: torch.device) -> Plan:
+    """The plan for a head of this dtype.
+
+    A float32 product of 16-bit operands costs an NVIDIA GPU nothing, and torch has none for CPU. There float16 is
+    computed in float32: its products are no faster, and a weight's gradient could overflow.
+    """
+    operands = dtype if autocast is None or dtype == torch.float64 else autocast
+    if device.type == "cpu" and operands == torch.float16:
+        operands = torch.float32
+    is_half = operands in (torch.float16, torch.bfloat16)
+    is_wide = is_half and device.type == "cuda" and torch.version.hip is None
+    return Plan(operands, torch.float32 if is_wide else operands, is_wide)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b in out's dtype, which is the operands' or, where the plan is wide, float32."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+class HeadProducts:
+    """One head over the chunks of a call.
+
+    hidden [*, D], weight [>= V, D], bias [>= V] or None; needs: of hidden, weight and bias, which get a gradient.
+    grad_dtype(dtype) is what a gradient is returned in.
+    """
+
+    def __init__(self, hidden, weight, bias, plan: Plan, V: int, rows: Rows, num_chunks: int, needs, grad_dtype):
+        self.hidden, self.plan, self.rows, self.num_chunks = hidden, plan, rows, num_chunks
+        self.weight = weight[:V].to(plan.operands)
+        self.bias = None if bias is None else bias[:V].to(plan.operands if not plan.is_wide else torch.float32)
+        needs_hidden, needs_weight, needs_bias = needs
+        width = hidden.shape[-1]
+        self.grad_hidden = self.grad_weight = self.grad_bias = None
+        if needs_hidden:
+            self.grad_hidden = rows.new_output(hidden, (width,), grad_dtype(hidden.dtype))
+        if needs_weight:
+            self.grad_weight = WeightGradient(weight, V, plan, num_chunks, grad_dtype(weight.dtype))
+        if needs_bias:
+            dtype = torch.promote_types(plan.operands, torch.float32)
+            self.grad_bias = bias.new_zeros(bias.shape, dtype=dtype)
+            self.bias_dtype = grad_dtype(bias.dtype)
+
+    def logits(self, start: int, stop: int, ignored: Tensor | None, out: Tensor) -> None:
+        """Writes hidden @ weight.T + bias of a chunk to `out` [stop - start, V]."""
+        self.chunk = self.rows.take(self.hidden, start, stop).to(self.plan.operands)
+        if ignored is not None:
+            # an ignored row may hold NaN, which a gradient of zero would not keep out of the weight's
+            self.chunk = self.chunk.masked_fill(ignored.unsqueeze(-1), 0.0)
+        if self.bias is not None and not self.plan.is_wide:
+            torch.addmm(self.bias, self.chunk, self.weight.T, out=out)
+            return
+        multiply(self.chunk, self.weight.T, out)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def add_gradient(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
+        """From the gradient [stop - start, V] of a chunk's logits; of the chunk that `logits` has been called with."""
+        if self.grad_hidden is not None:
+            self._put_hidden(start, stop, ignored, grad)
+        if self.grad_weight is not None:
+            self.grad_weight.add(grad, self.chunk)
+        if self.grad_bias is not None:
+            self.grad_bias[: grad.shape[1]] += grad.sum(0, dtype=self.grad_bias.dtype)
+
+    def _put_hidden(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
+        wanted = self.grad_hidden.dtype
+        dtype = wanted if self.plan.is_wide and wanted == torch.float32 else self.plan.operands
+        if self.rows.is_view() and dtype == wanted:
+            product = self.grad_hidden[start:stop]
+            multiply(grad, self.weight, product)
+        else:
+            product = grad.new_empty((stop - start, self.weight.shape[1]), dtype=dtype)
+            multiply(grad, self.weight, product)
+            self.rows.put(self.grad_hidden, start, stop, product)
+        if ignored is not None:  # whatever the weight holds
+            self.grad_hidden[start:stop].masked_fill_(ignored.unsqueeze(-1), 0.0)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight and bias; None where none was asked for."""
+        hidden = None if self.grad_hidden is None else self.grad_hidden.view(self.hidden.shape)
+        weight = None if self.grad_weight is None else self.grad_weight.result()
+        bias = None if self.grad_bias is None else self.grad_bias.to(self.bias_dtype)
+        return [hidden, weight, bias]
+
+
+class WeightGradient:
+    """Sum over the chunks of grad.T @ hidden, in float32 (float64) and in the chunks' order."""
+
+    def __init__(self, weight: Tensor, V: int, plan: Plan, num_chunks: int, dtype: torch.dtype):
+        self.out = weight.new_empty(weight.shape, dtype=dtype)
+        self.out[V if num_chunks else 0 :] = 0
+        self.rows = self.out[:V]
+        self.is_wide, self.is_empty = plan.is_wide, True
+        sum_dtype = torch.promote_types(plan.operands, torch.float32)
+        product_dtype = sum_dtype if plan.is_wide else plan.operands
+        self.total, self.product = self.rows, None
+        if num_chunks > 1 or dtype not in (product_dtype, plan.operands):
+            if dtype != sum_dtype:
+                self.total = weight.new_empty(self.rows.shape, dtype=sum_dtype)
+            if product_dtype != sum_dtype:
+                self.product = weight.new_empty(self.rows.shape, dtype=product_dtype)
+
+    def add(self, grad: Tensor, hidden: Tensor) -> None:
+        if self.product is not None:
+            multiply(grad.T, hidden, self.product)
+            self.total.copy_(self.product) if self.is_empty else self.total.add_(self.product)
+        elif self.is_empty:
+            multiply(grad.T, hidden, self.total)
+        elif self.is_wide:
+            torch.ops.aten.addmm.dtype_out(self.total, grad.T, hidden, self.total.dtype, out=self.total)
+        else:
+            self.total.addmm_(grad.T, hidden)
+        self.is_empty = False
+
+    def result(self) -> Tensor:
+        if self.total is not self.rows and not self.is_empty:
+            self.rows.copy_(self.total)
+        return self.out

@@ -1,0 +1,110 @@
+"""Rows of [*, X] tensors: which of them count, and the chunks in which they are worked on."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# fewer rows starve the GEMMs: each chunk streams the weights once, whatever its height
+MIN_ROWS = 1024
+DEFAULT_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+
+@dataclass
+class ChunkSettings:
+    """How sources that are heads are cut into chunks of rows; `auxkernels.chunk_settings` is read by every call.
+
+    num_bytes              budget for the [rows, V] buffers of a chunk: logits of each head and their gradients. A chunk
+                           has at least 1,024 rows where there are as many. None: 256 MiB on CPU, 1 GiB on GPU.
+    drops_ignored_on_gpu   on GPU, too, leave ignored rows out of the GEMMs, as is always done on CPU. Counting them
+                           makes the host wait for the device; during graph capture it is not done.
+    """
+
+    num_bytes: int | None = None
+    drops_ignored_on_gpu: bool = False
+
+    def budget(self, device: torch.device) -> int:
+        if self.num_bytes is None:
+            return DEFAULT_BYTES.get(device.type, DEFAULT_BYTES["cuda"])
+        if isinstance(self.num_bytes, bool) or not isinstance(self.num_bytes, int):
+            raise TypeError(f"chunk_settings.num_bytes must be an int or None, got {type(self.num_bytes).__name__}")
+        if self.num_bytes < 1:
+            raise ValueError(f"chunk_settings.num_bytes must be positive, got {self.num_bytes}")
+        return self.num_bytes
+
+
+settings = ChunkSettings()
+
+
+def chunks_of(num_rows: int, bytes_per_row: int, budget: int) -> list[tuple[int, int]]:
+    """[start, stop) of chunks of nearly equal size, within the budget unless that is less than MIN_ROWS rows."""
+    if num_rows == 0:
+        return []
+    wanted = -(-num_rows * bytes_per_row // budget)
+    num_chunks = max(1, min(wanted, num_rows // MIN_ROWS))
+    bounds = [i * num_rows // num_chunks for i in range(num_chunks + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+class Rows:
+    """The rows that are worked on, numbered from 0: all of them, or those that count.
+
+    shape   leading dimensions of the tensors
+    kept    int64 [num_rows], the flat rows that count in their order; None: all
+    """
+
+    def __init__(self, shape: torch.Size, kept: Tensor | None):
+        self.shape, self.kept = shape, kept
+        self.num_rows = shape.numel() if kept is None else kept.numel()
+
+    def take(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of [*, X] or [*]: a view where they lie at one stride, otherwise a copy of these rows."""
+        trailing = tensor.shape[len(self.shape) :]
+        try:
+            flat = tensor.view(self.shape.numel(), *trailing)
+        except RuntimeError:  # leading dimensions of unrelated strides
+            flat = None
+        if self.kept is None:
+            if flat is not None:
+                return flat[start:stop]
+            index = torch.arange(start, stop, device=tensor.device)
+        else:
+            index = self.kept[start:stop]
+        if flat is not None:
+            return flat.index_select(0, index)
+        return tensor[torch.unravel_index(index, self.shape)]
+
+    def is_view(self) -> bool:
+        """Whether [start, stop) of a contiguous tensor is part of it."""
+        return self.kept is None
+
+    def put(self, flat: Tensor, start: int, stop: int, values: Tensor) -> None:
+        """Writes rows [start, stop) of a contiguous [all rows, X] or [all rows] tensor."""
+        if self.kept is None:
+            flat[start:stop].copy_(values)
+        else:
+            flat.index_copy_(0, self.kept[start:stop], values.to(flat.dtype))
+
+    def new_output(self, like: Tensor, trailing: tuple[int, ...], dtype: torch.dtype, fill: float = 0) -> Tensor:
+        """[all rows, *trailing], to be written by `put`; rows that do not count hold `fill`."""
+        size = (self.shape.numel(), *trailing)
+        if self.kept is None:
+            return like.new_empty(size, dtype=dtype)
+        return like.new_full(size, fill, dtype=dtype)
+
+
+def rows_that_count(shape: torch.Size, ignored: Tensor | None, can_drop: bool) -> Rows:
+    """Without the ignored rows (bool [*], or None) where leaving them out saves work and costs no waiting."""
+    if ignored is None or not can_drop or not _may_drop(ignored.device):
+        return Rows(shape, None)
+    kept = (~ignored).flatten().nonzero().squeeze(1)
+    return Rows(shape, None if kept.numel() == shape.numel() else kept)
+
+
+def _may_drop(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return settings.drops_ignored_on_gpu and not torch.cuda.is_current_stream_capturing()
