@@ -90,6 +90,7 @@ def mask_of(*names: str) -> int:
 
 
 OF_TARGET = mask_of("nll", "base_nll", "log_prob", "base_log_prob")
+OF_BASE = mask_of("mean_base", "base_max", "base_log_denom", "base_nll", "kl_to_base", "base_log_prob", "base_argmax")
 
 
 def is_ignored(target: Tensor, ignore_index: int) -> Tensor:

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/add.h"
 #include "cpu/block_ops.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/pages.h"
@@ -130,6 +131,21 @@ void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_
                           : rescale<float>(p, pointer(grad), type, width, factor);
 }
 
+// address, dtype
+using ElementsArguments = std::array<int64_t, 2>;
+
+Elements elements_of(const ElementsArguments& a) {
+  if (a[1] < 0 || a[1] > 2) throw py::value_error("dtype code must be in [0, 2], got " + std::to_string(a[1]));
+  return {pointer(a[0]), static_cast<DType>(a[1])};
+}
+
+void py_add(const ElementsArguments& out, const ElementsArguments& a, const ElementsArguments& b, int64_t n,
+            int threads) {
+  const Elements sum = elements_of(out), first = elements_of(a), second = elements_of(b);
+  py::gil_scoped_release release;
+  add(sum, first, second, n, threads < 1 ? 1 : threads);
+}
+
 void py_bring_in(int64_t address, int64_t bytes, int threads) {
   py::gil_scoped_release release;
   bring_pages_in(pointer(address), bytes, threads);
@@ -156,6 +172,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("loss", &auxk::py_loss);
   m.def("backward", &auxk::py_backward);
   m.def("rescale", &auxk::py_rescale);
+  m.def("add", &auxk::py_add);
   m.def("bring_in", &auxk::py_bring_in, "Brings the pages of a large fresh buffer in before it is written.");
   m.def("instruction_sets", &auxk::instruction_sets, "Instruction sets that this processor can run, best first.");
   m.def("instruction_set", [] { return std::string(auxk::current_instruction_set().name); });

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from .rows import chunks_of, rows_that_count, settings
-from .sides import Buffers, Part, Setting, SideChunks, bytes_per_row
+from .sides import Buffers, Part, Setting, are_one_product, bytes_per_row, side_chunks
 
 _SOURCES = (
     "Tensor?[] parts, float[] softcaps, int num_base, ScalarType? autocast, Tensor? target, Tensor? weight, "
@@ -69,11 +69,19 @@ class Sources(NamedTuple):
 
 
 class ChunkedCall:
-    """One call: its rows, its sides, and what the row kernels are given for each chunk."""
+    """One call: its rows, its sides, and what the row kernels are given for each chunk.
 
-    def __init__(self, sources: Sources, needs: list[bool], backend: str, keeps_wide: bool = False):
+    is_base_wanted   whether the base counts by itself; otherwise what can be one product becomes one
+    keeps_wide       whether gradients of float16 heads stay in float32
+    """
+
+    def __init__(
+        self, sources: Sources, needs: list[bool], backend: str, is_base_wanted: bool, keeps_wide: bool = False
+    ):
         self.sources, self.kernels, self.in_place = sources, ops.implementation(backend), backend == "native"
         parts, num = sources.as_parts(), len(sources.softcaps)
+        if not is_base_wanted and are_one_product(parts, sources.autocast):
+            sources = sources._replace(num_base=num)
         of_source = [list(needs[4 * i : 4 * i + 4]) or [False] * 4 for i in range(num)]
         ignored = sources.ignored()
         self.rows = rows_that_count(sources.shape(), ignored, can_drop=any(part.weight is not None for part in parts))
@@ -86,7 +94,7 @@ class ChunkedCall:
         setting = Setting(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)
         buffers = Buffers(setting, sources.first())
         self.base, self.aux = (
-            SideChunks(side, setting, side_needs, buffers)
+            side_chunks(side, setting, side_needs, buffers)
             for side, side_needs in zip(sources.sides(parts), sources.sides(of_source), strict=True)
         )
 
@@ -186,7 +194,7 @@ def _has_half_products(sources: Sources) -> bool:
 
 def _scan(sources: Sources, wanted: int, backend: str) -> list[Tensor]:
     ops.check_wanted(wanted, sources.target)
-    call = ChunkedCall(sources, [], backend)
+    call = ChunkedCall(sources, [], backend, bool(wanted & ops.OF_BASE))
     fields = call.new_fields(wanted)
     for start, stop in call.chunks:
         call.put_fields(start, stop, fields, call.kernels.scan(*call.leading(start, stop), wanted))
@@ -199,7 +207,7 @@ def _loss(
     checks.chunked_outputs(sources, needs)
     ops.check_wanted(wanted | ops.OF_TARGET, sources.target)
     divides_last = _has_half_products(sources)
-    call = ChunkedCall(sources, needs, backend, keeps_wide=True)
+    call = ChunkedCall(sources, needs, backend, bool(wanted & ops.OF_BASE), keeps_wide=True)
     divisor = call.divisor(normalizer, mean)
     divide = (None, label_smoothing, z_loss, False) if divides_last else (divisor, label_smoothing, z_loss, True)
     fields, losses = call.new_fields(wanted), []
@@ -231,7 +239,8 @@ def _backward(sources: Sources, *args) -> list[Tensor]:
     if is_half:
         factor = _largest(coefficients, sources)
         coefficients = [None if c is None else c / factor for c in coefficients]
-    call = ChunkedCall(sources, needs, backend, keeps_wide=is_half)
+    is_base_wanted = any(coefficients[ops.COEFFICIENTS.index(name)] is not None for name in ("D", "Q", "Q_b", "B_b"))
+    call = ChunkedCall(sources, needs, backend, is_base_wanted, keeps_wide=is_half)
 
     def chunk_of(values: list, start: int, stop: int) -> list:
         return [None if v is None else call.rows.take(v, start, stop) for v in values]

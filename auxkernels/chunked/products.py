@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import native
 from .rows import Rows
 
 
@@ -21,6 +22,10 @@ class Plan(NamedTuple):
     operands: torch.dtype
     logits: torch.dtype
     is_wide: bool
+
+    def is_exact(self) -> bool:
+        """Whether products are stored as they were summed, so that another can be added to them."""
+        return self.is_wide or self.operands in (torch.float32, torch.float64)
 
 
 def plan_of(dtype: torch.dtype, autocast: torch.dtype | None, device: torch.device) -> Plan:
@@ -37,9 +42,13 @@ def plan_of(dtype: torch.dtype, autocast: torch.dtype | None, device: torch.devi
     return Plan(operands, torch.float32 if is_wide else operands, is_wide)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b in out's dtype, which is the operands' or, where the plan is wide, float32."""
-    if out.dtype == a.dtype:
+def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out (+)= a @ b in out's dtype, which is the operands' or, where the plan is wide, float32."""
+    if accumulate and out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif accumulate:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    elif out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
@@ -68,16 +77,16 @@ class HeadProducts:
             self.grad_bias = bias.new_zeros(bias.shape, dtype=dtype)
             self.bias_dtype = grad_dtype(bias.dtype)
 
-    def logits(self, start: int, stop: int, ignored: Tensor | None, out: Tensor) -> None:
-        """Writes hidden @ weight.T + bias of a chunk to `out` [stop - start, V]."""
+    def logits(self, start: int, stop: int, ignored: Tensor | None, out: Tensor, accumulate: bool = False) -> None:
+        """Writes (adds) hidden @ weight.T + bias of a chunk to `out` [stop - start, V]."""
         self.chunk = self.rows.take(self.hidden, start, stop).to(self.plan.operands)
         if ignored is not None:
             # an ignored row may hold NaN, which a gradient of zero would not keep out of the weight's
             self.chunk = self.chunk.masked_fill(ignored.unsqueeze(-1), 0.0)
-        if self.bias is not None and not self.plan.is_wide:
+        if self.bias is not None and not self.plan.is_wide and not accumulate:
             torch.addmm(self.bias, self.chunk, self.weight.T, out=out)
             return
-        multiply(self.chunk, self.weight.T, out)
+        multiply(self.chunk, self.weight.T, out, accumulate)
         if self.bias is not None:
             out.add_(self.bias)
 
@@ -106,41 +115,58 @@ class HeadProducts:
     def gradients(self) -> list[Tensor | None]:
         """Of hidden, weight and bias; None where none was asked for."""
         hidden = None if self.grad_hidden is None else self.grad_hidden.view(self.hidden.shape)
-        weight = None if self.grad_weight is None else self.grad_weight.result()
+        weight = None if self.grad_weight is None else self.grad_weight.out
         bias = None if self.grad_bias is None else self.grad_bias.to(self.bias_dtype)
         return [hidden, weight, bias]
 
 
 class WeightGradient:
-    """Sum over the chunks of grad.T @ hidden, in float32 (float64) and in the chunks' order."""
+    """Sum over the chunks of grad.T @ hidden [V, D], in float32 (float64) and in the chunks' order.
+
+    Where a product cannot be written in that dtype, each is rounded to the operands' and the sum once more at its end.
+    """
 
     def __init__(self, weight: Tensor, V: int, plan: Plan, num_chunks: int, dtype: torch.dtype):
         self.out = weight.new_empty(weight.shape, dtype=dtype)
         self.out[V if num_chunks else 0 :] = 0
-        self.rows = self.out[:V]
-        self.is_wide, self.is_empty = plan.is_wide, True
+        self.rows = self.sum = self.out[:V]
+        self.num_chunks, self.num_added = num_chunks, 0
         sum_dtype = torch.promote_types(plan.operands, torch.float32)
-        product_dtype = sum_dtype if plan.is_wide else plan.operands
-        self.total, self.product = self.rows, None
-        if num_chunks > 1 or dtype not in (product_dtype, plan.operands):
-            if dtype != sum_dtype:
-                self.total = weight.new_empty(self.rows.shape, dtype=sum_dtype)
-            if product_dtype != sum_dtype:
-                self.product = weight.new_empty(self.rows.shape, dtype=product_dtype)
+        self.is_exact = plan.is_exact()
+        rounds_directly = num_chunks <= 1 and dtype == plan.operands if self.is_exact else num_chunks <= 2
+        if dtype != sum_dtype and not rounds_directly:
+            self.sum = weight.new_empty(self.rows.shape, dtype=sum_dtype)
+        if not self.is_exact and (num_chunks > 1 or dtype != plan.operands):
+            self.product = weight.new_empty(self.rows.shape, dtype=plan.operands)
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
-        if self.product is not None:
-            multiply(grad.T, hidden, self.product)
-            self.total.copy_(self.product) if self.is_empty else self.total.add_(self.product)
-        elif self.is_empty:
-            multiply(grad.T, hidden, self.total)
-        elif self.is_wide:
-            torch.ops.aten.addmm.dtype_out(self.total, grad.T, hidden, self.total.dtype, out=self.total)
-        else:
-            self.total.addmm_(grad.T, hidden)
-        self.is_empty = False
+        self._add_exact(grad.T, hidden) if self.is_exact else self._add_rounded(grad.T, hidden)
+        self.num_added += 1
 
-    def result(self) -> Tensor:
-        if self.total is not self.rows and not self.is_empty:
-            self.rows.copy_(self.total)
-        return self.out
+    def _add_exact(self, grad: Tensor, hidden: Tensor) -> None:
+        multiply(grad, hidden, self.sum, accumulate=self.num_added > 0)
+        if self.num_added + 1 == self.num_chunks and self.sum is not self.rows:
+            self.rows.copy_(self.sum)
+
+    def _add_rounded(self, grad: Tensor, hidden: Tensor) -> None:
+        if self.num_added == 0 and self.rows.dtype == grad.dtype:
+            multiply(grad, hidden, self.rows)
+            self.so_far = self.rows
+            return
+        multiply(grad, hidden, self.product)
+        if self.num_added == 0:
+            self.rows.copy_(self.product)
+            self.so_far = self.rows
+            return
+        is_last = self.num_added + 1 == self.num_chunks
+        place = self.rows if is_last else self.sum
+        add_rounded_once(place, self.so_far, self.product)
+        self.so_far = place
+
+
+def add_rounded_once(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a + b in float32; of any floating dtypes, out may be a."""
+    if native.can_add(out, a, b):
+        native.add(out, a, b)  # torch would convert through a temporary: six times as slow
+    else:
+        out.copy_(a.float().add_(b))

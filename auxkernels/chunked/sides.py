@@ -60,17 +60,26 @@ def padded(vocab_size: int) -> int:
     return -(-vocab_size // ALIGNMENT) * ALIGNMENT
 
 
-def bytes_per_row(
-    sides: list[list[Part]], wants: list[list[bool]], vocab_size: int, compute, autocast, in_place
-) -> int:
-    """What the buffers of a chunk take for each of its rows; wants: whether a source gets a gradient."""
+def are_one_product(parts: list[Part], autocast: torch.dtype | None) -> bool:
+    """Whether the parts are heads whose products can be added up where they are stored: [h, g] @ [W, U].T."""
+    plans = set()
+    for part in parts:
+        if part.weight is None or part.scale is not None or part.softcap is not None:
+            return False
+        plans.add(plan_of(part.values.dtype, autocast, part.values.device))
+    return len(plans) == 1 and plans.pop().is_exact()
+
+
+def bytes_per_row(sides, wants, vocab_size: int, compute, autocast, in_place: bool) -> int:
+    """What the buffers of a chunk take for each of its rows. sides: parts; wants: whether each gets a gradient."""
     total = 0
     for parts, wanted in zip(sides, wants, strict=True):
-        for part, wants_gradient in zip(parts, wanted, strict=True):
-            if part.weight is not None:
-                plan = plan_of(part.values.dtype, autocast, part.values.device)
-                total += plan.logits.itemsize + (0 if in_place or not wants_gradient else plan.operands.itemsize)
-        if len(parts) > 1:
+        is_one = are_one_product(parts, autocast)
+        heads = [(part, wants) for part, wants in zip(parts, wanted, strict=True) if part.weight is not None]
+        for part, wants_gradient in [(parts[0], any(wanted))] if is_one else heads:
+            plan = plan_of(part.values.dtype, autocast, part.values.device)
+            total += plan.logits.itemsize + (0 if in_place or not wants_gradient else plan.operands.itemsize)
+        if len(parts) > 1 and not is_one:
             total += compute.itemsize * (1 if in_place or not any(wanted) else 2)
     return max(total, 1) * padded(vocab_size)
 
@@ -215,3 +224,41 @@ class SideChunks:
 
     def gradients(self) -> list[Tensor | None]:
         return [grad for part in self.parts for grad in part.gradients()]
+
+
+class ProductChunks:
+    """The sum of heads whose products are added up in one buffer (`are_one_product`), over the chunks of a call.
+
+    It takes one buffer instead of one each, and its gradient is that of every head's logits.
+    """
+
+    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
+        self.parts = [PartChunks(part, setting, n, buffers) for part, n in zip(parts, needs, strict=True)]
+        self.setting, self.buffers, self.plan = setting, buffers, self.parts[0].plan
+
+    def needs(self) -> tuple[bool, bool]:
+        return any(part.needs_values() for part in self.parts), False
+
+    def operand(self, start: int, stop: int) -> Operand:
+        self.values = self.buffers.get(("product", id(self)), self.plan.logits, stop - start)
+        logits, ignored = self.values[:, : self.setting.vocab_size], self.setting.ignored_in(start, stop)
+        for i, part in enumerate(self.parts):
+            part.head.logits(start, stop, ignored, logits, accumulate=i > 0)
+        return Operand(self.values, None, None)
+
+    def gradient_buffer(self, start: int, stop: int) -> Tensor:
+        if self.setting.in_place:
+            return self.values
+        return self.buffers.get(("gradient of product", id(self)), self.plan.operands, stop - start)
+
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: None) -> None:
+        for part in self.parts if grad is not None else ():
+            part.take_gradient(start, stop, grad, None)
+
+    def gradients(self) -> list[Tensor | None]:
+        return [grad for part in self.parts for grad in part.gradients()]
+
+
+def side_chunks(parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
+    kind = ProductChunks if parts and are_one_product(parts, setting.autocast) else SideChunks
+    return kind(parts, setting, needs, buffers)

@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -46,6 +48,19 @@ def describe() -> str:
     if module is None:
         return f"unavailable: {reason}"
     return f"available (C++, CPU, instruction set {module.instruction_set()} of {', '.join(module.instruction_sets())})"
+
+
+def add(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a + b for contiguous CPU tensors of one shape, added in float32; 16-bit and float32 may be mixed."""
+    tensors = (out, a, b)
+    cpu().add(*((t.data_ptr(), DTYPE_CODES[t.dtype]) for t in tensors), out.numel(), torch.get_num_threads())
+
+
+def can_add(*tensors: Tensor) -> bool:
+    return _load()[0] is not None and all(
+        t.device.type == "cpu" and t.is_contiguous() and t.dtype in DTYPE_CODES and t.dtype != torch.float64
+        for t in tensors
+    )
 
 
 def bring_in(tensor: Tensor) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from .. import ops
 from ..checks import in_range_message
 from ..layout import as_rows
-from . import cpu
+from . import DTYPE_CODES, cpu
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NO_SOURCE = (0, 0, 0, 1, 0, 0, 0, 0)
 _NUM_FIELDS = len(ops.FIELDS)
 
