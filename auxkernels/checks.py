@@ -7,11 +7,13 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .sources import Head, Logits, Source
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plain_tensor(name: str, value: object) -> Tensor:
@@ -22,8 +24,9 @@ def plain_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.is_quantized:
         raise TypeError(f"{name} must not be quantised, got {value.dtype}")
-    if type(value).__name__ == "DTensor":
-        raise TypeError(f"{name} must be a local tensor, got DTensor: pass {name}.to_local() of an unsharded tensor")
+    if type(value) not in _PLAIN and is_traceable_wrapper_subclass(value):  # sharded, quantised: others hold its memory
+        hint = ": pass to_local() of an unsharded tensor" if type(value).__name__ == "DTensor" else ""
+        raise TypeError(f"{name} must be a plain tensor, got {type(value).__name__}{hint}")
     return value
 
 
@@ -58,12 +61,27 @@ def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
+def leading(name: str, given: Source) -> tuple[torch.Size, torch.device]:
+    """Leading shape and device of a source, where there is no target to say them."""
+    of, values, form = _values_of(name, given)
+    floating(of, values)
+    if values.dim() == 0:
+        raise ValueError(f"{of} must be {form}, got a 0-d tensor")
+    return values.shape[:-1], values.device
+
+
+def _values_of(name: str, given: Source) -> tuple[str, object, str]:
+    """What the rows of a source are in: their name, the tensor and its form."""
+    if isinstance(given, Logits):
+        return name, given.values, "[*, V]"
+    return f"hidden of {name}", given.hidden, "[*, D]"
+
+
 def source(
     name: str, given: Source, shape: torch.Size, device: torch.device, autocast: torch.dtype | None = None
-) -> int:
-    """One source against the target's shape and device; returns its number of classes."""
-    is_head = isinstance(given, Head)
-    of, values, form = (f"hidden of {name}", given.hidden, "[*, D]") if is_head else (name, given.values, "[*, V]")
+) -> tuple[int, torch.dtype]:
+    """One source against the target's shape and device; returns its number of classes and its dtype."""
+    of, values, form = _values_of(name, given)
     floating(of, values)
     if values.device != device:
         raise ValueError(f"{of} must be on the target's device {device}, got {values.device}")
@@ -76,14 +94,14 @@ def source(
         softcap(f"softcap of {name}", given.softcap)
     if type(given.scale) is not float:
         scale(f"scale of {name}", given.scale, shape, device)
-    if is_head:
-        return head(name, given, autocast)
+    if isinstance(given, Head):
+        return head(name, given, autocast), values.dtype
     if values.stride(-1) != 1 and values.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {values.stride(-1)}: "
             f"call .contiguous() on it first"
         )
-    return values.shape[-1]
+    return values.shape[-1], values.dtype
 
 
 def head(name: str, given: Head, autocast: torch.dtype | None) -> int:
@@ -177,7 +195,7 @@ def op_arguments(
     ):
         if values is not None:
             given = Logits(values, scale=1.0 if factor is None else factor, softcap=softcap)
-            widths.append((name, source(name, given, shape, device)))
+            widths.append((name, source(name, given, shape, device)[0]))
     common_width(widths, vocab_size)
     target_of(shape, device, target)
     if weight is not None:
@@ -205,7 +223,7 @@ def chunked_sources(sources) -> None:
         values, weight, bias, factor = parts[4 * i : 4 * i + 4]
         options = {"scale": 1.0 if factor is None else factor, "softcap": softcap or None}
         given = Logits(values, **options) if weight is None else Head(values, weight, bias=bias, **options)
-        widths.append((f"source {i}", source(f"source {i}", given, shape, device, autocast)))
+        widths.append((f"source {i}", source(f"source {i}", given, shape, device, autocast)[0]))
     common_width(widths, sources.vocab_size)
     target_of(shape, device, sources.target)
     if sources.weight is not None:

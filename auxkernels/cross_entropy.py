@@ -137,24 +137,20 @@ def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:
     checks.int64("ignore_index", ignore_index)
     base = as_sources("base", base)
     aux = [] if aux is None else as_sources("aux", aux)
-    name, first = ("hidden of base", base[0].hidden) if isinstance(base[0], Head) else ("base", base[0].values)
-    checks.floating(name, first)
-    if first.dim() == 0:
-        raise ValueError(f"{name} must have a last dimension, got a 0-d tensor")
-    shape, device = first.shape[:-1], first.device
-    if target is not None:
+    if target is None:
+        shape, device = checks.leading("base", base[0])
+    else:
         shape, device = target.shape, target.device
-    autocast = None
-    if any(isinstance(source, Head) for source in (*base, *aux)) and torch.is_autocast_enabled(device.type):
-        autocast = torch.get_autocast_dtype(device.type)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     compute = torch.float32
     widths = []
     for side, sources in (("base", base), ("aux", aux)):
         for i, source in enumerate(sources):
             name = side if len(sources) == 1 else f"{side}[{i}]"
-            widths.append((name, checks.source(name, source, shape, device, autocast)))
-            if (source.hidden if isinstance(source, Head) else source.values).dtype == torch.float64:
-                compute = torch.float64
+            width, dtype = checks.source(name, source, shape, device, autocast)
+            widths.append((name, width))
+            if dtype == torch.float64:
+                compute = dtype
     vocab_size = checks.common_width(widths, vocab_size)
     backend = backends.resolve(backend, device, compute)
     return _Problem(base, aux, target, ignore_index, vocab_size, compute, autocast, backend)

@@ -154,7 +154,7 @@ def test_a_sharded_tensor_is_a_type_error_that_names_it(on_cpu, one_process_grou
     mesh = DeviceMesh("cpu", [0])
     for name in tensors:
         given = tensors | {name: distribute_tensor(tensors[name], mesh, [Shard(0)])}
-        with pytest.raises(TypeError, match=f"{name} must be a local tensor, got DTensor"):
+        with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got DTensor"):
             aux_cross_entropy(given["base"], given["aux"], given["target"], backend=on_cpu.backend)
 
 

@@ -283,8 +283,10 @@ def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: 
     launch.check(grad, None, 1)
     if grad.numel() == 0:
         return
-    width = grad.shape[-1]
+    num_rows, width = grad.shape[:-1].numel(), grad.shape[-1]
+    if target is None and grad.numel() <= launch.MAX_INT32:  # narrow rows would leave most of a block empty
+        num_rows, width = 1, grad.numel()
     args = (grad, factor, None if target is None else target.contiguous(), ignore_index, width)
-    num_programs = grad.shape[:-1].numel() * triton.cdiv(width, RESCALE_BLOCK)
+    num_programs = num_rows * triton.cdiv(width, RESCALE_BLOCK)
     with launch.on_device_of(grad):
         launch.run(cross_entropy_rescale_kernel, num_programs, *args, BLOCK=RESCALE_BLOCK, num_warps=8)
