@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from .rows import chunks_of, rows_that_count, settings
-from .sides import Buffers, Part, Setting, are_one_product, bytes_per_row, side_chunks
+from .sides import Buffers, Part, Setting, are_one_product, bytes_per_row, side_of
 
 _SOURCES = (
     "Tensor?[] parts, float[] softcaps, int num_base, ScalarType? autocast, Tensor? target, Tensor? weight, "
@@ -94,26 +94,17 @@ class ChunkedCall:
         setting = Setting(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)
         buffers = Buffers(setting, sources.first())
         self.base, self.aux = (
-            side_chunks(side, setting, side_needs, buffers)
+            side_of(side, setting, side_needs, buffers)
             for side, side_needs in zip(sources.sides(parts), sources.sides(of_source), strict=True)
         )
 
     def leading(self, start: int, stop: int) -> tuple:
         """The ten arguments that every op of ops.py begins with, for one chunk."""
-        base = self.base.operand(start, stop)
-        aux = self.aux.operand(start, stop) if self.aux.parts else None
-        target = None if self.sources.target is None else self.rows.take(self.sources.target, start, stop)
+        base, aux, sources = self.base.operand(start, stop), self.aux.operand(start, stop), self.sources
+        target = None if sources.target is None else self.rows.take(sources.target, start, stop)
         return (
-            base.values,
-            None if aux is None else aux.values,
-            target,
-            self.sources.weight,
-            base.scale,
-            None if aux is None else aux.scale,
-            base.softcap,
-            None if aux is None else aux.softcap,
-            self.sources.ignore_index,
-            self.sources.vocab_size,
+            *(base.values, aux.values, target, sources.weight, base.scale, aux.scale, base.softcap, aux.softcap),
+            *(sources.ignore_index, sources.vocab_size),
         )
 
     def room_for_gradients(self, start: int, stop: int) -> tuple[int, list[Tensor]]:
@@ -132,8 +123,7 @@ class ChunkedCall:
         given = iter(grads)
         base, aux, base_scale, aux_scale = (next(given) if mask >> i & 1 else None for i in range(4))
         self.base.take_gradient(start, stop, base, base_scale)
-        if self.aux.parts:
-            self.aux.take_gradient(start, stop, aux, aux_scale)
+        self.aux.take_gradient(start, stop, aux, aux_scale)
 
     def gradients(self, needs: list[bool]) -> list[Tensor]:
         grads = self.base.gradients() + self.aux.gradients()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import native
 from ..sources import row_scale
-from .products import HeadProducts, Plan, plan_of
+from .products import HeadProducts, plan_of
 from .rows import Rows
 from .sums import bend, scale_gradient, sum_of, value_gradient
 
@@ -29,7 +29,7 @@ class Part(NamedTuple):
 class Operand(NamedTuple):
     """One side of a chunk as the row kernels take it."""
 
-    values: Tensor
+    values: Tensor | None
     scale: Tensor | None
     softcap: float | None
 
@@ -98,167 +98,208 @@ class Buffers:
         return self.made[key][:num_rows]
 
 
-class PartChunks:
+class SourceChunks:
     """One source over the chunks of a call. needs: of values or hidden, weight, bias, scale."""
 
     def __init__(self, part: Part, setting: Setting, needs: list[bool], buffers: Buffers):
-        self.part, self.setting, self.needs, self.buffers = part, setting, needs, buffers
-        self.head = self.plan = self.grad_values = self.grad_scale = None
-        rows, values = setting.rows, part.values
-        if part.weight is not None:
-            self.plan: Plan = plan_of(values.dtype, setting.autocast, values.device)
-            self.head = HeadProducts(
-                values,
-                part.weight,
-                part.bias,
-                self.plan,
-                setting.vocab_size,
-                rows,
-                len(setting.chunks),
-                needs[:3],
-                setting.grad_dtype,
-            )
-        elif needs[0]:
-            self.grad_values = rows.new_output(values, values.shape[-1:], values.dtype)
-        if needs[3]:
-            self.grad_scale = rows.new_output(values, (), setting.compute)
-
-    def needs_values(self) -> bool:
-        return any(self.needs[:3])
-
-    def values(self, start: int, stop: int) -> Tensor:
-        """The chunk's logits before softcap and scale, [C, >= V]."""
-        if self.head is None:
-            return self.setting.rows.take(self.part.values, start, stop)
-        z = self.buffers.get(("logits", id(self)), self.plan.logits, stop - start)
-        self.head.logits(start, stop, self.setting.ignored_in(start, stop), z[:, : self.setting.vocab_size])
-        return z
+        self.part, self.setting, self.buffers = part, setting, buffers
+        self.needs_values, self.needs_scale = any(needs[:3]), needs[3]
+        self.grad_scale = setting.rows.new_output(part.values, (), setting.compute) if needs[3] else None
 
     def scale(self, start: int, stop: int) -> Tensor | None:
         scale = self.part.scale
         return scale if scale is None or scale.dim() == 0 else self.setting.rows.take(scale, start, stop)
 
+    def put_scale_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
+        """One number for each row of the chunk, or None."""
+        if grad is not None:
+            self.setting.rows.put(self.grad_scale, start, stop, grad)
+
+    def scale_gradient(self) -> Tensor | None:
+        return None if self.grad_scale is None else self.grad_scale.view(self.setting.rows.shape)
+
+
+class LogitsChunks(SourceChunks):
+    """Materialised logits, read where they are and their gradient written where it stays, if rows lie in order."""
+
+    def __init__(self, part: Part, setting: Setting, needs: list[bool], buffers: Buffers):
+        super().__init__(part, setting, needs, buffers)
+        self.grad_dtype, self.width, self.grad = part.values.dtype, part.values.shape[-1], None
+        if needs[0]:
+            self.grad = setting.rows.new_output(part.values, (self.width,), self.grad_dtype)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """The chunk's logits before softcap and scale, [C, >= V]."""
+        return self.setting.rows.take(self.part.values, start, stop)
+
     def gradient_buffer(self, values: Tensor, start: int, stop: int) -> Tensor:
         """Where the row kernels write the gradient of `values`, the chunk's logits."""
-        rows = self.setting.rows
-        if self.head is None and rows.is_view():
-            return self.grad_values[start:stop]
-        if self.setting.in_place:
-            return values  # a head's buffer, or a copy of the rows
-        if self.head is None:
-            return torch.empty_like(values)
-        return self.buffers.get(("gradient", id(self)), self.plan.operands, stop - start)
+        if self.setting.rows.is_view():
+            return self.grad[start:stop]
+        return values if self.setting.in_place else torch.empty_like(values)  # `values` are a copy of the rows
 
-    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
-        """From the gradient of `values` [C, >= V] and of the scale [C]."""
-        rows, V = self.setting.rows, self.setting.vocab_size
-        if grad is not None and self.head is not None:
-            self.head.add_gradient(start, stop, self.setting.ignored_in(start, stop), grad[:, :V])
-        elif grad is not None and not (rows.is_view() and grad.data_ptr() == self.grad_values[start:].data_ptr()):
-            rows.put(self.grad_values, start, stop, grad)
-        if grad_scale is not None:
-            rows.put(self.grad_scale, start, stop, grad_scale)
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
+        if grad is not None and grad.data_ptr() != self.grad[start:].data_ptr():
+            self.setting.rows.put(self.grad, start, stop, grad)
 
     def gradients(self) -> list[Tensor | None]:
         """Of values or hidden, weight, bias and scale (one number per row)."""
-        shape = self.setting.rows.shape
-        values, weight, bias = [self.grad_values, None, None] if self.head is None else self.head.gradients()
-        if self.grad_values is not None:
-            values = values.view(self.part.values.shape)
-        return [values, weight, bias, None if self.grad_scale is None else self.grad_scale.view(shape)]
+        grad = None if self.grad is None else self.grad.view(self.part.values.shape)
+        return [grad, None, None, self.scale_gradient()]
 
 
-class SideChunks:
-    """The sum of some sources over the chunks of a call."""
+class HeadChunks(SourceChunks):
+    """A head: its products into a buffer, the buffer's gradient into its products."""
 
-    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
-        self.parts = [PartChunks(part, setting, n, buffers) for part, n in zip(parts, needs, strict=True)]
-        self.setting, self.buffers = setting, buffers
-        self.is_sum = len(parts) > 1
+    def __init__(self, part: Part, setting: Setting, needs: list[bool], buffers: Buffers):
+        super().__init__(part, setting, needs, buffers)
+        self.plan = plan_of(part.values.dtype, setting.autocast, part.values.device)
+        self.grad_dtype, self.width = self.plan.operands, setting.vocab_size
+        tensors, shared = (part.values, part.weight, part.bias), (setting.rows, len(setting.chunks))
+        self.products = HeadProducts(*tensors, self.plan, self.width, *shared, needs[:3], setting.grad_dtype)
+
+    def add_values(self, start: int, stop: int, out: Tensor, accumulate: bool) -> None:
+        logits = out[:, : self.setting.vocab_size]
+        self.products.logits(start, stop, self.setting.ignored_in(start, stop), logits, accumulate)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        z = self.buffers.get(("logits", id(self)), self.plan.logits, stop - start)
+        self.add_values(start, stop, z, accumulate=False)
+        return z
+
+    def gradient_buffer(self, values: Tensor, start: int, stop: int) -> Tensor:
+        if self.setting.in_place:
+            return values
+        return self.buffers.get(("gradient", id(self)), self.plan.operands, stop - start)
+
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
+        if grad is not None:
+            ignored = self.setting.ignored_in(start, stop)
+            self.products.add_gradient(start, stop, ignored, grad[:, : self.setting.vocab_size])
+
+    def gradients(self) -> list[Tensor | None]:
+        return [*self.products.gradients(), self.scale_gradient()]
+
+
+def source_chunks(part: Part, setting: Setting, needs: list[bool], buffers: Buffers) -> LogitsChunks | HeadChunks:
+    return (LogitsChunks if part.weight is None else HeadChunks)(part, setting, needs, buffers)
+
+
+# -- sides: what the row kernels take as base or auxiliary. needs() is whether they have to give the gradient of the
+# values, and of the scale ---------------------------------------------------------------------------------------------
+
+
+class NoSide:
+    """No auxiliary."""
 
     def needs(self) -> tuple[bool, bool]:
-        """Whether the row kernels have to give the gradient of the values, and of the scale."""
-        if self.is_sum:
-            return any(any(part.needs) for part in self.parts), False
-        return (self.parts[0].needs_values(), self.parts[0].needs[3]) if self.parts else (False, False)
+        return False, False
 
     def operand(self, start: int, stop: int) -> Operand:
-        if not self.is_sum:
-            part = self.parts[0]
-            self.values = part.values(start, stop)
-            return Operand(self.values, part.scale(start, stop), part.part.softcap)
-        total = self.buffers.get(("sum", id(self)), self.setting.compute, stop - start)
-        self.terms = [(part.values(start, stop), part.scale(start, stop), part.part.softcap) for part in self.parts]
-        sum_of(self.terms, total[:, : self.setting.vocab_size])
-        self.values = total
-        return Operand(total, None, None)
+        return Operand(None, None, None)
+
+    def take_gradient(self, start: int, stop: int, grad: None, grad_scale: None) -> None:
+        pass
+
+    def gradients(self) -> list[Tensor | None]:
+        return []
+
+
+class OneSource:
+    """A side of one source: the row kernels apply its softcap and scale."""
+
+    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
+        self.source = source_chunks(parts[0], setting, needs[0], buffers)
+
+    def needs(self) -> tuple[bool, bool]:
+        return self.source.needs_values, self.source.needs_scale
+
+    def operand(self, start: int, stop: int) -> Operand:
+        self.values = self.source.values(start, stop)
+        return Operand(self.values, self.source.scale(start, stop), self.source.part.softcap)
 
     def gradient_buffer(self, start: int, stop: int) -> Tensor:
-        if not self.is_sum:
-            return self.parts[0].gradient_buffer(self.values, start, stop)
-        if self.setting.in_place:
-            return self.values
-        return self.buffers.get(("gradient of sum", id(self)), self.setting.compute, stop - start)
+        return self.source.gradient_buffer(self.values, start, stop)
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
         """What the row kernels have given for the chunk's operand."""
-        if not self.is_sum:
-            self.parts[0].take_gradient(start, stop, grad, grad_scale)
-            return
+        self.source.take_gradient(start, stop, grad)
+        self.source.put_scale_gradient(start, stop, grad_scale)
+
+    def gradients(self) -> list[Tensor | None]:
+        return self.source.gradients()
+
+
+class SumOfSources:
+    """A side of several sources, summed in the compute dtype."""
+
+    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
+        self.sources = [source_chunks(part, setting, n, buffers) for part, n in zip(parts, needs, strict=True)]
+        self.setting, self.buffers = setting, buffers
+        self.dtype = self.grad_dtype = setting.compute
+
+    def needs(self) -> tuple[bool, bool]:
+        return any(source.needs_values or source.needs_scale for source in self.sources), False
+
+    def operand(self, start: int, stop: int) -> Operand:
+        self.values = self.buffers.get(("sum", id(self)), self.dtype, stop - start)
+        self.add_up(start, stop)
+        return Operand(self.values, None, None)
+
+    def add_up(self, start: int, stop: int) -> None:
+        sources = self.sources
+        self.terms = [(s.values(start, stop), s.scale(start, stop), s.part.softcap) for s in sources]
+        sum_of(self.terms, self.values[:, : self.setting.vocab_size])
+
+    def gradient_buffer(self, start: int, stop: int) -> Tensor:
+        if self.setting.in_place:
+            return self.values
+        return self.buffers.get(("gradient of sum", id(self)), self.grad_dtype, stop - start)
+
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: None) -> None:
         if grad is None:
             return
         V, ignored = self.setting.vocab_size, self.setting.ignored_in(start, stop)
         grad = grad[:, :V]
-        for part, (values, scale, softcap) in zip(self.parts, self.terms, strict=True):
+        for source, (values, scale, softcap) in zip(self.sources, self.terms, strict=True):
             z = values[:, :V].to(grad.dtype)
             bent = None if softcap is None else bend(z, softcap)
-            own = own_scale = None
-            if part.needs_values():
-                dtype = part.plan.operands if part.head is not None else values.dtype
-                width = V if part.head is not None else values.shape[1]
+            if source.needs_values:
                 factor = None if scale is None else row_scale(scale, grad.dtype)
-                own = value_gradient(grad, factor, bent, softcap, ignored, width, dtype)
-            if part.needs[3]:
-                own_scale = scale_gradient(grad, z if bent is None else bent, ignored)
-            part.take_gradient(start, stop, own, own_scale)
+                own = value_gradient(grad, factor, bent, softcap, ignored, source.width, source.grad_dtype)
+                source.take_gradient(start, stop, own)
+            if source.needs_scale:
+                source.put_scale_gradient(start, stop, scale_gradient(grad, z if bent is None else bent, ignored))
 
     def gradients(self) -> list[Tensor | None]:
-        return [grad for part in self.parts for grad in part.gradients()]
+        return [grad for source in self.sources for grad in source.gradients()]
 
 
-class ProductChunks:
-    """The sum of heads whose products are added up in one buffer (`are_one_product`), over the chunks of a call.
-
-    It takes one buffer instead of one each, and its gradient is that of every head's logits.
-    """
+class SumOfProducts(SumOfSources):
+    """Heads whose products are added up in one buffer (`are_one_product`), whose gradient is that of each head."""
 
     def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
-        self.parts = [PartChunks(part, setting, n, buffers) for part, n in zip(parts, needs, strict=True)]
-        self.setting, self.buffers, self.plan = setting, buffers, self.parts[0].plan
+        super().__init__(parts, setting, needs, buffers)
+        plan = self.sources[0].plan
+        self.dtype, self.grad_dtype = plan.logits, plan.operands
 
-    def needs(self) -> tuple[bool, bool]:
-        return any(part.needs_values() for part in self.parts), False
-
-    def operand(self, start: int, stop: int) -> Operand:
-        self.values = self.buffers.get(("product", id(self)), self.plan.logits, stop - start)
-        logits, ignored = self.values[:, : self.setting.vocab_size], self.setting.ignored_in(start, stop)
-        for i, part in enumerate(self.parts):
-            part.head.logits(start, stop, ignored, logits, accumulate=i > 0)
-        return Operand(self.values, None, None)
-
-    def gradient_buffer(self, start: int, stop: int) -> Tensor:
-        if self.setting.in_place:
-            return self.values
-        return self.buffers.get(("gradient of product", id(self)), self.plan.operands, stop - start)
+    def add_up(self, start: int, stop: int) -> None:
+        for i, source in enumerate(self.sources):
+            source.add_values(start, stop, self.values, accumulate=i > 0)
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: None) -> None:
-        for part in self.parts if grad is not None else ():
-            part.take_gradient(start, stop, grad, None)
-
-    def gradients(self) -> list[Tensor | None]:
-        return [grad for part in self.parts for grad in part.gradients()]
+        for source in self.sources:
+            if source.needs_values:
+                source.take_gradient(start, stop, grad)
 
 
-def side_chunks(parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
-    kind = ProductChunks if parts and are_one_product(parts, setting.autocast) else SideChunks
+Side = NoSide | OneSource | SumOfSources
+
+
+def side_of(parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers) -> Side:
+    if not parts:
+        return NoSide()
+    if len(parts) == 1:
+        return OneSource(parts, setting, needs, buffers)
+    kind = SumOfProducts if are_one_product(parts, setting.autocast) else SumOfSources
     return kind(parts, setting, needs, buffers)
