@@ -16,10 +16,10 @@ __all__ = [
     "Head",
     "LogitStats",
     "Logits",
+    "__version__",
     "aux_cross_entropy",
     "chunk_settings",
     "logit_stats",
     "nn",
     "show_config",
 ]
-__all__ = ["LogitStats", "Logits", "__version__", "aux_cross_entropy", "logit_stats", "nn", "show_config"]

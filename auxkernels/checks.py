@@ -217,6 +217,8 @@ def chunked_sources(sources) -> None:
             "parts must hold four entries for each softcap, the first of them given, and num_base be in "
             f"[1, {len(softcaps)}], got {len(parts)} parts and num_base={num_base}"
         )
+    if autocast is not None and autocast not in FLOATING:
+        raise TypeError(f"autocast must be a floating dtype, got {autocast}")
     shape, device = parts[0].shape[:-1], parts[0].device
     widths = []
     for i, softcap in enumerate(softcaps):

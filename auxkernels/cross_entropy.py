@@ -88,7 +88,7 @@ def aux_cross_entropy(
         return (loss, _detached(_statistics(problem))) if return_stats else loss
     call = _prepare(problem)
     wanted = _FINISHED | _FINISHED_OF_TARGET if return_stats else 0
-    if reduction == "none" or (recompute and call.requires_grad()) or call.has_half_gradient():
+    if reduction == "none" or call.is_better_from_rows(recompute):
         loss, fields = _loss_from_rows(call, *options, wanted)
     else:
         terms = (normalizer, float(label_smoothing), float(z_loss), reduction == "mean", wanted)

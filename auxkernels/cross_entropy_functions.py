@@ -125,6 +125,12 @@ class Call(NamedTuple):
                 return torch.is_grad_enabled()
         return False
 
+    def is_better_from_rows(self, recompute: bool) -> bool:
+        """Whether the row state is made first and a gradient when it is asked for, if at all."""
+        if not self.requires_grad():
+            return isinstance(self.form, Chunks)  # whose scan may have a kernel of its own
+        return recompute or self.has_half_gradient()
+
     def row_fields(self, weight: Tensor | None, wanted: int) -> dict[str, Tensor]:
         """The wanted fields by name, each [*], differentiable where they can be."""
         if not self.requires_grad():

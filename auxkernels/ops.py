@@ -159,10 +159,10 @@ def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
 
 
 @functools.cache
-def implementation(backend: str):
+def implementation(backend: str, stem: str = "cross_entropy"):
     if backend not in ("native", "triton"):
         raise ValueError(f"the backend of an op must be 'native' or 'triton', got {backend!r}")
-    return importlib.import_module(f".{backend}.cross_entropy", __package__)
+    return importlib.import_module(f".{backend}.{stem}", __package__)
 
 
 def _direct(args: tuple) -> bool:

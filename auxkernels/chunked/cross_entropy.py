@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from .rows import chunks_of, rows_that_count, settings
+from .products import operand_dtype
+from .rows import Rows, chunks_of, rows_that_count, settings
 from .sides import Buffers, Part, Setting, are_one_product, bytes_per_row, side_of
 
 _SOURCES = (
@@ -182,8 +183,37 @@ def _has_half_products(sources: Sources) -> bool:
     )
 
 
+def _scan_without_logits(sources: Sources, wanted: int) -> list[Tensor] | None:
+    """The fields by the kernel that keeps logits in registers; None where it does not fit: for other than one head or
+    two, other dtypes than 16-bit ones, other devices."""
+    parts = sources.as_parts()
+    sides = sources.sides(parts)
+    if max(map(len, sides)) > 1 or any(part.weight is None for part in parts):
+        return None
+    heads = ops.implementation("triton", "heads")
+    rows = Rows(sources.shape(), None)
+
+    def head_of(part: Part):
+        dtype = operand_dtype(part.values.dtype, sources.autocast)
+        hidden = rows.take(part.values, 0, rows.num_rows)
+        tensors = [None if t is None else t.to(dtype) for t in (hidden, part.weight, part.bias)]
+        scale = part.scale if part.scale is None or part.scale.dim() == 0 else part.scale.flatten()
+        return heads.Head(*tensors, scale, part.softcap)
+
+    base, aux = (head_of(side[0]) if side else None for side in sides)
+    if heads.fits(base, aux, wanted) is not None:
+        return None
+    target = None if sources.target is None else sources.target.flatten()
+    of_sources = (target, sources.weight, sources.ignore_index, sources.vocab_size)
+    fields = heads.scan(base, aux, *of_sources, wanted)
+    return [stacked.view(len(stacked), *sources.shape()) for stacked in fields]
+
+
 def _scan(sources: Sources, wanted: int, backend: str) -> list[Tensor]:
     ops.check_wanted(wanted, sources.target)
+    fields = _scan_without_logits(sources, wanted) if backend == "triton" else None
+    if fields is not None:
+        return fields
     call = ChunkedCall(sources, [], backend, bool(wanted & ops.OF_BASE))
     fields = call.new_fields(wanted)
     for start, stop in call.chunks:
@@ -212,8 +242,9 @@ def _loss(
     total = torch.stack(losses).sum(dtype=torch.float64) if losses else 0.0 / divisor
     if divides_last and losses:
         total = total / divisor
+        has_rows = (~sources.ignored()).any()
         for grad in grads:  # without a row that counts, zeros stay zeros
-            grad.div_(torch.where(divisor == 0, 1.0, divisor).to(grad.dtype))
+            grad.div_(torch.where(has_rows, divisor, 1.0).to(grad.dtype))
     return [total.to(sources.compute()), *fields, *grads]
 
 
@@ -252,10 +283,11 @@ _STATE = ("max", "log_denom", "nll", "base_max", "base_log_denom")
 
 def _largest(coefficients: list[Tensor | None], sources: Sources) -> Tensor:
     """Size of the largest coefficient, 1 where there is none to speak of; 0-d, on the sources' device."""
-    sizes = [c.abs().amax() for c in coefficients if c is not None and c.numel()]
-    if not sizes:
+    ignored = sources.ignored()
+    given = [c if ignored is None else c.masked_fill(ignored, 0.0) for c in coefficients if c is not None and c.numel()]
+    if not given:
         return sources.first().new_ones((), dtype=sources.compute())
-    largest = torch.stack(sizes).amax()
+    largest = torch.stack([c.abs().amax() for c in given]).amax()
     return torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
 
 

@@ -28,13 +28,18 @@ class Plan(NamedTuple):
         return self.is_wide or self.operands in (torch.float32, torch.float64)
 
 
+def operand_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """What autocast, if it is on, makes of a head's tensors."""
+    return dtype if autocast is None or dtype == torch.float64 else autocast
+
+
 def plan_of(dtype: torch.dtype, autocast: torch.dtype | None, device: torch.device) -> Plan:
     """The plan for a head of this dtype.
 
     A float32 product of 16-bit operands costs an NVIDIA GPU nothing, and torch has none for CPU. There float16 is
     computed in float32: its products are no faster, and a weight's gradient could overflow.
     """
-    operands = dtype if autocast is None or dtype == torch.float64 else autocast
+    operands = operand_dtype(dtype, autocast)
     if device.type == "cpu" and operands == torch.float16:
         operands = torch.float32
     is_half = operands in (torch.float16, torch.bfloat16)

@@ -43,8 +43,8 @@ def chunks_of(num_rows: int, bytes_per_row: int, budget: int) -> list[tuple[int,
     """[start, stop) of chunks of nearly equal size, within the budget unless that is less than MIN_ROWS rows."""
     if num_rows == 0:
         return []
-    wanted = -(-num_rows * bytes_per_row // budget)
-    num_chunks = max(1, min(wanted, num_rows // MIN_ROWS))
+    rows_in_budget = max(budget // bytes_per_row, 1)
+    num_chunks = max(1, min(-(-num_rows // rows_in_budget), num_rows // MIN_ROWS))
     bounds = [i * num_rows // num_chunks for i in range(num_chunks + 1)]
     return list(itertools.pairwise(bounds))
 

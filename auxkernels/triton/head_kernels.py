@@ -1,0 +1,381 @@
+"""The kernels that scan linear heads: logits are made tile by tile, folded into row states, and never stored.
+
+A program of `head_scan_kernel` has a block of rows and a range of the vocabulary. The products of both heads with a
+tile of the vocabulary go to one float32 accumulator, which is then absorbed as any other tile of logits, see
+row_state.py. `head_finish_kernel` merges the states of a row in their order and joins the target.
+
+Which lane a column goes to follows from which thread has it after the matrix instruction, so that the loop over tiles
+moves nothing between threads: a row's columns go in runs of RUN to PARTS lanes, over and over. A lane is to stand for
+neighbouring classes, therefore it is the rows of the weight that are read in another order (`class_of_column`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .columns import logits_of, read_target
+from .cross_entropy_kernels import end_of_logits, store_fields
+from .row_state import (
+    NUM_FLOATS,
+    NUM_INTS,
+    RowState,
+    absorb,
+    collapse,
+    load_state,
+    merge,
+    no_columns,
+    store_state,
+    tile_sum,
+    within,
+)
+
+
+class HeadRows(NamedTuple):
+    """A head as kernels get it; `at_rows` moves it to a block of rows. `hidden` None: no such head."""
+
+    hidden: Any  # [N, D]
+    stride_hidden_row: Any
+    weight: Any  # [>= V, D]
+    stride_weight_class: Any
+    bias: Any  # [>= V], None: 0
+    depth: Any  # D
+    scale: Any  # None: 1
+    scale_stride: Any
+    softcap: Any  # None: none
+
+
+class Place(NamedTuple):
+    """What a program works on."""
+
+    block: Any  # of rows
+    split: Any  # of the vocabulary
+    start: Any  # its first class
+    stop: Any  # one past its last
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def at_rows(head, first_row, row):
+    """The head of a block of rows: `hidden` to the first one, `scale` the numbers [L, 1] of lanes whose rows are `row`,
+    counted from it."""
+    hidden, scale = head.hidden, head.scale
+    if hidden is not None:
+        hidden += first_row * head.stride_hidden_row
+    if scale is not None:
+        scale = tl.load(scale + first_row * head.scale_stride + row * head.scale_stride)[:, None]
+    return HeadRows(
+        hidden,
+        head.stride_hidden_row,
+        head.weight,
+        head.stride_weight_class,
+        head.bias,
+        head.depth,
+        scale,
+        head.scale_stride,
+        head.softcap,
+    )
+
+
+@triton.jit
+def add_product(total, head, r, start, c, BLOCK_DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr):
+    """total [R, C] + hidden[r] @ weight[start + c].T, with r [R] and c [C] counted from the tile's first."""
+    # a tile spans less than 2**31 elements: one 64-bit pointer and 32-bit distances spare a thread a dozen registers
+    k = tl.arange(0, BLOCK_DEPTH)
+    hidden_at = (r * head.stride_hidden_row)[:, None] + k[None, :]
+    weight_at = (c * head.stride_weight_class)[None, :] + k[:, None]
+    hidden, weight = head.hidden, head.weight + tl.full([], start, tl.int64) * head.stride_weight_class
+    for first in range(0, head.depth, BLOCK_DEPTH):
+        if EVEN_DEPTH:
+            h, w = tl.load(hidden + first + hidden_at), tl.load(weight + first + weight_at)
+        else:
+            # both: beyond D lies the next row, and 0 * NaN is NaN
+            h = tl.load(hidden + first + hidden_at, mask=k[None, :] < head.depth - first, other=0.0)
+            w = tl.load(weight + first + weight_at, mask=k[:, None] < head.depth - first, other=0.0)
+        total = tl.dot(h, w, total)
+    return total
+
+
+# -- lanes and strips --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def class_of_column(BLOCK_COLS: tl.constexpr, PARTS: tl.constexpr, RUN: tl.constexpr):
+    """[C]: which class of a tile a column of the product stands for, such that a lane's classes are neighbours."""
+    col = tl.arange(0, BLOCK_COLS)
+    part, turn = col // RUN % PARTS, col // (RUN * PARTS)
+    return part * (BLOCK_COLS // PARTS) + turn * RUN + col % RUN
+
+
+@triton.jit
+def strips_of(x, PARTS: tl.constexpr, RUN: tl.constexpr, STRIP: tl.constexpr):
+    """A product [R, C] as lanes [R * PARTS, C / PARTS], and these as a tuple of [R * PARTS, STRIP]."""
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // (PARTS * RUN), PARTS, RUN))
+    x = tl.permute(x, (0, 2, 1, 3))
+    strips = (tl.reshape(x, (x.shape[0] * PARTS, x.shape[2] * RUN)),)
+    for _ in tl.static_range(8):
+        if strips[0].shape[1] > STRIP:
+            halves = ()
+            for i in tl.static_range(len(strips)):
+                pair = tl.reshape(strips[i], (strips[i].shape[0], 2, strips[i].shape[1] // 2))
+                left, right = tl.split(tl.permute(pair, (0, 2, 1)))
+                halves += (left, right)
+            strips = halves
+    return strips
+
+
+@triton.jit
+def product_of(strips, PARTS: tl.constexpr, RUN: tl.constexpr):
+    """The reverse."""
+    for _ in tl.static_range(8):
+        if len(strips) > 1:
+            whole = ()
+            for i in tl.static_range(len(strips) // 2):
+                pair = tl.permute(tl.join(strips[2 * i], strips[2 * i + 1]), (0, 2, 1))
+                whole += (tl.reshape(pair, (pair.shape[0], 2 * pair.shape[2])),)
+            strips = whole
+    x = tl.reshape(strips[0], (strips[0].shape[0] // PARTS, PARTS, strips[0].shape[1] // RUN, RUN))
+    x = tl.permute(x, (0, 2, 1, 3))
+    return tl.reshape(x, (x.shape[0], x.shape[1] * PARTS * RUN))
+
+
+@triton.jit
+def of_classes(ptr, v, BLOCK_ROWS: tl.constexpr):
+    """A strip of what is given for classes v [PARTS, STRIP], the same for every row."""
+    x = tl.broadcast_to(tl.load(ptr + v).to(tl.float32)[None, :, :], (BLOCK_ROWS, v.shape[0], v.shape[1]))
+    return tl.reshape(x, (BLOCK_ROWS * v.shape[0], v.shape[1]))
+
+
+@triton.jit
+def strip_logits(product, head, v, BLOCK_ROWS: tl.constexpr):
+    """scale * softcap(product + bias)."""
+    if head.bias is not None:
+        product += of_classes(head.bias, v, BLOCK_ROWS)
+    return logits_of(product, head).scaled
+
+
+@triton.jit
+def classes_of_strip(start, i, V, WIDTH: tl.constexpr, PARTS: tl.constexpr, STRIP: tl.constexpr):
+    """[PARTS, STRIP]: classes of the i-th strip of the tile from `start` on; the last class for those beyond it."""
+    v = start + i * STRIP + tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, STRIP)[None, :]
+    return tl.minimum(v, V - 1)
+
+
+@triton.jit
+def tile_products(
+    base,
+    aux,
+    r,
+    start,
+    V,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    STRIP: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    """Strips of the products of a tile: of each head if TWO, otherwise of their sum, with the base's already bent."""
+    c = tl.minimum(class_of_column(BLOCK_COLS, PARTS, RUN), V - 1 - start)
+    zeros = tl.zeros([r.shape[0], BLOCK_COLS], tl.float32)
+    total, aux_strips = add_product(zeros, base, r, start, c, BLOCK_DEPTH, EVEN_DEPTH), ()
+    if TWO:
+        aux_total = add_product(zeros, aux, r, start, c, BLOCK_DEPTH, EVEN_DEPTH)
+        aux_strips = strips_of(aux_total, PARTS, RUN, STRIP)
+    elif aux.hidden is not None:
+        if base.softcap is not None or base.scale is not None:
+            strips, bent = strips_of(total, PARTS, RUN, STRIP), ()
+            for i in tl.static_range(len(strips)):
+                v = classes_of_strip(start, i, V, BLOCK_COLS // PARTS, PARTS, STRIP)
+                bent += (strip_logits(strips[i], base, v, r.shape[0]),)
+            total = product_of(bent, PARTS, RUN)
+        total = add_product(total, aux, r, start, c, BLOCK_DEPTH, EVEN_DEPTH)
+    return strips_of(total, PARTS, RUN, STRIP), aux_strips
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def place_of_program(V, num_blocks, num_splits, split_size, blocks_together):
+    """Programs of one range and neighbouring blocks of rows come together: they read the same weights at a time."""
+    program = tl.program_id(0)
+    first = program // (blocks_together * num_splits) * blocks_together
+    together = tl.minimum(num_blocks - first, blocks_together)
+    within_group = program - first * num_splits
+    block, split = first + within_group % together, within_group // together
+    start = split * split_size
+    return Place(block, split, start, tl.minimum(start + split_size, V))
+
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows", "num_blocks", "num_splits", "split_size", "blocks_together"])
+def head_scan_kernel(
+    base,
+    aux,
+    target,
+    weight,
+    ignore_index: tl.int64,
+    V,
+    num_rows: tl.int64,
+    num_blocks: tl.int32,
+    num_splits: tl.int32,
+    split_size: tl.int32,
+    blocks_together: tl.int32,
+    floats,
+    ints,
+    target_logits,
+    WANTED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    STRIP: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    """States of a block of rows and a range of classes, [num_splits, rows of all blocks, PARTS], without the targets.
+
+    target_logits   as many pairs (s_y, z_y), 0 but for the state that has the target's column.
+    A block of ignored rows alone writes nothing.
+    """
+    LANES: tl.constexpr = BLOCK_ROWS * PARTS
+    WIDTH: tl.constexpr = BLOCK_COLS // PARTS
+    at = place_of_program(V, num_blocks, num_splits, split_size, blocks_together)
+    first_row = at.block.to(tl.int64) * BLOCK_ROWS  # other rows are counted from it, in 32 bits
+    last_row = tl.minimum(num_rows - 1 - first_row, BLOCK_ROWS - 1).to(tl.int32)
+    lane = tl.arange(0, LANES)
+    # unsigned: the sign of a distance would take a register of its own through all of the scan
+    part, row = lane % PARTS, tl.minimum(lane // PARTS, last_row).to(tl.uint32)
+    # beyond the last row and the last class the last one is read again: products need no mask there
+    y, ignored, _ = read_target(None if target is None else target + first_row, row, ignore_index, V)
+    counts = lane // PARTS <= last_row
+    if target is None:
+        y = tl.full([LANES], -1, tl.int32)
+    else:
+        counts = counts & (ignored == 0)
+    if tl.max(counts.to(tl.int32), axis=0) > 0:
+        base_rows, aux_rows = at_rows(base, first_row, row), at_rows(aux, first_row, row)
+        r = tl.minimum(tl.arange(0, BLOCK_ROWS), last_row)
+        lanes = no_columns([LANES], WANTED)
+        s_y, z_y = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+        y_in_lane = (y - part * WIDTH)[:, None]
+        for start in range(at.start, at.stop, BLOCK_COLS):
+            products, aux_products = tile_products(
+                base_rows, aux_rows, r, start, V, BLOCK_COLS, BLOCK_DEPTH, EVEN_DEPTH, PARTS, RUN, STRIP, TWO
+            )
+            # a strip at a time: registers are full of logits, there are none for a copy of each
+            for i in tl.static_range(WIDTH // STRIP):
+                v = classes_of_strip(start, i, V, WIDTH, PARTS, STRIP)
+                if TWO:
+                    z_base = strip_logits(products[i], base_rows, v, BLOCK_ROWS)
+                    s = z_base + strip_logits(aux_products[i], aux_rows, v, BLOCK_ROWS)
+                elif aux.hidden is None:
+                    s = strip_logits(products[i], base_rows, v, BLOCK_ROWS)
+                    z_base = s
+                else:
+                    s = strip_logits(products[i], aux_rows, v, BLOCK_ROWS)
+                    if base.bias is not None and base.softcap is None and base.scale is None:
+                        s += of_classes(base.bias, v, BLOCK_ROWS)
+                    z_base = s
+                w = None
+                if weight is not None and lanes.weight is not None:
+                    # made of the logits as well: else the sums over w get a layout of their own, and shared memory
+                    w = tl.where(s == s, of_classes(weight, v, BLOCK_ROWS), float("nan"))
+                first = start + i * STRIP + (part * WIDTH)[:, None]
+                here = within(LANES, STRIP, True)
+                at_y = here + (start + i * STRIP) == y_in_lane
+                if target is not None:
+                    s_y += tile_sum(tl.where(at_y, s, 0.0))
+                    if lanes.base_max is not None:
+                        z_y += tile_sum(tl.where(at_y, z_base, 0.0))
+                lanes = absorb(lanes, s, z_base, w, first, first + here < V, at_y, True)
+        state = (at.split.to(tl.int64) * num_blocks + at.block) * LANES
+        store_state(floats + state * NUM_FLOATS, ints + state * NUM_INTS, lane, lanes)
+        if target is not None:
+            tl.store(target_logits + 2 * state + 2 * lane, s_y)
+            if lanes.base_max is not None:
+                tl.store(target_logits + 2 * state + 2 * lane + 1, z_y)
+
+
+@triton.jit
+def choose(condition, a, b):
+    return None if a is None else tl.where(condition, a, b)
+
+
+@triton.jit
+def merge_states(
+    floats, ints, row, num_splits, states_per_split, WANTED: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr
+):
+    """The state of a row from the states that programs have stored, LANES at a time."""
+    state, nothing = no_columns([], WANTED), no_columns([LANES], WANTED)
+    num_states = num_splits * PARTS
+    for first in range(0, num_states, LANES):
+        i = first + tl.arange(0, LANES)
+        j = tl.minimum(i, num_states - 1)
+        stored = load_state(floats, ints, j // PARTS * states_per_split + row * PARTS + j % PARTS, WANTED)
+        is_one = i < num_states
+        lanes = RowState(
+            choose(is_one, stored.max, nothing.max),
+            choose(is_one, stored.denom, nothing.denom),
+            choose(is_one, stored.mean_sum, nothing.mean_sum),
+            choose(is_one, stored.mean_base, nothing.mean_base),
+            choose(is_one, stored.base_max, nothing.base_max),
+            choose(is_one, stored.base_denom, nothing.base_denom),
+            choose(is_one, stored.weighted_sum, nothing.weighted_sum),
+            choose(is_one, stored.weight, nothing.weight),
+            choose(is_one, stored.argmax, nothing.argmax),
+            choose(is_one, stored.base_argmax, nothing.base_argmax),
+        )
+        state = merge(state, collapse(lanes))
+    return state
+
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows", "num_splits", "split_size", "states_per_split"])
+def head_finish_kernel(
+    target,
+    weight,
+    ignore_index: tl.int64,
+    V,
+    num_rows: tl.int64,
+    num_splits: tl.int32,
+    split_size: tl.int32,
+    states_per_split: tl.int64,
+    floats,
+    ints,
+    target_logits,
+    float_fields,
+    int_fields,
+    FIELDS: tl.constexpr,
+    WANTED: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The fields of a row from its states and its target's logits."""
+    row = tl.program_id(0).to(tl.int64)
+    y, ignored, poisoned = read_target(target, row, ignore_index, V)
+    if ignored:
+        store_fields(float_fields, int_fields, row, num_rows, 0.0, -1, None, FIELDS)
+    else:
+        rest = merge_states(floats, ints, row, num_splits, states_per_split, WANTED, PARTS, LANES)
+        s_y, z_y, w_y = None, None, 1.0
+        if target is not None:
+            part = y % split_size % BLOCK_COLS // (BLOCK_COLS // PARTS)
+            place = target_logits + 2 * (y // split_size * states_per_split + row * PARTS + part)
+            s_y = tl.load(place, mask=y >= 0, other=0.0)
+            z_y = s_y
+            if rest.base_max is not None:
+                z_y = tl.load(place + 1, mask=y >= 0, other=0.0)
+            if weight is not None:
+                w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
+        end = end_of_logits(rest, s_y, z_y, w_y, target is not None)
+        if poisoned:
+            store_fields(float_fields, int_fields, row, num_rows, float("nan"), None, end, FIELDS)
+        else:
+            store_fields(float_fields, int_fields, row, num_rows, None, None, end, FIELDS)
