@@ -11,36 +11,26 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import chart, cross_entropy, harness, machine, report
+from . import chart, cross_entropy, cross_entropy_heads, harness, machine, report
 
-OPS = {"cross_entropy": cross_entropy}
+OPS = {op.OP: op for op in (cross_entropy, cross_entropy_heads)}
+PASSES = tuple(dict.fromkeys(name for op in OPS.values() for name in op.PASSES))
 RESULTS = Path(__file__).parent / "results"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition(": ")[2])
     grid = parser.add_mutually_exclusive_group()
-    grid.add_argument("--quick", action="store_true", help="a few minutes on two cores (the default)")
+    grid.add_argument("--quick", action="store_true", help="some ten minutes on two cores (the default)")
     grid.add_argument("--full", action="store_true", help="every pass, dtype and input over all shapes")
-    parser.add_argument("--op", choices=OPS, default="cross_entropy")
-    parser.add_argument(
-        "--pass",
-        dest="passes",
-        nargs="+",
-        choices=cross_entropy.PASSES,
-        metavar="PASS",
-        help=_one_of(cross_entropy.PASSES),
-    )
-    parser.add_argument(
-        "--dtype",
-        dest="dtypes",
-        nargs="+",
-        choices=cross_entropy.DTYPES,
-        metavar="DTYPE",
-        help=_one_of(cross_entropy.DTYPES),
-    )
+    parser.add_argument("--op", choices=("all", *OPS), default="all")
+    parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, metavar="PASS", help=_one_of(PASSES))
+    dtypes = cross_entropy.DTYPES
+    parser.add_argument("--dtype", dest="dtypes", nargs="+", choices=dtypes, metavar="DTYPE", help=_one_of(dtypes))
     parser.add_argument("--inputs", nargs="+", choices=cross_entropy.INPUTS)
-    parser.add_argument("--shape", dest="shapes", nargs="+", type=_shape, metavar="NxV", help="instead of the grid's")
+    forms = " or ".join(op.SHAPE_FORM for op in OPS.values())
+    shape_help = f"instead of the grid's: {forms}"
+    parser.add_argument("--shape", dest="shapes", nargs="+", type=_shape, metavar="SHAPE", help=shape_help)
     parser.add_argument("--rounds", type=_positive, default=15, help="timed calls of each implementation (15)")
     parser.add_argument("--seconds", type=float, help="a case's rounds stop early after this long (6, full: 30)")
     parser.add_argument("--threads", type=_positive, help="torch's threads (torch's own choice)")
@@ -56,11 +46,13 @@ def _one_of(names) -> str:
     return f"any of {', '.join(names)}"
 
 
-def _shape(text: str) -> tuple[int, int]:
-    num_rows, separator, num_columns = text.lower().partition("x")
-    if not (separator and num_rows.isdigit() and num_columns.isdigit() and int(num_rows) and int(num_columns)):
-        raise argparse.ArgumentTypeError(f"must be NxV such as 1024x50257, got {text!r}")
-    return int(num_rows), int(num_columns)
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().split("x")
+    lengths = {len(op.SHAPE_FORM.split("x")) for op in OPS.values()}
+    if not (len(sizes) in lengths and all(size.isdigit() and int(size) for size in sizes)):
+        forms = " or ".join(op.SHAPE_FORM for op in OPS.values())
+        raise argparse.ArgumentTypeError(f"must be {forms}, such as 1024x50257 or 2048x50257x768x256, got {text!r}")
+    return tuple(map(int, sizes))
 
 
 def _positive(text: str) -> int:
@@ -69,12 +61,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def choose_specs(op, options: argparse.Namespace) -> list:
+def choose_specs(op, options: argparse.Namespace, device: torch.device) -> list:
     """The grid's cases that pass the filters; with shapes given, their product with the filters instead."""
     if options.shapes:
-        chosen = (options.passes or ["training"], options.shapes, options.dtypes or ["bf16", "fp32"])
-        return op.product_specs(*chosen, options.inputs or op.INPUTS)
-    specs = op.full_specs() if options.full else op.quick_specs()
+        passes = [name for name in options.passes or ["training"] if name in op.PASSES]
+        shapes = [shape for shape in options.shapes if len(shape) == len(op.SHAPE_FORM.split("x"))]
+        return op.product_specs(passes, shapes, options.dtypes or ["bf16", "fp32"], options.inputs or op.INPUTS)
+    specs = op.full_specs(device) if options.full else op.quick_specs(device)
     if options.dtypes and "fp16" in options.dtypes:  # in no grid: it is asked for by name, in place of bf16
         specs = specs + [spec._replace(dtype="fp16") for spec in specs if spec.dtype == "bf16"]
     filters = (("pass_name", options.passes), ("dtype", options.dtypes), ("inputs", options.inputs))
@@ -82,8 +75,8 @@ def choose_specs(op, options: argparse.Namespace) -> list:
 
 
 def run(specs: list, options: argparse.Namespace, device: torch.device, console: Console) -> tuple[list[dict], bool]:
-    """Rows of the cases that finished, each case written as it finishes, and whether Ctrl-C cut the run short."""
-    op, rows, num_done = OPS[options.op], [], 0
+    """Rows of the finished cases of `specs` (operator, spec), each case written as it finishes; whether Ctrl-C came."""
+    rows, num_done = [], 0
     settings = harness.Settings(options.rounds, options.seconds, rng=random.Random(options.seed))
     columns = (BarColumn(30), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
@@ -92,8 +85,8 @@ def run(specs: list, options: argparse.Namespace, device: torch.device, console:
         try:
             environment = machine.describe(device)
             path = options.output / f"{environment['device_slug']}.jsonl"
-            for spec in specs:
-                settings.on_step(f"drawing inputs of {spec.pass_name} {spec.shape}", 0.0)
+            for op, spec in specs:
+                settings.on_step(f"drawing inputs of {spec.pass_name} {harness.shape_text(spec.shape)}", 0.0)
                 case = op.build(spec, device, options.seed, options.reference)
                 case_rows = [{**row, **environment} for row in harness.run_case(case, settings)]
                 report.append_rows(path, case_rows)
@@ -111,26 +104,30 @@ def main(arguments: list[str] | None = None) -> int:
     options.seconds = options.seconds or (30.0 if options.full else 6.0)
     if options.threads:
         torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    specs = choose_specs(OPS[options.op], options)
+    ops = list(OPS.values()) if options.op == "all" else [OPS[options.op]]
+    specs = [(op, spec) for op in ops for spec in choose_specs(op, options, device)]
     if not specs:
-        console.print("no case of the grid has that pass, dtype and input; --shape names one outside of it")
+        console.print("no case has that operator, pass, dtype and input; --shape names one outside of the grid")
         return 2
     rows, is_interrupted = run(specs, options, device, console)
     if not rows:
         return 130
-    console.print(report.results_table(rows))
+    for op in ops:
+        if of_op := [row for row in rows if row["op"] == op.OP]:
+            console.print(report.results_table(op.OP, of_op))
     for line in report.not_timed(rows):
         console.print(line, style="red", markup=False, soft_wrap=True)
     first = rows[0]
     gemm = ", ".join(f"{name} {rate} GFLOP/s" for name, rate in first["gemm_gflops"].items())
     console.print(f"{first['device']}, {first['threads']} threads, {first['isa']}, torch {first['torch']}")
     console.print(f"copy {first['copy_gbps']} GB/s, GEMM {gemm}")
-    if device.type == "cpu":
-        title = "promises for two cores with AVX-512; of flat and peaked the worse counts"
-        table = report.bars_table(OPS[options.op].BARS, rows, title)
-        console.print(table or "none of the cases that promises speak of was run")
+    measured_on = {"cpu": "two cores with AVX-512", "cuda": "one H100"}[device.type]
+    for op in ops:
+        title = f"{op.OP} on {measured_on}; of flat and peaked the worse counts"
+        table = report.bars_table(op.BARS.get(device.type, []), rows, title)
+        console.print(table or f"{op.OP}: none of the cases that promises speak of was run")
     path = options.output / f"{first['device_slug']}.jsonl"
     console.print(f"rows: {_shown(path)}")
     chart_path = path.with_suffix(".png")

@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
-from .report import case_key, write_atomically
+from .harness import shape_text
+from .report import FLOORS, case_key, write_atomically
 
-# colours of Okabe and Ito, told apart by colour-blind readers too
+# colours of Okabe and Ito, told apart by colour-blind readers too; a marker of its own where a colour comes twice
 STYLES = {
     "auxkernels": ("#009E73", "o"),
     "auxkernels kernel alone": ("#56B4E9", "D"),
+    "auxkernels, stored logits": ("#56B4E9", "d"),
     "auxkernels logit_stats": ("#0072B2", "P"),
     "auxkernels return_stats": ("#CC79A7", "X"),
     "auxkernels reference": ("#999999", "v"),
     "eager": ("#D55E00", "s"),
     "eager upcast": ("#E69F00", "^"),
     "compile upcast": ("#000000", "x"),
+    "F.linear_cross_entropy": ("#0072B2", "1"),
+    "F.linear_cross_entropy chunked": ("#999999", "2"),
+    "Liger": ("#D55E00", "*"),
+    "Cut Cross Entropy": ("#F0E442", "h"),
+    "QuACK": ("#000000", "+"),
 }
-PASS_ORDER = ("forward", "training", "both", "stats", "stats_training")
+PASS_LABELS = {
+    "forward": "forward",
+    "training": "training",
+    "both": "both",
+    "half_ignored": "half ignored",
+    "lora": "LoRA",
+    "stats": "stats",
+    "stats_training": "stats + training",
+}
 
 
 def newest_cases(rows: list[dict]) -> dict[tuple, list[dict]]:
     """Rows of the last run of each case, which were timed together; the calls bound by overhead have no floor."""
     cases: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["pass"] in PASS_ORDER:
+        if row["pass"] in PASS_LABELS:
             known = cases.get(case_key(row), [])
             is_same_run = bool(known) and known[0]["date"] == row["date"]
             cases[case_key(row)] = [*known, row] if is_same_run else [row]
-    return {key: cases[key] for key in sorted(cases, key=lambda key: (PASS_ORDER.index(key[0]), key[3:], key[1:3]))}
+    passes = list(PASS_LABELS)
+    order = sorted(cases, key=lambda key: (key[0], passes.index(key[1]), key[3:], key[2]))
+    return {key: cases[key] for key in order}
 
 
 def draw(rows: list[dict], path: Path) -> bool:
-    """Writes the chart; False where no case has a time."""
+    """Writes the chart, a row of panels for each operator; False where no case has a time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,21 +59,29 @@ def draw(rows: list[dict], path: Path) -> bool:
     cases = {key: group for key, group in newest_cases(rows).items() if any(row["time_us"] for row in group)}
     if not cases:
         return False
-    size = (13, 2.2 + 0.36 * len(cases))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    labels, shown = [], {}
-    for position, (key, group) in enumerate(cases.items()):
-        name, num_rows, num_columns, dtype, inputs = key
-        labels.append(f"{name.replace('_', ' + ')}  {num_rows} x {num_columns}  {dtype} {inputs}")
-        shown |= _draw_case(left, right, position, group)
-    _finish_axes(left, right, labels)
+    by_op = {op: [cases[key] for key in keys] for op, keys in groupby(cases, key=lambda key: key[0])}
+    counts = [len(groups) for groups in by_op.values()]
+    size = (13, 1.4 + 0.9 * len(by_op) + 0.36 * sum(counts))
+    layout = {"height_ratios": [count + 1 for count in counts], "layout": "constrained", "squeeze": False}
+    figure, panels = pyplot.subplots(len(by_op), 2, figsize=size, sharey="row", **layout)
+    shown = {}
+    for (op, groups), (left, right) in zip(by_op.items(), panels, strict=True):
+        for position, group in enumerate(groups):
+            shown |= _draw_case(left, right, position, group)
+        _finish_axes(left, right, op, [_label(group[0]) for group in groups])
     commits = sorted({f"{row['commit']}{' (changed)' if row['is_dirty'] else ''}" for g in cases.values() for row in g})
     device, threads = rows[-1]["device"], rows[-1]["threads"]
     figure.suptitle(f"auxkernels on {device}, {threads} threads; commit {', '.join(commits)}", fontsize=11)
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
+    names = [name for name in STYLES if name in shown]
+    handles = [shown[name] for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
     pyplot.close(figure)
     return True
+
+
+def _label(row: dict) -> str:
+    return f"{PASS_LABELS[row['pass']]}  {shape_text(row['shape'])}  {row['dtype']} {row['inputs']}"
 
 
 def _draw_case(left, right, position: int, group: list[dict]) -> dict:
@@ -73,12 +99,13 @@ def _draw_case(left, right, position: int, group: list[dict]) -> dict:
     return shown
 
 
-def _finish_axes(left, right, labels: list[str]) -> None:
+def _finish_axes(left, right, op: str, labels: list[str]) -> None:
+    left.set_title(op, loc="left", fontsize=10, fontweight="bold")
     left.set_yticks(range(len(labels)), labels, fontsize=9)
     left.set_ylim(len(labels) - 0.5, -0.5)
     left.set_xlim(left=0)
     left.axvline(100, color="#888888", linewidth=1)
-    left.set_xlabel("share of the floor, % (100 = a copy of the same bytes)")
+    left.set_xlabel(f"share of the floor, % (100 = {FLOORS[op]})")
     right.set_xscale("log")
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if _is_inside(tick, right.get_xlim())]
     right.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])

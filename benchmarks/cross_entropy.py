@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .bars import Measure, at_least, at_most
 from .cross_entropy_oracle import Oracle
 from .harness import Accuracy, Case, Implementation, Outputs, Unavailable, copy_floor
 from .report import Bar
@@ -22,6 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 INPUTS = ("flat", "peaked")
 # [N, V] tensors that a perfect kernel reads or writes: both sources, and a gradient for each source that wants one
 FLOOR_UNITS = {"forward": 2, "training": 3, "both": 4, "stats": 2, "stats_training": 3, "overhead": 2}
+SHAPE_FORM = "NxV"
 OVERHEAD_SHAPE = (1, 32)
 MAIN_SHAPE = (1024, 50257)
 
@@ -35,7 +37,7 @@ class Spec(NamedTuple):
     inputs: str
 
 
-def quick_specs() -> list[Spec]:
+def quick_specs(device: torch.device) -> list[Spec]:
     """One case or two for every bar and every regime of the width, in a few minutes on two cores."""
     main = product_specs(PASSES[:-1], [MAIN_SHAPE], ["bf16"], ["flat"])
     main += product_specs(["forward", "training", "stats", "stats_training"], [MAIN_SHAPE], ["fp32"], ["flat"])
@@ -47,7 +49,7 @@ def quick_specs() -> list[Spec]:
     return [*main, _overhead_spec()]
 
 
-def full_specs() -> list[Spec]:
+def full_specs(device: torch.device) -> list[Spec]:
     """Every pass, dtype and kind of input over the widths of common vocabularies and some odd ones."""
     shapes = [MAIN_SHAPE, (512, 128256), (256, 262144), (4096, 4096), (64, 32000)]
     shapes += [(512, 151936), (2048, 32000), (1023, 50257), (4097, 4095), (8192, 1023), (1, 128256)]
@@ -108,7 +110,7 @@ def make_inputs(shape, dtype: torch.dtype, inputs: str, device: torch.device, se
     return base, aux, target
 
 
-def _ours():
+def ours_package():
     try:
         import auxkernels
     except ImportError as error:
@@ -127,15 +129,15 @@ def eager_upcast(base, aux, target):
 
 
 def ours(base, aux, target):
-    return _ours().aux_cross_entropy(base, aux, target)
+    return ours_package().aux_cross_entropy(base, aux, target)
 
 
 def ours_with_statistics(base, aux, target):
-    return _ours().aux_cross_entropy(base, aux, target, return_stats=True)
+    return ours_package().aux_cross_entropy(base, aux, target, return_stats=True)
 
 
 def reference(base, aux, target):
-    return _ours().aux_cross_entropy(base, aux, target, backend="reference")
+    return ours_package().aux_cross_entropy(base, aux, target, backend="reference")
 
 
 def eager_statistics(base, aux, target):
@@ -179,7 +181,7 @@ def _implementations(spec: Spec, base, aux, target, with_reference: bool) -> lis
     if spec.pass_name == "stats":
         entries = [entry("eager", eager_statistics, "yardstick")]
         entries.append(entry("compile upcast", None, get_function=compiled(eager_upcast_statistics)))
-        entries.append(entry("auxkernels logit_stats", lambda *xs: _ours().logit_stats(*xs), "ours"))
+        entries.append(entry("auxkernels logit_stats", lambda *xs: ours_package().logit_stats(*xs), "ours"))
         entries.append(entry("auxkernels return_stats", ours_with_statistics, "ours"))
         return [*entries, entry("auxkernels", ours, "ours")]
     entries = [entry("eager", eager, "yardstick")]
@@ -216,7 +218,7 @@ def loss_call(function: Callable, pass_name: str, base, aux, target) -> Callable
 
 def native_kernel_call(pass_name: str, base, aux, target) -> Callable[[], Outputs]:
     """The compiled kernel itself, into buffers that already exist: no allocation, no page faults, no autograd."""
-    _ours()
+    ours_package()
     from auxkernels import ops
     from auxkernels.native import cpu, cross_entropy, missing
 
@@ -260,7 +262,7 @@ def _overhead_implementations(base, aux, target, oracle: Oracle):
     options = _overhead_options(base.shape[1], base.device)
 
     def call_with(option: dict, base, aux, **fixed):
-        package = _ours()
+        package = ours_package()
         keywords = {name: value for name, value in option.items() if name not in ("scale", "softcap")} | fixed
         source = {name: option[name] for name in ("scale", "softcap") if name in option}
 
@@ -286,77 +288,40 @@ def _overhead_implementations(base, aux, target, oracle: Oracle):
     return entries, check
 
 
-def _times(rows: list[dict], pass_name: str, dtype: str, name: str) -> dict[str, dict]:
-    """Timed rows of one implementation on the main shape, by kind of input."""
-    shapes = (list(MAIN_SHAPE), list(OVERHEAD_SHAPE))
-    found = (r for r in rows if (r["pass"], r["dtype"], r["implementation"]) == (pass_name, dtype, name))
-    return {r["inputs"]: r for r in found if r["shape"] in shapes and r["time_us"]}
+def _allowed_bytes(row: dict) -> int:
+    """The gradient, 32 bytes a row, and a row of float32 and 256 KiB a thread."""
+    num_rows, num_columns = row["shape"]
+    gradient_bytes = num_rows * num_columns * DTYPES[row["dtype"]].itemsize
+    return gradient_bytes + 32 * num_rows + (4 * num_columns + (256 << 10)) * row["threads"]
 
 
-def _speed_up(pass_name: str, dtype: str, baseline: str, rows: list[dict]) -> float | None:
-    own, other = (_times(rows, pass_name, dtype, name) for name in ("auxkernels", baseline))
-    return min((other[i]["time_us"] / own[i]["time_us"] for i in own if i in other), default=None)
-
-
-def _share(pass_name: str, dtype: str, name: str, rows: list[dict]) -> float | None:
-    found = _times(rows, pass_name, dtype, name).values()
-    return min((100 * row["share_of_floor"] for row in found if row["share_of_floor"]), default=None)
-
-
-def _extra_cost(pass_name: str, dtype: str, name: str, rows: list[dict]) -> float | None:
-    with_statistics, plain = (_times(rows, pass_name, dtype, n) for n in (name, "auxkernels"))
-    costs = (100 * (row["time_us"] / plain[i]["time_us"] - 1) for i, row in with_statistics.items() if i in plain)
-    return max(costs, default=None)
-
-
-def _time(name: str, rows: list[dict]) -> float | None:
-    return max((row["time_us"] for row in _times(rows, "overhead", "fp32", name).values()), default=None)
-
-
-def _memory(dtype: str, rows: list[dict]) -> float | None:
-    """Measured peak over what is allowed: the gradient, 32 bytes a row, and a row of float32 and 256 KiB a thread."""
-    num_rows, num_columns = MAIN_SHAPE
-    shares = []
-    for row in _times(rows, "training", dtype, "auxkernels").values():
-        gradient_bytes = num_rows * num_columns * DTYPES[dtype].itemsize
-        allowed = gradient_bytes + 32 * num_rows + (4 * num_columns + (256 << 10)) * row["threads"]
-        if row["peak_bytes"]:
-            shares.append(100 * row["peak_bytes"] / allowed)
-    return max(shares, default=None)
-
-
-def _bars() -> list[Bar]:
-    def at_least(text: str, bar: float, unit: str, measure: Callable, *arguments):
-        return Bar(text, ">=", bar, unit, functools.partial(measure, *arguments))
-
-    def at_most(text: str, bar: float, unit: str, measure: Callable, *arguments):
-        return Bar(text, "<=", bar, unit, functools.partial(measure, *arguments))
-
-    own, kernel = "auxkernels", "auxkernels kernel alone"
-    statistics = ("auxkernels return_stats", "auxkernels logit_stats")
+def _cpu_bars() -> list[Bar]:
+    main, overhead = Measure(OP, (MAIN_SHAPE,)), Measure(OP, (OVERHEAD_SHAPE,))
+    speed_up, share, cost, memory = main.speed_up, main.share_of_floor, main.extra_cost, main.peak_share
+    own, kernel, time_us = "auxkernels", "auxkernels kernel alone", overhead.time_us
+    in_loss, alone = "auxkernels return_stats", "auxkernels logit_stats"
+    eager, upcast, compiled_upcast = ("eager",), ("eager upcast",), ("compile upcast",)
     return [
-        at_least(
-            "bf16 training, times faster than eager upcast", 10, "x", _speed_up, "training", "bf16", "eager upcast"
-        ),
-        at_least("bf16 training, times faster than eager", 4.5, "x", _speed_up, "training", "bf16", "eager"),
-        at_least("bf16 training, times faster than compile", 2.5, "x", _speed_up, "training", "bf16", "compile upcast"),
-        at_least("fp32 training, times faster than eager", 4.5, "x", _speed_up, "training", "fp32", "eager"),
-        at_least("bf16 forward, times faster than eager", 6, "x", _speed_up, "forward", "bf16", "eager"),
-        at_least("bf16 training, kernel alone, share of floor", 65, "%", _share, "training", "bf16", kernel),
-        at_least("fp32 training, kernel alone, share of floor", 80, "%", _share, "training", "fp32", kernel),
-        at_least("bf16 training, whole call, share of floor", 45, "%", _share, "training", "bf16", own),
-        at_least("fp32 training, whole call, share of floor", 55, "%", _share, "training", "fp32", own),
-        at_most("bf16 all statistics over plain forward", 120, "%", _extra_cost, "stats", "bf16", statistics[0]),
-        at_most("bf16 logit_stats over plain forward", 120, "%", _extra_cost, "stats", "bf16", statistics[1]),
-        at_most("fp32 all statistics over plain forward", 70, "%", _extra_cost, "stats", "fp32", statistics[0]),
-        at_most("fp32 logit_stats over plain forward", 70, "%", _extra_cost, "stats", "fp32", statistics[1]),
-        at_most("bf16 all statistics, training", 70, "%", _extra_cost, "stats_training", "bf16", statistics[0]),
-        at_most("fp32 all statistics, training", 45, "%", _extra_cost, "stats_training", "fp32", statistics[0]),
-        at_most("bf16 training, peak memory of what is allowed", 100, "%", _memory, "bf16"),
-        at_most("fp32 training, peak memory of what is allowed", 100, "%", _memory, "fp32"),
-        at_most("plain call on [1, 32], forward", 30, "us", _time, "plain"),
-        at_most("call on [1, 32] with every option, forward", 60, "us", _time, "every option"),
+        at_least("bf16 training, times faster than eager upcast", 10, "x", speed_up, "training", "bf16", upcast),
+        at_least("bf16 training, times faster than eager", 4.5, "x", speed_up, "training", "bf16", eager),
+        at_least("bf16 training, times faster than compile", 2.5, "x", speed_up, "training", "bf16", compiled_upcast),
+        at_least("fp32 training, times faster than eager", 4.5, "x", speed_up, "training", "fp32", eager),
+        at_least("bf16 forward, times faster than eager", 6, "x", speed_up, "forward", "bf16", eager),
+        at_least("bf16 training, kernel alone, share of floor", 65, "%", share, "training", "bf16", kernel),
+        at_least("fp32 training, kernel alone, share of floor", 80, "%", share, "training", "fp32", kernel),
+        at_least("bf16 training, whole call, share of floor", 45, "%", share, "training", "bf16", own),
+        at_least("fp32 training, whole call, share of floor", 55, "%", share, "training", "fp32", own),
+        at_most("bf16 all statistics over plain forward", 120, "%", cost, "stats", "bf16", in_loss, own),
+        at_most("bf16 logit_stats over plain forward", 120, "%", cost, "stats", "bf16", alone, own),
+        at_most("fp32 all statistics over plain forward", 70, "%", cost, "stats", "fp32", in_loss, own),
+        at_most("fp32 logit_stats over plain forward", 70, "%", cost, "stats", "fp32", alone, own),
+        at_most("bf16 all statistics, training", 70, "%", cost, "stats_training", "bf16", in_loss, own),
+        at_most("fp32 all statistics, training", 45, "%", cost, "stats_training", "fp32", in_loss, own),
+        at_most("bf16 training, peak memory of what is allowed", 100, "%", memory, "training", "bf16", _allowed_bytes),
+        at_most("fp32 training, peak memory of what is allowed", 100, "%", memory, "training", "fp32", _allowed_bytes),
+        at_most("plain call on [1, 32], forward", 30, "us", time_us, "overhead", "fp32", "plain"),
+        at_most("call on [1, 32] with every option, forward", 60, "us", time_us, "overhead", "fp32", "every option"),
     ]
 
 
-BARS = _bars()
+BARS = {"cpu": _cpu_bars()}

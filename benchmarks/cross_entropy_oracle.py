@@ -11,6 +11,7 @@ mathematics in its own arithmetic, so that a wrong baseline is not timed and a c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ class Oracle:
     def check(self, implementation: Implementation, outputs: Outputs) -> Accuracy:
         """Errors of one implementation, and the first bound it breaks."""
         ours = implementation.role == "ours"
-        unit = EPS if ours else _arithmetic_eps(outputs, self.base.dtype)
+        unit = EPS if ours else arithmetic_eps(outputs, self.base.dtype)
         errors, problems = {}, []
         if outputs.loss is not None:
             self._check_loss(outputs.loss, ours, unit, errors, problems)
@@ -97,9 +98,9 @@ class Oracle:
         return terms(self.base[rows], self.aux[rows], self.target[rows])
 
     def _check_loss(self, loss, ours: bool, unit: float, errors: dict, problems: list) -> None:
-        error = _nan_to_inf(abs(loss.double().item() - self.loss))
+        error = nan_to_inf(abs(loss.double().item() - self.loss))
         bound = self.loss_bound if ours else 4 * unit * (1 + self.magnitude + math.log(self.num_columns))
-        _note("loss", error / self.loss, error / bound, errors, problems)
+        note("loss", error / self.loss, error / bound, errors, problems)
 
     def _check_gradient(self, gradient, ours: bool, unit: float, errors: dict, problems: list) -> None:
         info = torch.finfo(gradient.dtype)
@@ -122,26 +123,34 @@ class Oracle:
                 relative = math.expm1(min(unit * (4 + 2 * t.magnitude.item() + math.log(self.num_columns)), 40))
                 bound = expected.abs() * (relative + info.eps) + floor
                 bound[y] += (relative + unit) / self.num_rows  # p - 1 cancels: the error is that of p, not of p - 1
-            worst_error = max(worst_error, _nan_to_inf(error.max().item()))
-            worst_excess = max(worst_excess, _nan_to_inf((difference / bound).max().item()))
-        _note("gradient", worst_error, worst_excess, errors, problems)
+            worst_error = max(worst_error, nan_to_inf(error.max().item()))
+            worst_excess = max(worst_excess, nan_to_inf((difference / bound).max().item()))
+        note("gradient", worst_error, worst_excess, errors, problems)
 
     def _check_statistics(self, statistics, tolerance: float, errors: dict, problems: list) -> None:
-        worst_error = worst_excess = 0.0
-        for row in self.rows:
-            rows = slice(row, row + 1)
-            t, b = self._terms(rows), terms(self.base[rows], None, self.target[rows])
-            bound = tolerance * (1 + t.magnitude + b.magnitude + math.log(self.num_columns)).item()
-            for name, expected in _expected_statistics(t, b).items():
-                error = _nan_to_inf(abs(getattr(statistics, name)[row].double().item() - expected))
-                worst_error = max(worst_error, error / max(1.0, abs(expected)))
-                worst_excess = max(worst_excess, error / bound)
-            # rounding makes ties, so an argmax is right if its logit is the maximum up to the rounding of a sum
-            for name, source in (("argmax", t), ("base_argmax", b)):
-                gap = source.s_max[0, 0] - source.s[0, getattr(statistics, name)[row]]
-                if not gap.item() <= tolerance * source.magnitude.item():
-                    problems.append(f"{name} of row {row} is {gap.item():.2g} below the maximum")
-        _note("statistics", worst_error, worst_excess, errors, problems)
+        def rows():
+            for row in self.rows:
+                only = slice(row, row + 1)
+                yield row, self._terms(only), terms(self.base[only], None, self.target[only])
+
+        check_statistics(statistics, rows(), tolerance, errors, problems)
+
+
+def check_statistics(statistics, rows: Iterable, tolerance: float, errors: dict, problems: list) -> None:
+    """Compares LogitStats with `rows`, each (number, Terms of the sum, Terms of the base)."""
+    worst_error = worst_excess = 0.0
+    for row, t, b in rows:
+        bound = tolerance * (1 + t.magnitude + b.magnitude + math.log(t.s.shape[1])).item()
+        for name, expected in _expected_statistics(t, b).items():
+            error = nan_to_inf(abs(getattr(statistics, name)[row].double().item() - expected))
+            worst_error = max(worst_error, error / max(1.0, abs(expected)))
+            worst_excess = max(worst_excess, error / bound)
+        # rounding makes ties, so an argmax is right if its logit is the maximum up to the rounding of a sum
+        for name, source in (("argmax", t), ("base_argmax", b)):
+            gap = source.s_max[0, 0] - source.s[0, getattr(statistics, name)[row]]
+            if not gap.item() <= tolerance * source.magnitude.item():
+                problems.append(f"{name} of row {row} is {gap.item():.2g} below the maximum")
+    note("statistics", worst_error, worst_excess, errors, problems)
 
 
 def _expected_statistics(t: Terms, b: Terms) -> dict[str, float]:
@@ -157,7 +166,7 @@ def _expected_statistics(t: Terms, b: Terms) -> dict[str, float]:
     return {name: value.item() for name, value in values.items()}
 
 
-def _arithmetic_eps(outputs: Outputs, dtype: torch.dtype) -> float:
+def arithmetic_eps(outputs: Outputs, dtype: torch.dtype) -> float:
     """Spacing of the coarser of the inputs' dtype and the dtype that a baseline's loss came back in.
 
     eager keeps the inputs' dtype in its loss; an upcast one returns float32, and is then held to float32.
@@ -166,11 +175,11 @@ def _arithmetic_eps(outputs: Outputs, dtype: torch.dtype) -> float:
     return torch.finfo(dtype if reported is None else reported.dtype).eps
 
 
-def _note(name: str, error: float, excess: float, errors: dict, problems: list) -> None:
+def note(name: str, error: float, excess: float, errors: dict, problems: list) -> None:
     errors[name] = max(errors.get(name, 0.0), float(f"{error:.3g}"))
     if not excess <= 1.0:
         problems.append(f"{name} error {error:.2g} is {excess:.2g} times its bound")
 
 
-def _nan_to_inf(value: float) -> float:
+def nan_to_inf(value: float) -> float:
     return math.inf if math.isnan(value) else value

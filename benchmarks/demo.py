@@ -1,8 +1,9 @@
 """The package's main job on real text: adapt a frozen language model to another domain with an auxiliary model.
 
 A small causal language model is fitted on the code of Python's standard library and frozen. A smaller auxiliary,
-trained with `aux_cross_entropy` on the sum of the two models' logits, adapts it to the library's docstrings. The same
-training with eager PyTorch runs beside it: the loss curves must coincide, or the exit status is 1.
+trained with `aux_cross_entropy` on the sum of the two models' heads (`Head`: hidden states and weight, whose logits
+are never stored whole), adapts it to the library's docstrings. The same training with eager PyTorch, which stores the
+logits, runs beside it: the loss curves must coincide, or the exit status is 1.
 
     python -m benchmarks.demo [--scale tiny|small] [--steps N] [--dtype float32|bfloat16]
 
@@ -33,7 +34,7 @@ def parse_arguments(argv):
     parser.add_argument("--steps", type=positive, help="training steps of the auxiliary (default: as the scale says)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and data order (default 0)")
     dtypes = ("float32", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the logits (default float32)")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the heads (default float32)")
     parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: PyTorch's choice)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo"), help="folder of PNG and JSON")
     parser.add_argument("--cache", type=Path, default=Path("build/demo"), help="folder of the trained vocabulary")

@@ -1,4 +1,4 @@
-"""Time, peak memory and error of one loss step (loss and gradient of the auxiliary's logits) for each loss function."""
+"""Time, peak memory and error of one loss step (loss and gradients of the auxiliary's head) for each way to do it."""
 
 import statistics
 import time
@@ -7,72 +7,92 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from auxkernels import Head
 from benchmarks.demo_data import IGNORE_INDEX
-from benchmarks.demo_train import LOSSES
+from benchmarks.demo_train import LOSSES, fused_loss, stored_logits
 from benchmarks.harness import peak_bytes
 
 ORACLE_ROWS = 64
+STORED = "auxkernels, stored logits"
+
+
+def loss_of_stored_logits(base, aux, target):
+    return fused_loss(stored_logits(base), stored_logits(aux), target)
+
+
+STEPS = {"auxkernels": LOSSES["auxkernels"], STORED: loss_of_stored_logits, "eager": LOSSES["eager"]}
 
 
 @dataclass(frozen=True)
 class LossStep:
-    """One implementation's loss step.
+    """One implementation's loss step, from hidden states and head weights on.
 
     time_ms         median over the repeats
-    peak_mib        most memory held at once beyond the inputs, so the gradient counts; None where it cannot be read
+    peak_mib        most memory held at once beyond the inputs, so gradients count; None where it cannot be read
+    saved_mib       peak_mib of this less that of auxkernels on heads
     loss_error      |loss - float64 loss|, in nats
-    gradient_error  ||gradient - float64 gradient|| / ||float64 gradient||
+    gradient_error  ||gradient - float64 gradient|| / ||float64 gradient||, the larger of hidden states' and weight's
     """
 
     time_ms: float
     peak_mib: float | None
+    saved_mib: float | None
     loss_error: float
     gradient_error: float
 
 
-def loss_and_gradient(loss_function, base_logits, aux_logits, target):
-    aux_logits = aux_logits.detach().requires_grad_()
-    loss = loss_function(base_logits, aux_logits, target)
-    loss.backward()
-    return loss.detach(), aux_logits.grad
+def loss_and_gradients(loss_function, base, aux, target):
+    """(loss, (d hidden, d weight)) of the auxiliary; the base is frozen."""
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in (aux.hidden, aux.weight))
+    loss = loss_function(base, Head(*leaves), target)
+    return loss.detach(), torch.autograd.grad(loss, leaves)
 
 
-def errors_against_float64(loss, gradient, base_logits, aux_logits, target):
-    """(loss error, gradient error) as in LossStep, in blocks of rows: the float64 sum is not stored whole."""
+def errors_against_float64(loss, gradients, base, aux, target):
+    """(loss error, gradient error) as in LossStep, in blocks of rows: no float64 logits are stored whole."""
     kept = (target != IGNORE_INDEX).sum()
-    rows = (tensor.flatten(0, -2).split(ORACLE_ROWS) for tensor in (gradient, base_logits, aux_logits))
-    exact_loss, error_square, exact_square = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-    for gradient_rows, base_rows, aux_rows, target_rows in zip(*rows, target.flatten().split(ORACLE_ROWS), strict=True):
-        logits = (base_rows.double() + aux_rows.double()).requires_grad_()
+    weights = base.weight.double(), aux.weight.double().requires_grad_()
+    exact_loss, exact_weight = torch.zeros((), dtype=torch.float64), torch.zeros_like(weights[1])
+    exact_hidden = []
+    rows = (tensor.flatten(0, -2).split(ORACLE_ROWS) for tensor in (base.hidden, aux.hidden))
+    for base_rows, aux_rows, target_rows in zip(*rows, target.flatten().split(ORACLE_ROWS), strict=True):
+        hidden = aux_rows.double().requires_grad_()
+        logits = base_rows.double() @ weights[0].T + hidden @ weights[1].T
         row_loss = F.cross_entropy(logits, target_rows, ignore_index=IGNORE_INDEX, reduction="sum") / kept
-        row_loss.backward()
+        d_hidden, d_weight = torch.autograd.grad(row_loss, (hidden, weights[1]))
         exact_loss += row_loss.detach()
-        exact_square += logits.grad.square().sum()
-        error_square += (gradient_rows.double() - logits.grad).square().sum()
-    return (loss.double() - exact_loss).abs().item(), (error_square / exact_square).sqrt().item()
+        exact_weight += d_weight
+        exact_hidden.append(d_hidden)
+    pairs = zip(
+        (gradient.flatten(0, -2) for gradient in gradients), (torch.cat(exact_hidden), exact_weight), strict=True
+    )
+    errors = [((gradient.double() - exact).norm() / exact.norm()).item() for gradient, exact in pairs]
+    return (loss.double() - exact_loss).abs().item(), max(errors, key=lambda error: (error != error, error))
 
 
-def measure_loss_step(base_logits, aux_logits, target, repeats, on_step):
-    """LossStep of each entry of LOSSES on the same logits, in alternating order.
+def measure_loss_step(base, aux, target, repeats, on_step):
+    """LossStep of each entry of STEPS on the same heads, in alternating order.
 
     An untimed call of the same implementation precedes each timed one: what follows another implementation pays for
     the pages that the other gave back.
     """
 
     def call(name):
-        return loss_and_gradient(LOSSES[name], base_logits, aux_logits, target)
+        return loss_and_gradients(STEPS[name], base, aux, target)
 
-    times_ms = {name: [] for name in LOSSES}
+    times_ms = {name: [] for name in STEPS}
     for repeat in range(repeats):
-        for name in list(LOSSES) if repeat % 2 == 0 else list(LOSSES)[::-1]:
+        for name in list(STEPS) if repeat % 2 == 0 else list(STEPS)[::-1]:
             call(name)
             start = time.perf_counter()
             call(name)
             times_ms[name].append((time.perf_counter() - start) * 1e3)
         on_step("")
+    peaks = {name: peak_bytes(lambda name=name: call(name), torch.device("cpu")) for name in STEPS}
+    peaks_mib = {name: None if peak is None else peak / 2**20 for name, peak in peaks.items()}
     measured = {}
-    for name in LOSSES:
-        peak = peak_bytes(lambda name=name: call(name), torch.device("cpu"))
-        errors = errors_against_float64(*call(name), base_logits, aux_logits, target)
-        measured[name] = LossStep(statistics.median(times_ms[name]), None if peak is None else peak / 2**20, *errors)
+    for name, peak_mib in peaks_mib.items():
+        saved_mib = None if peak_mib is None else peak_mib - peaks_mib["auxkernels"]
+        errors = errors_against_float64(*call(name), base, aux, target)
+        measured[name] = LossStep(statistics.median(times_ms[name]), peak_mib, saved_mib, *errors)
     return measured

@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class BaseModel(nn.Module):
-    """GPT with learned positions and a tied head."""
+    """GPT with learned positions and a tied head: its logits are `hidden(tokens) @ head.T`."""
 
     def __init__(self, vocab_size, length, width, layers):
         super().__init__()
@@ -39,14 +39,16 @@ class BaseModel(nn.Module):
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         return self.norm(self.blocks(self.embedding(tokens) + self.position(positions)))
 
-    def logits(self, hidden, dtype=torch.float32):
-        return F.linear(hidden.to(dtype), self.embedding.weight.to(dtype))
+    @property
+    def head(self):
+        return self.embedding.weight
 
 
 class Auxiliary(nn.Module):
     """A smaller causal model that reads the frozen base's hidden states, as the auxiliary of the paper does.
 
-    Its head starts at zero, so that before the first step base + auxiliary is the base.
+    Its logits are `auxiliary(base_hidden) @ head.T`, and its head starts at zero, so that before the first step
+    base + auxiliary is the base.
     """
 
     def __init__(self, vocab_size, base_width, width, layers):
@@ -56,9 +58,8 @@ class Auxiliary(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Parameter(torch.zeros(vocab_size, width))
 
-    def forward(self, base_hidden, dtype=torch.float32):
-        hidden = self.norm(self.blocks(self.reduce(base_hidden)))
-        return F.linear(hidden.to(dtype), self.head.to(dtype))
+    def forward(self, base_hidden):
+        return self.norm(self.blocks(self.reduce(base_hidden)))
 
 
 def parameter_count(model):

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks.demo_loss_step import STORED
+from benchmarks.harness import shape_text
 from benchmarks.report import write_atomically
 
 COLORS = {"auxkernels": "#1f77b4", "eager": "#ff7f0e", "base": "#555555", "distance": "#9467bd"}
@@ -43,15 +45,23 @@ def with_perplexity(loss):
 
 
 def add_loss_step_rows(table, dtype, steps):
-    ours, eager = steps["auxkernels"], steps["eager"]
+    """Time, memory and error of the loss step on heads and of eager; below each cost, that on stored logits."""
+    ours, stored, eager = steps["auxkernels"], steps[STORED], steps["eager"]
     table.add_section()
     table.add_row(f"[bold]loss step, {dtype}")
     for label, key, form in (("time, median (ms)", "time_ms", ".1f"), ("peak memory (MiB)", "peak_mib", ".0f")):
         if ours[key] is not None:
-            ratio = f"{eager[key] / ours[key]:.1f}x" if ours[key] else ""
-            table.add_row(f"  {label}", format(ours[key], form), format(eager[key], form), ratio)
-    for label, key in (("error of the loss (nats)", "loss_error"), ("error of the gradient", "gradient_error")):
+            costs = (format(step[key], form) for step in (ours, eager))
+            table.add_row(f"  {label}", *costs, _ratio(eager[key], ours[key]))
+            table.add_row("    with stored logits", format(stored[key], form), "", _ratio(eager[key], stored[key]))
+    if ours["saved_mib"] is not None:
+        table.add_row("  memory heads save (MiB)", f"{stored['saved_mib']:.0f}", f"{eager['saved_mib']:.0f}")
+    for label, key in (("error of the loss (nats)", "loss_error"), ("error of the gradients", "gradient_error")):
         table.add_row(f"  {label}", f"{ours[key]:.1e}", f"{eager[key]:.1e}")
+
+
+def _ratio(eager, ours):
+    return f"{eager / ours:.1f}x" if ours else ""
 
 
 def make_table(results):
@@ -59,16 +69,17 @@ def make_table(results):
     base_loss, curves = results["held_out"]["docstrings"]["base_loss"], results["curves"]
     code_loss = results["held_out"]["code"]["base_loss"]
     ours, eager = (run["held_out_loss"] for run in curves["runs"].values())
-    rows, columns = results["loss_step_shape"]
+    shape = shape_text(results["loss_step_shape"])
     device, threads = results["machine"]["device"], results["machine"]["threads"]
     caption = (
-        f"{device}, {threads} threads. The base alone on held-out code: {code_loss:.2f} nats. A loss step is the loss "
-        f"and the gradient of the auxiliary's logits, here {rows} x {columns}. Its peak memory is counted beyond the "
-        "inputs and includes the gradient; its errors are against float64, the gradient's relative to its norm."
+        f"{device}, {threads} threads. The base alone on held-out code: {code_loss:.2f} nats. A loss step goes from "
+        "hidden states to the loss and the gradients of the auxiliary's hidden states and head, here "
+        f"{shape}. Its peak memory is counted beyond these inputs and includes the gradients; what heads save is told "
+        "against stored logits and against eager. Errors are against float64, the gradients' relative to their norm."
     )
     if curves["compared_steps"] < curves["steps"]:
         caption += f" The curves are compared over the first {curves['compared_steps']} steps."
-    table = Table(title=f"Auxiliary tuning with {results['dtype']} logits", caption=caption, caption_justify="left")
+    table = Table(title=f"Auxiliary tuning with {results['dtype']} heads", caption=caption, caption_justify="left")
     table.add_column()
     for name in ("auxkernels", "eager PyTorch", ""):
         table.add_column(name, justify="right", no_wrap=True)

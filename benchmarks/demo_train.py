@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from auxkernels import aux_cross_entropy, logit_stats
+from auxkernels import Head, aux_cross_entropy, logit_stats
 from benchmarks.demo_data import IGNORE_INDEX, batch_order
 from benchmarks.demo_model import Auxiliary, BaseModel
 
@@ -28,16 +28,26 @@ class Run:
     step_ms: list[float] = field(default_factory=list)
 
 
-def fused_loss(base_logits, aux_logits, target, reduction="mean"):
-    return aux_cross_entropy(base_logits, aux_logits, target, ignore_index=IGNORE_INDEX, reduction=reduction)
+def head_of(model, hidden, dtype):
+    """The source of a model's logits: its hidden states and head weight, no logits."""
+    return Head(hidden.to(dtype), model.head.to(dtype))
 
 
-def eager_loss(base_logits, aux_logits, target, reduction="mean"):
+def stored_logits(head):
+    return F.linear(head.hidden, head.weight)
+
+
+def fused_loss(base, aux, target, reduction="mean"):
+    return aux_cross_entropy(base, aux, target, ignore_index=IGNORE_INDEX, reduction=reduction)
+
+
+def eager_loss(base, aux, target, reduction="mean"):
     """What training code writes without this package, with the float32 upcast of Hugging Face's loss."""
-    logits = (base_logits + aux_logits).float()
+    logits = (stored_logits(base) + stored_logits(aux)).float()
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
+# each is loss(base Head, aux Head, target, reduction)
 LOSSES = {"auxkernels": fused_loss, "eager": eager_loss}
 
 
@@ -58,7 +68,7 @@ def fit_base(scale, windows, seed, on_step):
     optimizer, scheduler = make_optimizer(base, scale.base_steps)
     for index in batch_order(len(windows), scale.batch, scale.base_steps, seed):
         batch = windows[index]
-        loss = aux_cross_entropy(base.logits(base.hidden(batch.tokens)), None, batch.targets, ignore_index=IGNORE_INDEX)
+        loss = fused_loss(head_of(base, base.hidden(batch.tokens), torch.float32), None, batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -69,8 +79,9 @@ def fit_base(scale, windows, seed, on_step):
 
 @torch.no_grad()
 def base_outputs(base, tokens, dtype):
+    """The frozen base's hidden states, and the source of its logits."""
     hidden = base.hidden(tokens)
-    return hidden, base.logits(hidden, dtype)
+    return hidden, head_of(base, hidden, dtype)
 
 
 @torch.no_grad()
@@ -80,8 +91,9 @@ def held_out_statistics(base, auxiliary, windows, scale, dtype):
     totals = dict.fromkeys(("base_loss", "loss", "base_accuracy", "accuracy", "kl_to_base"), 0.0)
     for start in range(0, len(windows), scale.batch):
         batch = windows[start : start + scale.batch]
-        hidden, base_logits = base_outputs(base, batch.tokens, dtype)
-        stats = logit_stats(base_logits, auxiliary(hidden, dtype), batch.targets, ignore_index=IGNORE_INDEX)
+        hidden, base_head = base_outputs(base, batch.tokens, dtype)
+        aux_head = head_of(auxiliary, auxiliary(hidden), dtype)
+        stats = logit_stats(base_head, aux_head, batch.targets, ignore_index=IGNORE_INDEX)
         totals["base_loss"] -= stats.base_log_prob.double().sum().item()
         totals["loss"] -= stats.log_prob.double().sum().item()
         totals["base_accuracy"] += (stats.base_argmax == batch.targets).sum().item()
@@ -97,17 +109,17 @@ def held_out_losses(base, runs, windows, scale, dtype):
     totals = dict.fromkeys(runs, 0.0)
     for start in range(0, len(windows), scale.batch):
         batch = windows[start : start + scale.batch]
-        hidden, base_logits = base_outputs(base, batch.tokens, dtype)
+        hidden, base_head = base_outputs(base, batch.tokens, dtype)
         for name, run in runs.items():
-            aux_logits = run.auxiliary(hidden, dtype)
-            totals[name] += LOSSES[name](base_logits, aux_logits, batch.targets, reduction="sum").item()
+            aux_head = head_of(run.auxiliary, run.auxiliary(hidden), dtype)
+            totals[name] += LOSSES[name](base_head, aux_head, batch.targets, reduction="sum").item()
     return {name: total / kept for name, total in totals.items()}
 
 
-def train_step(run, loss_function, hidden, base_logits, targets, dtype):
+def train_step(run, loss_function, hidden, base_head, targets, dtype):
     """One step of one run: forward of the auxiliary, loss, backward, update."""
     start = time.perf_counter()
-    loss = loss_function(base_logits, run.auxiliary(hidden, dtype), targets)
+    loss = loss_function(base_head, head_of(run.auxiliary, run.auxiliary(hidden), dtype), targets)
     run.optimizer.zero_grad()
     loss.backward()
     run.optimizer.step()
@@ -119,7 +131,7 @@ def train_auxiliaries(base, scale, steps, windows, held_out, seed, dtype, on_ste
     """Train one auxiliary per entry of LOSSES from the same start on the same batches; returns (runs, evaluated steps).
 
     The runs advance together, in alternating order, so that both meet the same load of the machine, and so that the
-    frozen base, which is the same for both, is evaluated once for each batch.
+    frozen base's hidden states, which are the same for both, are computed once for each batch.
     """
     torch.manual_seed(seed + 1)
     initial = Auxiliary(scale.vocab_size, scale.base_width, scale.aux_width, scale.aux_layers)
@@ -139,10 +151,10 @@ def train_auxiliaries(base, scale, steps, windows, held_out, seed, dtype, on_ste
         if step == steps:
             break
         batch = windows[order[step]]
-        hidden, base_logits = base_outputs(base, batch.tokens, dtype)
+        hidden, base_head = base_outputs(base, batch.tokens, dtype)
         names = list(runs) if step % 2 == 0 else list(runs)[::-1]
         for name in names:
-            train_step(runs[name], LOSSES[name], hidden, base_logits, batch.targets, dtype)
+            train_step(runs[name], LOSSES[name], hidden, base_head, batch.targets, dtype)
         for scheduler in schedulers:
             scheduler.step()
         first, second = (run.train_loss[-1] for run in runs.values())

@@ -13,7 +13,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,18 +44,24 @@ class Accuracy(NamedTuple):
 class Implementation:
     """One way to do the case's work: `prepare()` allocates what the call reuses and returns the call to be timed.
 
-    role   "ours" is held to the error model and to the yardstick's error, "yardstick" is eager torch in the inputs'
-           dtype, "baseline" need only be the same mathematics, "floor" moves the floor's bytes and is not checked.
+    role        "ours" is held to the error model and to the yardstick's error, "yardstick" is eager torch in the
+                inputs' dtype, "baseline" need only be the same mathematics, "floor" does the floor's work and is not
+                checked.
+    max_rounds  a slow baseline takes part in the first rounds alone; None: in all.
     """
 
     name: str
     prepare: Callable[[], Callable[[], Any]]
     role: str = "baseline"
+    max_rounds: int | None = None
 
 
 @dataclass
 class Case:
-    """The same work for several implementations. `floor_bytes` is what a perfect kernel reads and writes."""
+    """The same work for several implementations.
+
+    floor_bytes, floor_flops   what a perfect kernel moves and computes; 0 for what does not bound the operator.
+    """
 
     op: str
     pass_name: str
@@ -67,10 +73,17 @@ class Case:
     implementations: list[Implementation]
     check: Callable[[Implementation, Any], Accuracy]
     calls_per_sample: int = 1
+    floor_flops: int = 0
 
     @property
     def title(self) -> str:
-        return f"{self.pass_name} {' x '.join(map(str, self.shape))} {self.dtype} {self.inputs}"
+        return f"{self.pass_name} {shape_text(self.shape)} {self.dtype} {self.inputs}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Rows x columns, with the widths of the heads behind them: "2048 x 50257 (768 + 256)"."""
+    (num_rows, num_columns), widths = shape[:2], shape[2:]
+    return f"{num_rows} x {num_columns}" + (f" ({' + '.join(map(str, widths))})" if widths else "")
 
 
 @dataclass
@@ -121,7 +134,9 @@ def _empty_row(case: Case, implementation: Implementation) -> dict:
         "time_us_p75": None,
         "rounds": 0,
         "floor_bytes": case.floor_bytes,
+        "floor_flops": case.floor_flops,
         "gbps": None,
+        "gflops": None,
         "share_of_floor": None,
         "fp64_error": {},
         "eager_fp64_error": {},
@@ -132,7 +147,8 @@ def _empty_row(case: Case, implementation: Implementation) -> dict:
 
 def _time_rounds(case: Case, calls: dict[str, Callable], settings: Settings) -> dict[str, list[float]]:
     times_us = {name: [] for name in calls}
-    order, start = list(calls), time.perf_counter()
+    max_rounds = {i.name: i.max_rounds or settings.rounds for i in case.implementations}
+    start = time.perf_counter()
     time_call = _cuda_timer(case) if case.device.type == "cuda" else _host_timer(case)
     gc.collect()
     gc.disable()
@@ -143,6 +159,7 @@ def _time_rounds(case: Case, calls: dict[str, Callable], settings: Settings) -> 
                 break
             share = max(done / settings.rounds, min(elapsed / settings.seconds, 1.0))
             settings.on_step(f"{case.title}: round {done + 1}", 0.5 + 0.5 * share)
+            order = [name for name in calls if done < max_rounds[name]]
             settings.rng.shuffle(order)
             for name in order:
                 times_us[name].append(time_call(calls[name]))
@@ -197,9 +214,10 @@ def _fill_times(case: Case, rows: dict[str, dict], times_us: dict[str, list[floa
         quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
         row["time_us_p25"], row["time_us"], row["time_us_p75"] = (round(value, 3) for value in quartiles)
         row["rounds"] = len(samples)
-        if case.calls_per_sample == 1:  # else a call is too small for its bytes to matter
-            row["gbps"] = round(case.floor_bytes / row["time_us"] / 1e3, 3)
-    # the floor is a copy of the same number of bytes in the same rounds, so a change in the machine's speed cancels
+        if case.calls_per_sample == 1:  # else a call is too small for its work to matter
+            row["gbps"] = round(case.floor_bytes / row["time_us"] / 1e3, 3) or None
+            row["gflops"] = round(case.floor_flops / row["time_us"] / 1e3, 3) or None
+    # the floor's work was timed in the same rounds, so a change in the machine's speed cancels
     floor_us = next((rows[i.name]["time_us"] for i in case.implementations if i.role == "floor"), None)
     yardstick = next((rows[i.name]["fp64_error"] for i in case.implementations if i.role == "yardstick"), {})
     for row in rows.values():

@@ -13,6 +13,11 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from .harness import shape_text
+
+# what perfect is measured by, in the same rounds as everything else
+FLOORS = {"cross_entropy": "a copy of the same bytes", "cross_entropy_heads": "the bare matrix products"}
+
 
 class Bar(NamedTuple):
     """A number that an operator promises; `measure(rows)` returns it in `unit`, or None where it was not run."""
@@ -57,17 +62,16 @@ def _finite(row: dict) -> dict:
 
 
 def case_key(row: dict) -> tuple:
-    return (row["pass"], *row["shape"], row["dtype"], row["inputs"])
+    return (row["op"], row["pass"], tuple(row["shape"]), row["dtype"], row["inputs"])
 
 
-def results_table(rows: list[dict]) -> Table:
-    """One section per case; the speed-up is over eager in the inputs' dtype."""
-    table = Table(
-        title="median and quartiles; share of a copy of the floor's bytes; errors relative to float64; "
-        "peak memory beyond the inputs"
-    )
+def results_table(op: str, rows: list[dict]) -> Table:
+    """One section per case of an operator; the speed-up is over eager in the inputs' dtype."""
+    rate = "GFLOP/s" if any(row["gflops"] for row in rows) else "GB/s"
+    title = f"{op}: median and quartiles; {rate} of the floor's work; share of the floor ({FLOORS[op]}); "
+    table = Table(title=title + "errors relative to float64; peak memory beyond the inputs")
     table.add_column("case / implementation", no_wrap=True)
-    for name in ("time", "quartiles", "over eager", "GB/s", "share", "fp64 error", "peak MiB"):
+    for name in ("time", "quartiles", "over eager", rate, "share", "fp64 error", "peak MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for _, group in groupby(rows, key=case_key):
         group = list(group)
@@ -82,17 +86,18 @@ def results_table(rows: list[dict]) -> Table:
 
 def _cells(row: dict, eager_us: float | None) -> list[str]:
     name = f"  {row['implementation']}"
-    errors = " ".join(f"{float(value):.1e}" for value in row["fp64_error"].values())
+    errors = " ".join(f"{float(value):.1e}".replace("e-0", "e-") for value in row["fp64_error"].values())
     if row["time_us"] is None:
         return [f"[red]{name}", "[red]not timed", "", "", "", "", errors, ""]
     time_text, *quartiles = (_time_text(row[key]) for key in ("time_us", "time_us_p25", "time_us_p75"))
     style = "[green]" if row["role"] == "ours" else ""
+    rate = f"{row['gflops']:.0f}" if row["gflops"] else f"{row['gbps']:.1f}" if row["gbps"] else ""
     return [
         style + name,
         style + time_text,
         " .. ".join(quartiles),
         f"{eager_us / row['time_us']:.2f}x" if eager_us and row["role"] != "floor" else "",
-        f"{row['gbps']:.1f}" if row["gbps"] else "",
+        rate,
         f"{100 * row['share_of_floor']:.0f} %" if row["share_of_floor"] else "",
         errors,
         f"{row['peak_bytes'] / 2**20:.1f}" if row["peak_bytes"] is not None and row["role"] != "floor" else "",
@@ -112,7 +117,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def case_text(row: dict) -> str:
-    return f"{row['pass']} {' x '.join(map(str, row['shape']))} {row['dtype']} {row['inputs']}"
+    return f"{row['pass']} {shape_text(row['shape'])} {row['dtype']} {row['inputs']}"
 
 
 def _time_text(time_us: float) -> str:

@@ -7,13 +7,17 @@ not taken for a slower kernel.
 import pytest
 import torch
 
-from .cross_entropy import OVERHEAD_SHAPE, Spec, build
+from . import cross_entropy, cross_entropy_heads
+from .cross_entropy import OVERHEAD_SHAPE, Spec
 
+HEAD_SHAPE = (1200, 8192, 96, 64)
 SPECS = [
     *(Spec(name, (64, 32000), dtype, "flat") for name in ("forward", "training") for dtype in ("bf16", "fp32")),
     *(Spec("training", (257, 1023), dtype, "peaked") for dtype in ("bf16", "fp32")),
     *(Spec(name, (64, 32000), "bf16", "flat") for name in ("both", "stats", "stats_training")),
     Spec("overhead", OVERHEAD_SHAPE, "fp32", "flat"),
+    *(cross_entropy_heads.Spec("training", HEAD_SHAPE, dtype, "peaked", "eager") for dtype in ("bf16", "fp32")),
+    *(cross_entropy_heads.Spec(name, HEAD_SHAPE, "bf16", "flat", "eager") for name in ("forward", "half_ignored")),
 ]
 NAMES = {
     "training": ("eager", "auxkernels kernel alone", "auxkernels"),
@@ -21,7 +25,14 @@ NAMES = {
     "stats_training": ("eager", "auxkernels return_stats"),
     "overhead": ("eager", "plain", "every option"),
 }
-CASES = [(spec, name) for spec in SPECS for name in NAMES.get(spec.pass_name, ("eager", "auxkernels"))]
+DEFAULT_NAMES = ("eager", "auxkernels")
+
+
+def names(spec):
+    return DEFAULT_NAMES if isinstance(spec, cross_entropy_heads.Spec) else NAMES.get(spec.pass_name, DEFAULT_NAMES)
+
+
+CASES = [(spec, name) for spec in SPECS for name in names(spec)]
 
 
 def _id(value):
@@ -32,7 +43,8 @@ def _id(value):
 
 @pytest.mark.parametrize(("spec", "name"), CASES, ids=_id)
 def test_result_is_right_and_its_time_is_recorded(benchmark, spec, name):
-    case = build(spec, torch.device("cpu"), seed=0)
+    op = cross_entropy_heads if isinstance(spec, cross_entropy_heads.Spec) else cross_entropy
+    case = op.build(spec, torch.device("cpu"), seed=0)
     benchmark.group = case.title
     for implementation in case.implementations:
         if implementation.role == "yardstick" or implementation.name == name:

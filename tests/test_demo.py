@@ -13,9 +13,14 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # plain `pytest` puts only this folder there
-demo, demo_data, demo_job, demo_report, demo_train = (
-    pytest.importorskip(f"benchmarks.{name}") for name in ("demo", "demo_data", "demo_job", "demo_report", "demo_train")
+MODULES = ("demo", "demo_data", "demo_job", "demo_loss_step", "demo_report", "demo_train")
+demo, demo_data, demo_job, demo_loss_step, demo_report, demo_train = (
+    pytest.importorskip(f"benchmarks.{name}") for name in MODULES
 )
+from rich.table import Table  # noqa: E402
+
+from auxkernels import Head  # noqa: E402
+
 TIMEOUT_S = 240
 
 
@@ -55,6 +60,7 @@ def test_tiny_run_lowers_the_held_out_loss_and_its_curves_coincide_with_eager(tm
     assert ours["held_out_loss"] == pytest.approx(eager["held_out_loss"], rel=0, abs=curves["bound_nats"])
     assert len(ours["train_loss"]) == curves["steps"]
     for steps in results["loss_step"].values():
+        assert list(steps) == ["auxkernels", "auxkernels, stored logits", "eager"]
         assert all(step["time_ms"] > 0 for step in steps.values())
 
     from matplotlib.image import imread
@@ -126,21 +132,30 @@ def train_on_random_tokens(monkeypatch, loss_function, dtype=torch.float32):
     return demo_train.largest_difference(runs, evaluated_steps, 20)
 
 
-def loss_of_rounded_sum(base_logits, aux_logits, target, reduction="mean"):
-    return demo_train.eager_loss(base_logits.bfloat16(), aux_logits.bfloat16(), target, reduction)
+def loss_of_rounded_sum(base, aux, target, reduction="mean"):
+    rounded = (Head(head.hidden.bfloat16(), head.weight.bfloat16()) for head in (base, aux))
+    return demo_train.eager_loss(*rounded, target, reduction)
 
 
-def loss_without_one_row(base_logits, aux_logits, target, reduction="mean"):
+def loss_without_one_row(base, aux, target, reduction="mean"):
     target = target.clone()
     target[0, 0] = demo_data.IGNORE_INDEX
-    return demo_train.eager_loss(base_logits, aux_logits, target, reduction)
+    return demo_train.eager_loss(base, aux, target, reduction)
 
 
-def loss_of_nan(base_logits, aux_logits, target, reduction="mean"):
-    return demo_train.eager_loss(base_logits, aux_logits, target, reduction) * math.nan
+def loss_without_the_gradient_of_one_window(base, aux, target, reduction="mean"):
+    hidden = torch.cat((aux.hidden[:1].detach(), aux.hidden[1:]))
+    return demo_train.eager_loss(base, Head(hidden, aux.weight), target, reduction)
 
 
-@pytest.mark.parametrize("loss_function", [loss_of_rounded_sum, loss_without_one_row, loss_of_nan])
+def loss_of_nan(base, aux, target, reduction="mean"):
+    return demo_train.eager_loss(base, aux, target, reduction) * math.nan
+
+
+WRONG_LOSSES = [loss_of_rounded_sum, loss_without_one_row, loss_without_the_gradient_of_one_window, loss_of_nan]
+
+
+@pytest.mark.parametrize("loss_function", WRONG_LOSSES)
 def test_a_slightly_wrong_loss_parts_the_curves(monkeypatch, loss_function):
     assert train_on_random_tokens(monkeypatch, loss_function) > demo_job.CURVE_BOUND_NATS["float32"]
 
@@ -151,13 +166,78 @@ def test_the_fused_loss_keeps_the_curves_together(monkeypatch, dtype):
     assert distance <= demo_job.CURVE_BOUND_NATS[dtype]
 
 
-def test_a_wrong_gradient_is_a_failure_and_so_is_nan():
-    step = {"gradient_error": 1e-7}
+def random_heads(num_windows, length, vocab_size, base_width, aux_width, dtype):
+    """(base, aux, target) with logits of standard deviation 1 and some ignored targets."""
+    generator = torch.Generator().manual_seed(0)
+
+    def head(width):
+        hidden = torch.randn(num_windows, length, width, generator=generator)
+        weight = torch.randn(vocab_size, width, generator=generator) / math.sqrt(width)
+        return Head(hidden.to(dtype), weight.to(dtype))
+
+    target = torch.randint(vocab_size, (num_windows, length), generator=generator)
+    target[:, -1] = demo_data.IGNORE_INDEX
+    return head(base_width), head(aux_width), target
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_errors_of_the_loss_step_are_within_their_bounds_and_a_wrong_gradient_is_not(dtype):
+    base, aux, target = random_heads(2, 70, 300, 24, 16, getattr(torch, dtype))
+    for name, loss_function in demo_loss_step.STEPS.items():
+        loss, gradients = demo_loss_step.loss_and_gradients(loss_function, base, aux, target)
+        loss_error, error = demo_loss_step.errors_against_float64(loss, gradients, base, aux, target)
+        assert loss_error < {"float32": 1e-5, "bfloat16": 2e-3}[dtype], name
+        assert error <= demo_job.GRADIENT_ERROR_BOUND[dtype] or name == "eager", (name, error)
+    for i in range(2):
+        wrong = [gradient.clone() for gradient in gradients]
+        wrong[i][0] = 0
+        _, error = demo_loss_step.errors_against_float64(loss, wrong, base, aux, target)
+        assert error > demo_job.GRADIENT_ERROR_BOUND[dtype]
+        wrong[i][0] = math.nan
+        _, error = demo_loss_step.errors_against_float64(loss, wrong, base, aux, target)
+        assert math.isnan(error)
+
+
+def test_heads_save_the_memory_of_stored_logits():
+    rows, vocab_size = 8192, 2048
+    base, aux, target = random_heads(8, rows // 8, vocab_size, 24, 16, torch.float32)
+    steps = demo_loss_step.measure_loss_step(base, aux, target, 1, lambda text: None)
+    if steps["eager"].peak_mib is None:
+        pytest.skip("this system keeps no resettable high-water mark")
+    logits_mib = rows * vocab_size * 4 / 2**20
+    stored = steps[demo_loss_step.STORED]
+    assert steps["auxkernels"].saved_mib == 0
+    assert stored.saved_mib == stored.peak_mib - steps["auxkernels"].peak_mib > 0.75 * logits_mib
+    assert steps["eager"].saved_mib > 0.75 * logits_mib
+
+
+def test_the_table_tells_what_heads_save():
+    steps = {"auxkernels": 10.0, demo_loss_step.STORED: 30.0, "eager": 80.0}
+    step = {"time_ms": 2.0, "loss_error": 0.0, "gradient_error": 0.0}
+    steps = {name: {**step, "peak_mib": mib, "saved_mib": mib - 10} for name, mib in steps.items()}
+    table = Table("", "", "", "")
+    demo_report.add_loss_step_rows(table, "float32", steps)
+    cells = [list(column.cells) for column in table.columns]
+    row = cells[0].index("  memory heads save (MiB)")
+    assert [column[row] for column in cells[1:]] == ["20", "70", ""]
+    row = cells[0].index("  peak memory (MiB)")
+    assert [column[row] for column in cells[1:]] == ["10", "80", "8.0x"]
+    assert [column[row + 1] for column in cells[1:]] == ["30", "", "2.7x"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_gradient_is_a_failure_and_so_is_nan(dtype):
     curves = {"largest_difference_nats": 1e-6, "bound_nats": 1e-4}
-    good = {"curves": curves, "loss_step": {"float32": {"auxkernels": step}}}
-    assert demo_job.failures(good) == []
-    assert len(demo_job.failures({**good, "curves": {**curves, "largest_difference_nats": math.inf}})) == 1
-    assert len(demo_job.failures({**good, "loss_step": {"float32": {"auxkernels": {"gradient_error": math.nan}}}})) == 1
+
+    def failures(error, eager_error=2e-7, **changed_curves):
+        steps = {"auxkernels": {"gradient_error": error}, "eager": {"gradient_error": eager_error}}
+        return demo_job.failures({"curves": {**curves, **changed_curves}, "loss_step": {dtype: steps}})
+
+    assert failures(1e-7) == []
+    assert len(failures(1e-7, largest_difference_nats=math.inf)) == 1
+    assert len(failures(math.nan)) == len(failures(1e-7, eager_error=math.nan)) + 1 == 1
+    assert len(failures(4e-7)) == 1, "twice eager's error"
+    assert len(failures(0.1, eager_error=0.1)) == 1
 
 
 def test_source_splits_into_code_and_docstrings():
