@@ -31,6 +31,9 @@ class Matrices(NamedTuple):
     def kinds(self) -> tuple[int, ...]:
         return (ROWS, ROWS, SCALE, SCALE)
 
+    def has_scan_of_its_own(self) -> bool:
+        return False
+
     def logits(self, parts: tuple) -> tuple:
         return parts[:2]
 
@@ -69,6 +72,10 @@ class Chunks(NamedTuple):
 
     def kinds(self) -> tuple[int, ...]:
         return (ROWS, SHARED, SHARED, SCALE) * len(self.softcaps)
+
+    def has_scan_of_its_own(self) -> bool:
+        """Whether row fields without a gradient may come from a kernel that stores no logits."""
+        return self.backend == "triton"
 
     def logits(self, parts: tuple) -> tuple:
         return tuple(values for values, is_head in zip(parts[0::4], self.is_head, strict=True) if not is_head)
@@ -128,7 +135,7 @@ class Call(NamedTuple):
     def is_better_from_rows(self, recompute: bool) -> bool:
         """Whether the row state is made first and a gradient when it is asked for, if at all."""
         if not self.requires_grad():
-            return isinstance(self.form, Chunks)  # whose scan may have a kernel of its own
+            return self.form.has_scan_of_its_own()
         return recompute or self.has_half_gradient()
 
     def row_fields(self, weight: Tensor | None, wanted: int) -> dict[str, Tensor]:

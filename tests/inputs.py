@@ -6,6 +6,9 @@ import random
 import torch
 from torch import Tensor
 
+from auxkernels import Head, chunk_settings
+from auxkernels.chunked import rows as row_module
+
 # the vocabulary sizes at which something changes
 WIDTHS_SMALL = [
     *(1, 2, 3),  # no other class, one other class, less than any vector
@@ -52,6 +55,23 @@ def split_in_two(row: Tensor, device="cpu") -> tuple[Tensor, Tensor]:
     """Float32 base and aux whose float32 sum is (close to) the row, aux as large as base."""
     base = (row / 2 + torch.randn_like(row)).to(device, torch.float32)
     return base, (row.to(device) - base).to(torch.float32)
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def head(*shape: int, vocab_size: int, width=16, bias=False, dtype=torch.float32, device="cpu", grad=True, **options):
+    """A `Head` whose logits have a standard deviation of about two, hidden [*shape, width]."""
+    made = {"dtype": dtype, "device": device, "requires_grad": grad}
+    hidden = logits(*shape, width, scale=1.0, **made)
+    weight = logits(vocab_size, width, scale=2 * width**-0.5, **made)
+    return Head(hidden, weight, bias=logits(vocab_size, scale=1.0, **made) if bias else None, **options)
+
+
+def cut_rows(monkeypatch, num_rows: int) -> None:
+    """Heads are worked on in as many chunks as there are whole `num_rows` in the batch."""
+    monkeypatch.setattr(row_module, "MIN_ROWS", num_rows)
+    monkeypatch.setattr(chunk_settings, "num_bytes", 1)
 
 
 # -- views -------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from auxkernels import Logits, aux_cross_entropy
+from auxkernels import Head, Logits, LogitStats, aux_cross_entropy
 
 F64 = torch.float64
 GRADIENT_FLOOR = {torch.float16: 2.0**-24}  # the smallest fp16 number; elsewhere the smallest normal one
@@ -41,9 +42,7 @@ class Case:
         found = {}
         for side, given in (("base", self.base), ("aux", self.aux)):
             for i, source in enumerate(sources_of(given)):
-                found[f"{side}[{i}]"] = source.values
-                if isinstance(source.scale, Tensor):
-                    found[f"scale of {side}[{i}]"] = source.scale
+                found |= tensors_of(source, f"{side}[{i}]")
         return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
 
     def run(self, backend: str, upstream: Tensor | None = None) -> dict[str, Tensor]:
@@ -56,12 +55,22 @@ class Case:
         return {"loss": loss.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def sources_of(given) -> list[Logits]:
+def sources_of(given) -> list[Logits | Head]:
     if given is None:
         return []
     if isinstance(given, (list, tuple)):
         return [source for item in given for source in sources_of(item)]
-    return [given if isinstance(given, Logits) else Logits(given)]
+    return [Logits(given) if isinstance(given, Tensor) else given]
+
+
+def tensors_of(source: Logits | Head, place: str) -> dict[str, Tensor]:
+    """What of a source may get a gradient, by name."""
+    if isinstance(source, Logits):
+        found = {place: source.values}
+    else:
+        found = {f"{name} of {place}": getattr(source, name) for name in ("hidden", "weight", "bias")}
+    found[f"scale of {place}"] = source.scale
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 # -- facts of every row ------------------------------------------------------------------------------------------------
@@ -340,6 +349,142 @@ def check(case: Case, impl, upstream: Tensor | None = None) -> dict[str, Tensor]
     assert got["loss"].dtype == Rows(case).compute
     for name, (want, error) in wanted.items():
         assert_close(name, got[name], want, error)
+        if name in leaves:
+            assert got[name].dtype == leaves[name].dtype, f"{name}: gradient {got[name].dtype} for {leaves[name].dtype}"
+    return got
+
+
+# -- heads: the same call in plain torch, whole logits and autograd ----------------------------------------------------
+
+
+class Plain:
+    """A call with any sources as anyone would write it without the package.
+
+    dtype   of all arithmetic; None: each tensor keeps its own, which is what eager torch does
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype | None = F64):
+        self.case, self.dtype, self.copies = case, dtype, {}
+        base, aux = sources_of(case.base), sources_of(case.aux)
+        first = base[0].hidden if isinstance(base[0], Head) else base[0].values
+        self.shape, options = first.shape[:-1], case.options
+        widths = [source.weight.shape[0] if isinstance(source, Head) else source.values.shape[-1] for source in base]
+        self.vocab_size = options.get("vocab_size") or widths[0]
+        self.ignored = torch.zeros(self.shape, dtype=torch.bool, device=first.device)
+        if case.target is not None:
+            self.ignored = case.target.long() == options.get("ignore_index", -100)
+        self.z_b = sum(map(self.logits, base))
+        self.s = sum(map(self.logits, aux), self.z_b)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The leaf that stands for a tensor, also where that is used twice; a scale is one number per row."""
+        if id(tensor) not in self.copies:
+            copy = tensor.detach() if self.dtype is None else tensor.detach().to(self.dtype)
+            if not copy.dim():
+                copy = copy.expand(self.shape)
+            self.copies[id(tensor)] = copy.clone().requires_grad_()
+        return self.copies[id(tensor)]
+
+    def kept(self, rows: Tensor) -> Tensor:
+        return rows.masked_fill(self.ignored.view([*self.shape, *[1] * (rows.dim() - len(self.shape))]), 0.0)
+
+    def logits(self, source: Logits | Head) -> Tensor:
+        if isinstance(source, Head):
+            z = self.kept(self.of(source.hidden)) @ self.of(source.weight)[: self.vocab_size].T
+            if source.bias is not None:
+                z = z + self.of(source.bias)[: self.vocab_size]
+        else:
+            z = self.kept(self.of(source.values)[..., : self.vocab_size])
+        if source.softcap is not None:
+            z = source.softcap * torch.tanh(z / source.softcap)
+        if isinstance(source.scale, Tensor):
+            return z * self.kept(self.of(source.scale)).unsqueeze(-1)
+        return z * source.scale
+
+    def loss(self) -> Tensor:
+        options, s = self.case.options, self.s.reshape(-1, self.vocab_size)
+        y, kept = self.case.target.long().flatten(), ~self.ignored.flatten()
+        weight, ignore_index = options.get("weight"), options.get("ignore_index", -100)
+        weight = None if weight is None else weight.to(s.dtype)
+        smoothing = options.get("label_smoothing", 0.0)
+        rows = F.cross_entropy(s, y, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing)
+        if options.get("z_loss"):
+            rows = rows + options["z_loss"] * s.logsumexp(-1).square() * kept
+        reduction, normalizer = options.get("reduction", "mean"), options.get("normalizer")
+        if reduction == "none":
+            return rows.view(self.shape)
+        if reduction == "mean" and normalizer is None:
+            normalizer = kept.sum() if weight is None else weight[y.masked_fill(~kept, 0)][kept].sum()
+        return rows.sum() if reduction == "sum" else rows.sum() / normalizer
+
+    def statistics(self) -> LogitStats:
+        log_p, log_q = self.s.log_softmax(-1), self.z_b.log_softmax(-1)
+        p, at_target = log_p.exp(), (None, None)
+        if self.case.target is not None:
+            y = self.case.target.long().masked_fill(self.ignored, 0).unsqueeze(-1)
+            at_target = [self.kept(log.gather(-1, y).squeeze(-1)) for log in (log_p, log_q)]
+        return LogitStats(
+            *at_target,
+            lse=self.kept(self.s.logsumexp(-1)),
+            entropy=self.kept(-(p * log_p).sum(-1)),
+            kl_to_base=self.kept((p * (log_p - log_q)).sum(-1)),
+            argmax=self.s.argmax(-1).masked_fill(self.ignored, -1),
+            base_argmax=self.z_b.argmax(-1).masked_fill(self.ignored, -1),
+        )
+
+    def gradients(self, result: Tensor, upstream: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of the case's leaves, each with its size: its norm, or that of the numbers which a 0-d scale's sums up."""
+        leaves, found = self.case.leaves(), {}
+        copies = [self.of(tensor) for tensor in leaves.values()]
+        upstream = None if upstream is None else upstream.to(result.dtype)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad(result, copies, upstream, **options)
+        for (name, tensor), grad in zip(leaves.items(), grads, strict=True):
+            is_sum = grad.dim() > tensor.dim()
+            found[name] = (grad.sum(), grad.double().abs().sum()) if is_sum else (grad, grad.double().norm())
+        return found
+
+
+def relative_error(got: Tensor, want: Tensor, size: Tensor | None = None) -> float:
+    """Norm of the difference over the norm of what is wanted (or another size); 0 / 0 is 0."""
+    assert got.shape == want.shape, f"shape {list(got.shape)}, expected {list(want.shape)}"
+    off = float((got.detach().to(F64) - want.detach().to(F64)).norm())
+    return off / max(float(want.detach().to(F64).norm() if size is None else size), 1e-300) if off else 0.0
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check_plain(case: Case, impl, upstream: Tensor | None = None) -> dict[str, Tensor]:
+    """Run a case with heads and hold loss and gradients against float64; returns what the implementation gave.
+
+    float32 within 2e-6 of the norm. Where a source is 16 bits wide: never worse than eager torch in these dtypes (the
+    gradients of weights and biases, sums over the rows: 1.5 times) beyond half an ulp of that dtype.
+    """
+    got, exact = case.run(impl.backend, upstream), Plain(case)
+    wanted = {"loss": (exact.loss(), None)}
+    leaves = case.leaves()
+    if leaves:
+        wanted |= exact.gradients(wanted["loss"][0], upstream)
+    tensors = [
+        t for given in (case.base, case.aux) for source in sources_of(given) for t in tensors_of(source, "").values()
+    ]
+    eager = None
+    if any(tensor.dtype in HALVES for tensor in tensors):
+        plain = Plain(case, None)
+        eager = {"loss": (plain.loss(), None)}
+        if leaves:
+            eager |= plain.gradients(eager["loss"][0], upstream)
+    is_double = any(tensor.dtype == F64 for tensor in tensors)
+    assert got["loss"].dtype == (F64 if is_double else torch.float32)
+    for name, (want, size) in wanted.items():
+        error = relative_error(got[name], want.detach(), size)
+        limit = 1e-13 if is_double else 2e-6
+        if eager is not None:
+            rounding = max(torch.finfo(tensor.dtype).eps for tensor in tensors) / 4
+            factor = 1.5 if name.startswith(("weight", "bias")) else 1.0
+            limit += factor * relative_error(eager[name][0], want.detach(), size) + rounding
+        assert error <= limit, f"{name}: {error:.3e} of the norm off, allowed {limit:.3e}"
         if name in leaves:
             assert got[name].dtype == leaves[name].dtype, f"{name}: gradient {got[name].dtype} for {leaves[name].dtype}"
     return got
