@@ -9,6 +9,7 @@ from . import nn
 from .backends import show_config
 from .chunked import settings as chunk_settings
 from .cross_entropy import LogitStats, aux_cross_entropy, logit_stats
+from .soft_embedding import LookupStats, soft_embedding
 from .sources import Head, Logits
 
 __version__ = "0.1.0"
@@ -16,10 +17,12 @@ __all__ = [
     "Head",
     "LogitStats",
     "Logits",
+    "LookupStats",
     "__version__",
     "aux_cross_entropy",
     "chunk_settings",
     "logit_stats",
     "nn",
     "show_config",
+    "soft_embedding",
 ]

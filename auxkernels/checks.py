@@ -303,3 +303,114 @@ def in_range_message(shape: torch.Size, row: int, value: int, vocab_size: int, i
     return (
         f"target must be in [0, {vocab_size}) or ignore_index={ignore_index}, got target[{where}] = {value} (row {row})"
     )
+
+
+# -- soft_embedding ----------------------------------------------------------------------------------------------------
+
+
+def tables(value: object) -> Tensor:
+    tensor = floating("table", value)
+    if tensor.dim() not in (2, 3):
+        raise ValueError(f"table must be [K, D] or [L, K, D], got {list(tensor.shape)}")
+    return tensor
+
+
+def table_of(table: Tensor, num_labels: int, device: torch.device) -> None:
+    if table.shape[-2] != num_labels:
+        raise ValueError(f"table must have a row for each of the {num_labels} labels, got {list(table.shape)}")
+    if table.device != device:
+        raise ValueError(f"table must be on the scores' device {device}, got {table.device}")
+
+
+def lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape: torch.Size, num_labels: int, device) -> None:
+    """Options of soft_embedding; tensors are not looked into."""
+    if isinstance(temperature, Tensor):
+        scale("temperature", temperature, shape, device)
+    else:
+        number("temperature", temperature)
+        if not isinstance(temperature, torch.SymFloat) and not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+    if not isinstance(hard, bool):
+        raise TypeError(f"hard must be a bool, got {type(hard).__name__}")
+    if isinstance(gumbel, Tensor):
+        scale("gumbel", gumbel, torch.Size(), device)
+    else:
+        real_number("gumbel", gumbel, minimum=0.0)
+    if isinstance(seed, Tensor):
+        plain_tensor("seed", seed)
+        if seed.dim() or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be a 0-d int64 tensor, got {seed.dtype} {list(seed.shape)}")
+    elif seed is not None:
+        int64("seed", seed)
+    label_mask(mask, shape, num_labels, device)
+    if top_k is not None:
+        integer("top_k", top_k)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+
+
+def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.device) -> None:
+    if mask is None:
+        return
+    plain_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.shape not in ((num_labels,), (*shape, num_labels)):
+        raise ValueError(f"mask must be [{num_labels}] or {[*shape, num_labels]}, got {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"mask must be on the scores' device {device}, got {mask.device}")
+
+
+def lookup(given) -> None:
+    """The leading arguments of the ops of chunked/soft_embedding.py."""
+    num_sources = len(given.softcaps)
+    if num_sources == 0 or len(given.parts) != 4 * num_sources or any(part is None for part in given.parts[0::4]):
+        raise ValueError(
+            f"parts must hold four entries for each softcap, the first of them given, got {len(given.parts)}"
+        )
+    if given.autocast is not None and given.autocast not in FLOATING:
+        raise TypeError(f"autocast must be a floating dtype, got {given.autocast}")
+    shape, device, K = given.shape(), given.first().device, tables(given.table).shape[-2]
+    widths = []
+    for i, softcap in enumerate(given.softcaps):
+        values, weight, bias, factor = given.parts[4 * i : 4 * i + 4]
+        options = {"scale": 1.0 if factor is None else factor, "softcap": softcap or None}
+        scores = Logits(values, **options) if weight is None else Head(values, weight, bias=bias, **options)
+        widths.append((f"source {i}", source(f"source {i}", scores, shape, device, given.autocast)[0]))
+    table_of(given.table, common_width(widths, None), device)
+    if (given.gumbel is None) != (given.seed is None):
+        raise ValueError("gumbel and seed must be given together")
+    temperature = 1.0 if given.temperature is None else given.temperature
+    gumbel = 0.0 if given.gumbel is None else given.gumbel
+    lookup_options(temperature, given.hard, gumbel, given.seed, given.mask, given.top_k or None, shape, K, device)
+
+
+def lookup_gradients(given, labels, grad, upstream, needs) -> None:
+    if len(needs) != len(given.parts) + 2:
+        raise ValueError(f"needs must have {len(given.parts) + 2} entries, got {len(needs)}")
+    there = (*given.parts, given.temperature, given.table)
+    if any(need and part is None for need, part in zip(needs, there, strict=True)):
+        raise ValueError("needs must ask for gradients of what is given")
+    if grad is not None and tuple(grad.shape) != given.out_shape():
+        raise ValueError(f"grad must have shape {list(given.out_shape())}, got {list(grad.shape)}")
+    if (labels is not None) != bool(given.top_k) or (
+        labels is not None and labels.shape != (*given.shape(), given.kept())
+    ):
+        raise ValueError("labels must be given with top_k, [*, k] of them")
+    if len(upstream) != 4:
+        raise ValueError(f"upstream must have 4 entries, got {len(upstream)}")
+    for name, values in zip(("entropy", "max_prob", "sum_squares"), upstream, strict=False):
+        row_numbers(f"upstream of {name}", values, given.shape())
+    row_numbers("upstream of usage", upstream[3], torch.Size((given.num_labels(),)))
+
+
+def segments(rows: object, segment_ids: object) -> None:
+    """Rows of segments and the segment of each token."""
+    tensor = floating("rows", rows)
+    if tensor.dim() not in (2, 3):
+        raise ValueError(f"rows must be [S, D] or [L, S, D], got {list(tensor.shape)}")
+    plain_tensor("segment_ids", segment_ids)
+    if segment_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"segment_ids must be int32 or int64, got {segment_ids.dtype}")
+    if segment_ids.device != tensor.device:
+        raise ValueError(f"segment_ids must be on {tensor.device}, got {segment_ids.device}")

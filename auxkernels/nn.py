@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .cross_entropy import aux_cross_entropy
+from .segments import segments_to_tokens
+from .soft_embedding import LookupStats, soft_embedding
 from .sources import SourceLike
 
 
@@ -48,3 +51,91 @@ class AuxCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class SoftEmbedding(nn.Module):
+    """Label embeddings mixed by predicted probabilities: `soft_embedding` with tables that are parameters.
+
+    num_labels, embedding_dim   K and D
+    num_tables                  L tables that share one softmax; 1: a single table, and results without that dimension
+    temperature, hard, gumbel, top_k, backend   as for `soft_embedding`; Gumbel noise is added in training mode only
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        embedding_dim: int,
+        num_tables: int = 1,
+        *,
+        temperature: float | Tensor = 1.0,
+        hard: bool = False,
+        gumbel: float = 0.0,
+        top_k: int | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        shape = (num_labels, embedding_dim) if num_tables == 1 else (num_tables, num_labels, embedding_dim)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if isinstance(temperature, nn.Parameter):
+            self.temperature = temperature
+        elif isinstance(temperature, Tensor):
+            self.register_buffer("temperature", temperature)
+        else:
+            self.temperature = temperature
+        self.hard, self.gumbel, self.top_k, self.backend = hard, gumbel, top_k, backend
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Standard normal, as torch.nn.Embedding."""
+        nn.init.normal_(self.weight)
+
+    @classmethod
+    def from_codebook(cls, codebook: Tensor, freeze: bool = False, **options) -> SoftEmbedding:
+        """A module whose tables start as `codebook` [K, D] or [L, K, D]; freeze: they get no gradient."""
+        if codebook.dim() not in (2, 3):
+            raise ValueError(f"codebook must be [K, D] or [L, K, D], got {list(codebook.shape)}")
+        *num_tables, num_labels, embedding_dim = codebook.shape
+        options = {"device": codebook.device, "dtype": codebook.dtype} | options
+        module = cls(num_labels, embedding_dim, *num_tables, **options)
+        with torch.no_grad():
+            module.weight = nn.Parameter(codebook.detach().to(module.weight).clone(), requires_grad=not freeze)
+        return module
+
+    def forward(
+        self,
+        logits: SourceLike,
+        *,
+        mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, LookupStats]:
+        """The mixture for scores [*, K]: [*, D] or [L, *, D].
+
+        segment_ids   int [*tokens]: the rows of the scores, numbered through, are segments, and every token gets its
+                      segment's mixture, zeros where the id is negative: [*tokens, D] or [L, *tokens, D].
+        """
+        result = soft_embedding(
+            logits,
+            self.weight,
+            temperature=self.temperature,
+            hard=self.hard,
+            gumbel=self.gumbel if self.training else 0.0,
+            seed=seed,
+            mask=mask,
+            top_k=self.top_k,
+            return_stats=return_stats,
+            backend=self.backend,
+        )
+        mixture, stats = result if return_stats else (result, None)
+        if segment_ids is not None:
+            rows = mixture.flatten(self.weight.dim() - 2, -2)
+            mixture = segments_to_tokens(rows, segment_ids, self.backend)
+        return (mixture, stats) if return_stats else mixture
+
+    def extra_repr(self) -> str:
+        options = {name: getattr(self, name) for name in ("hard", "gumbel", "top_k", "backend")}
+        sizes = ", ".join(map(str, self.weight.shape))
+        return f"{sizes}, " + ", ".join(f"{name}={value!r}" for name, value in options.items())

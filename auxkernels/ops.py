@@ -303,6 +303,12 @@ def raise_out_of_range(target: Tensor, vocab_size: int, ignore_index: int) -> No
         raise IndexError(checks.in_range_message(target.shape, row, value, vocab_size, ignore_index))
 
 
+def raise_unknown_segment(segment_ids: Tensor, num_segments: int) -> None:
+    """IndexError for a CPU id of no segment."""
+    if segment_ids.device.type == "cpu" and segment_ids.numel() and int(segment_ids.max()) >= num_segments:
+        raise IndexError(f"segment_ids must be below {num_segments}, got {int(segment_ids.max())}")
+
+
 def _check_target(target, vocab_size, ignore_index):
     raise_out_of_range(target, vocab_size, ignore_index)
     return target.clone()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import noise, ops
 from .sources import Head, Logits, Source, row_scale
 
 
@@ -171,3 +171,75 @@ def statistics(
         else:
             stats[name] = value.masked_fill(ignored, -1)
     return stats
+
+
+# -- soft_embedding ----------------------------------------------------------------------------------------------------
+
+
+def soft_embedding(
+    sources: list[Source],
+    table: Tensor,
+    *,
+    temperature: float | Tensor,
+    hard: bool,
+    gumbel: float | Tensor,
+    seed: Tensor | None,
+    mask: Tensor | None,
+    top_k: int | None,
+    autocast: torch.dtype | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mixture [*, D] or [L, *, D] as `soft_embedding` defines it, and the fields of `LookupStats`."""
+    first = sources[0].hidden if isinstance(sources[0], Head) else sources[0].values
+    values = [source.hidden if isinstance(source, Head) else source.values for source in sources]
+    is_double = any(t.dtype == torch.float64 for t in (*values, table))
+    compute = torch.float64 if is_double else torch.float32
+    arithmetic, num_labels = _arithmetic(compute, first.device), table.shape[-2]
+    v = sum_of(sources, arithmetic, autocast, num_labels, None)
+    if seed is not None:
+        noise_of = noise.gumbel(v.shape[:-1].numel(), num_labels, seed, arithmetic)
+        v = v + noise_of.view(v.shape) * (gumbel.to(arithmetic) if isinstance(gumbel, Tensor) else gumbel)
+    if mask is not None:
+        v = v.masked_fill(mask, -torch.inf)
+    factor = row_scale(temperature, arithmetic) if isinstance(temperature, Tensor) else temperature
+    poisoned = v.isnan().any(-1, keepdim=True)
+    if top_k is not None:
+        kept = torch.zeros_like(v, dtype=torch.bool)
+        order = v.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        kept.scatter_(-1, order, True)
+        v = v.masked_fill(~kept & ~poisoned, -torch.inf)
+    empty = (v == -torch.inf).all(-1, keepdim=True)
+    v = v.masked_fill(empty, 0.0)
+    x = v - v.detach().amax(-1, keepdim=True)
+    masked = (x == -torch.inf).detach()
+    x = torch.where(masked, x.detach(), x.masked_fill(masked, 0.0) / factor)
+    p = torch.softmax(x, -1).masked_fill(empty, 0.0)
+    is_cast = autocast is not None and table.dtype != torch.float64
+    out_dtype = autocast if is_cast else table.dtype
+    embeddings = table.to(out_dtype).to(arithmetic)
+    weights = p
+    if hard:
+        chosen = torch.zeros_like(p).scatter_(-1, v.argmax(-1, keepdim=True), 1.0).masked_fill(empty, 0.0)
+        chosen = chosen.masked_fill(poisoned | p.isnan().any(-1, keepdim=True), torch.nan)
+        mixture = torch.einsum("...k,kd->...d", chosen, embeddings) if table.dim() == 2 else _each(chosen, embeddings)
+        # the soft mixture's gradient of the scores, nothing of its value
+        frozen = embeddings.detach()
+        soft = torch.einsum("...k,kd->...d", weights, frozen) if table.dim() == 2 else _each(weights, frozen)
+        mixture = mixture + (soft - soft.detach())
+    else:
+        mixture = torch.einsum("...k,kd->...d", weights, embeddings) if table.dim() == 2 else _each(weights, embeddings)
+    log_p = torch.where(p == 0, 0.0, p.masked_fill(p == 0, 1.0).log())
+    argmax = v.argmax(-1).masked_fill(empty.squeeze(-1), -1)
+    num_rows = max(p.shape[:-1].numel(), 1)
+    stats = {
+        "entropy": -(p * log_p).sum(-1).to(compute),
+        "max_prob": p.gather(-1, argmax.clamp(min=0).unsqueeze(-1)).squeeze(-1).to(compute),
+        "argmax": argmax,
+        "sum_squares": p.square().sum(-1).to(compute),
+        "usage": (p.flatten(0, -2) if p.dim() > 1 else p.unsqueeze(0)).sum(0).div(num_rows).to(compute),
+    }
+    return mixture.to(out_dtype), stats
+
+
+def _each(weights: Tensor, tables: Tensor) -> Tensor:
+    """[*, K] with each of [L, K, D]: [L, *, D]."""
+    return torch.einsum("...k,lkd->l...d", weights, tables)

@@ -12,6 +12,7 @@
 #include "cpu/block_ops.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/pages.h"
+#include "soft_bindings.h"
 
 namespace py = pybind11;
 
@@ -172,6 +173,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("loss", &auxk::py_loss);
   m.def("backward", &auxk::py_backward);
   m.def("rescale", &auxk::py_rescale);
+  auxk::bind_soft_embedding(m);
   m.def("add", &auxk::py_add);
   m.def("bring_in", &auxk::py_bring_in, "Brings the pages of a large fresh buffer in before it is written.");
   m.def("instruction_sets", &auxk::instruction_sets, "Instruction sets that this processor can run, best first.");

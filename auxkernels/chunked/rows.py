@@ -39,12 +39,13 @@ class ChunkSettings:
 settings = ChunkSettings()
 
 
-def chunks_of(num_rows: int, bytes_per_row: int, budget: int) -> list[tuple[int, int]]:
-    """[start, stop) of chunks of nearly equal size, within the budget unless that is less than MIN_ROWS rows."""
+def chunks_of(num_rows: int, bytes_per_row: int, budget: int, min_rows: int | None = None) -> list[tuple[int, int]]:
+    """[start, stop) of nearly equal chunks, within the budget unless that is less than `min_rows` (MIN_ROWS)."""
     if num_rows == 0:
         return []
+    min_rows = MIN_ROWS if min_rows is None else min_rows
     rows_in_budget = max(budget // bytes_per_row, 1)
-    num_chunks = max(1, min(-(-num_rows // rows_in_budget), num_rows // MIN_ROWS))
+    num_chunks = max(1, min(-(-num_rows // rows_in_budget), num_rows // min_rows))
     bounds = [i * num_rows // num_chunks for i in range(num_chunks + 1)]
     return list(itertools.pairwise(bounds))
 

@@ -303,3 +303,10 @@ def side_of(parts: list[Part], setting: Setting, needs: list[list[bool]], buffer
         return OneSource(parts, setting, needs, buffers)
     kind = SumOfProducts if are_one_product(parts, setting.autocast) else SumOfSources
     return kind(parts, setting, needs, buffers)
+
+
+def plain_side_of(parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers) -> Side:
+    """A side whose operand has neither scale nor softcap: for row kernels that know of none."""
+    if len(parts) == 1 and (parts[0].scale is not None or parts[0].softcap is not None):
+        return SumOfSources(parts, setting, needs, buffers)
+    return side_of(parts, setting, needs, buffers)

@@ -65,6 +65,24 @@ struct BlockOps {
   C (*finish)(const SourceBlock<C>&, const C* ds, int64_t n, bool wants_dscale, void* out, bool stream);
   // values *= factor, in place
   void (*multiply)(void* values, DType, C factor, int64_t n);
+  // v += scale * Gumbel noise of (seed, row, first + i); first is a multiple of four
+  void (*add_gumbel)(C* v, C scale, uint64_t seed, int64_t row, int64_t first, int64_t n);
+  // v := -inf where the mask is not 0
+  void (*forbid)(C* v, const uint8_t* mask, int64_t n);
+  // the largest v, NaN passed over
+  C (*largest)(const C* v, int64_t n);
+  // how many v are NaN
+  int64_t (*count_nan)(const C* v, int64_t n);
+  // the first i >= from with v[i] > bound, or n
+  int64_t (*next_above)(const C* v, C bound, int64_t from, int64_t n);
+  // v := (v - m) * factor
+  void (*shift_and_scale)(C* v, C m, C factor, int64_t n);
+  // sum_i a b, where a = 0 counts nothing whatever b is
+  C (*dot)(const C* a, const C* b, int64_t n);
+  // g += factor * x where p is not 0
+  void (*add_where)(C* g, const C* p, const C* x, C factor, int64_t n);
+  // g := p (g - mean), 0 where p is
+  void (*center)(C* g, const C* p, C mean, int64_t n);
 };
 
 struct InstructionSet {

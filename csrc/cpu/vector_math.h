@@ -94,6 +94,28 @@ AUXK_INLINE float exp_of(float x) {
 }
 AUXK_INLINE double exp_of(double x) { return std::exp(x); }
 
+// log(x) for normal x > 0, within 1 ulp; relative to log(x) also near 1. x = 2^n (1 + f), sqrt(1/2) <= 1 + f < sqrt(2).
+AUXK_INLINE float log_of(float x) {
+  constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
+  const uint32_t shifted = as_bits(x) - kSqrtHalf;
+  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float f = as_float((shifted & 0x007fffffu) + kSqrtHalf) - 1.0f;
+  const float z = f * f;
+  float q = 7.0376836292e-2f;
+  q = q * f - 1.1514610310e-1f;
+  q = q * f + 1.1676998740e-1f;
+  q = q * f - 1.2420140846e-1f;
+  q = q * f + 1.4249322787e-1f;
+  q = q * f - 1.6668057665e-1f;
+  q = q * f + 2.0000714765e-1f;
+  q = q * f - 2.4999993993e-1f;
+  q = q * f + 3.3333331174e-1f;
+  float tail = q * f * z;
+  tail = tail + n * -2.12194440e-4f;
+  tail = tail - 0.5f * z;
+  return (f + tail) + n * 0.693359375f;
+}
+
 // tanh within 2 ulp: an odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
 AUXK_INLINE float tanh_of(float x) {
   const float magnitude = std::fabs(x);

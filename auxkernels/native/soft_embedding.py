@@ -1,0 +1,162 @@
+"""Row kernels of soft_embedding on CPU: from tensors to the pointers, sizes and strides that the compiled module takes.
+
+Arguments have been checked by the operator (chunked/soft_embedding.py), which works on chunks of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..soft_rows import ROW_FIELDS, SoftRows, Upstream
+from . import DTYPE_CODES, cpu
+
+_NO_MATRIX = (0, 0, 0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(tensor: Tensor | None) -> tuple[int, int, int]:
+    """A [C, X] tensor whose rows are contiguous."""
+    if tensor is None:
+        return _NO_MATRIX
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride(0)
+
+
+class _Problem:
+    """The leading arguments of a compiled function, and the tensors that must outlive it."""
+
+    def __init__(self, rows: SoftRows):
+        scores, temperature, mask = rows.scores, rows.temperature, rows.mask
+        self.is_double = rows.compute == torch.float64
+        self.alive = []
+        temperature_stride = 0
+        if isinstance(temperature, Tensor):
+            temperature_stride = int(temperature.dim() > 0)
+            temperature = self.contiguous(temperature.to(rows.compute))
+        mask_stride = 0
+        if mask is not None:
+            mask = self.contiguous(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
+            mask_stride = mask.stride(0) if mask.dim() == 2 else 0
+        seed = 0 if rows.seed is None else int(rows.seed)
+        self.leading = (
+            (
+                *(scores.data_ptr(), DTYPE_CODES[scores.dtype], max(scores.shape[0], 1), 0, scores.stride(0)),
+                *(scores.shape[0], scores.shape[1], rows.first_row),
+                *(_address(temperature) if isinstance(temperature, Tensor) else 0, temperature_stride),
+                *(seed, _address(mask), mask_stride, torch.get_num_threads(), self.is_double),
+            ),
+            (
+                1.0 if isinstance(temperature, Tensor) else float(temperature),
+                0.0 if rows.gumbel is None else float(rows.gumbel),
+            ),
+        )
+
+    def contiguous(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        self.alive.append(tensor)
+        return tensor
+
+
+def _fields(state: dict[str, Tensor | None]) -> tuple[int, ...]:
+    return tuple(_address(state.get(name)) for name in ROW_FIELDS)
+
+
+def _upstream(problem: _Problem, upstream: Upstream | None) -> tuple[int, ...]:
+    if upstream is None:
+        return (0, 0, 0, 0)
+    return tuple(_address(None if t is None else problem.contiguous(t)) for t in upstream)
+
+
+def _selection(labels: Tensor, weights: Tensor | None) -> tuple[int, int, int]:
+    return labels.shape[-1], labels.data_ptr(), _address(weights)
+
+
+def softmax(rows: SoftRows, fields: dict[str, Tensor], probabilities: Tensor | None) -> None:
+    """Writes the wanted fields [C] and, where given, the probabilities [C, K]."""
+    cpu().soft_rows(*_Problem(rows).leading, _fields(fields), _matrix(probabilities))
+
+
+def select(rows: SoftRows, fields: dict[str, Tensor], labels: Tensor, weights: Tensor) -> None:
+    """Writes labels and weights [C, k] of the likeliest labels, and the wanted fields of the softmax over these."""
+    cpu().soft_select(*_Problem(rows).leading, _fields(fields), _selection(labels, weights))
+
+
+def softmax_backward(
+    rows: SoftRows,
+    fields: dict[str, Tensor],
+    grad_probabilities: Tensor | None,
+    upstream: Upstream | None,
+    grad_scores: Tensor | None,
+    grad_temperature: Tensor | None,
+    probabilities: Tensor | None,
+) -> None:
+    """From max, log_denom (and argmax) of the rows: gradients of scores [C, K] and temperature [C], probabilities."""
+    problem = _Problem(rows)
+    cpu().soft_backward(
+        *problem.leading,
+        _fields(fields),
+        _matrix(grad_probabilities),
+        _upstream(problem, upstream),
+        _matrix(grad_scores),
+        _address(grad_temperature),
+        _matrix(probabilities),
+    )
+
+
+def select_backward(
+    rows: SoftRows,
+    fields: dict[str, Tensor],
+    labels: Tensor,
+    weights: Tensor,
+    grad_weights: Tensor | None,
+    upstream: Upstream | None,
+    grad_scores: Tensor | None,
+    grad_temperature: Tensor | None,
+) -> None:
+    """The same for selected labels [C, k]; writes their weights too."""
+    problem = _Problem(rows)
+    cpu().soft_select_backward(
+        *problem.leading,
+        _fields(fields),
+        _selection(labels, weights),
+        _address(grad_weights),
+        _upstream(problem, upstream),
+        _matrix(grad_scores),
+        _address(grad_temperature),
+    )
+
+
+# -- rows of tables ----------------------------------------------------------------------------------------------------
+
+
+def _tables(tables: Tensor, rows: Tensor) -> tuple[int, ...]:
+    num_tables, num_labels, width = tables.shape
+    return (
+        *(tables.data_ptr(), DTYPE_CODES[tables.dtype], tables.stride(1), tables.stride(0)),
+        *(num_tables, num_labels, width, rows.stride(0)),
+    )
+
+
+def gather(tables: Tensor, labels: Tensor, weights: Tensor | None, out: Tensor, in_double: bool) -> None:
+    """out [L, C, D] = sum over j of weights [C, k] (1) times the rows of tables [L, K, D] that labels [C, k] name."""
+    selection = _selection(labels, weights)
+    cpu().gather_labels(
+        _tables(tables, out), selection, len(labels), _matrix(out[0]), torch.get_num_threads(), in_double
+    )
+
+
+def products(tables: Tensor, labels: Tensor, rows: Tensor, out: Tensor, in_double: bool) -> None:
+    """out [C, k] = sum over tables of <rows [L, C, D], the table's row that labels [C, k] name>."""
+    arguments = (_tables(tables, rows), _selection(labels, None), len(labels), _matrix(rows[0]), out.data_ptr())
+    cpu().gather_products(*arguments, torch.get_num_threads(), in_double)
+
+
+def scatter(tables: Tensor, labels: Tensor, weights: Tensor | None, rows: Tensor, in_double: bool) -> None:
+    """tables [L, K, D] += weights times rows [L, C, D] where labels [C, k] say, in the order of the rows."""
+    selection = _selection(labels, weights)
+    cpu().scatter_labels(
+        _tables(tables, rows), selection, len(labels), _matrix(rows[0]), torch.get_num_threads(), in_double
+    )

@@ -1,0 +1,45 @@
+"""Gumbel noise from a counter-based generator, in plain torch: the same numbers as the kernels draw.
+
+Source: Salmon et al. 2011 (Philox4x32-10).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
+    """Four words of 32 random bits for each counter of four words, all held in int64; seed: 0-d int64, the key."""
+    c = list(counter)
+    key = [seed & _MASK, (seed >> 32) & _MASK]
+    for _ in range(10):
+        # products wrap around in int64, whose bits are those of the unsigned one
+        a, b = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
+        c = [
+            ((b >> 32) & _MASK) ^ c[1] ^ key[0],
+            b & _MASK,
+            ((a >> 32) & _MASK) ^ c[3] ^ key[1],
+            a & _MASK,
+        ]
+        key = [(k + step) & _MASK for k, step in zip(key, _KEY_STEPS, strict=True)]
+    return c
+
+
+def uniform(num_rows: int, num_labels: int, seed: Tensor) -> Tensor:
+    """float32 [num_rows, num_labels] strictly inside (0, 1), each number a function of seed, row and label."""
+    device = seed.device
+    row = torch.arange(num_rows, device=device).unsqueeze(1)
+    column = torch.arange(-(-num_labels // 4), device=device).expand(num_rows, -1)
+    counter = (column, (row & _MASK).expand_as(column), (row >> 32).expand_as(column), torch.zeros_like(column))
+    bits = torch.stack(philox(counter, seed), -1).flatten(-2)[:, :num_labels]
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
+
+
+def gumbel(num_rows: int, num_labels: int, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gumbel noise [num_rows, num_labels], -log(-log(uniform)) in `dtype`."""
+    return uniform(num_rows, num_labels, seed).to(dtype).log().neg().log().neg()
