@@ -2,13 +2,14 @@
 
 `aux_cross_entropy` and `logit_stats` add the logits of a base and an auxiliary model and take their log-softmax
 cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`. See README.md
-for the contract.
+for the contract. `soft_embedding` mixes label embeddings by predicted probabilities.
 """
 
 from . import nn
 from .backends import show_config
 from .chunked import settings as chunk_settings
 from .cross_entropy import LogitStats, aux_cross_entropy, logit_stats
+from .segments import segments_to_tokens
 from .soft_embedding import LookupStats, soft_embedding
 from .sources import Head, Logits
 
@@ -23,6 +24,7 @@ __all__ = [
     "chunk_settings",
     "logit_stats",
     "nn",
+    "segments_to_tokens",
     "show_config",
     "soft_embedding",
 ]

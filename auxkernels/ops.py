@@ -165,17 +165,17 @@ def implementation(backend: str, stem: str = "cross_entropy"):
     return importlib.import_module(f".{backend}.{stem}", __package__)
 
 
-def _direct(args: tuple) -> bool:
+def is_direct(tensors, backend: str) -> bool:
     """Whether a CPU call may skip the dispatcher, a fifth of a small call (6 of 30 us).
 
     Nothing may be tracing or transforming, and every tensor must be a plain one that lies in memory as it is read:
     subclasses, functorch's wrappers and lazily negated tensors are the dispatcher's to resolve.
     """
-    if args[-1] != "native" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if backend != "native" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
         return False
-    for value in args[:6]:
+    for value in tensors:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
             if value.is_neg():
@@ -205,14 +205,14 @@ def _with_tensors(args: tuple, positions: tuple[int, ...]) -> list:
 
 def cross_entropy_scan(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales may be numbers."""
-    if _direct(args):
+    if is_direct(args[:6], args[-1]):
         return implementation("native").scan(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_scan.default(*_with_tensors(args, (4, 5)))
 
 
 def cross_entropy_loss(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales and normalizer may be numbers."""
-    if _direct(args):
+    if is_direct(args[:6], args[-1]):
         return implementation("native").loss(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_loss.default(*_with_tensors(args, (4, 5, 10)))
 

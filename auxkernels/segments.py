@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import backends, checks, native, ops
 from .autograd import once
 
 _library = torch.library.Library("auxkernels", "FRAGMENT")
@@ -50,7 +50,7 @@ def _gather(rows: Tensor, segment_ids: Tensor, backend: str) -> Tensor:
     checks.segments(rows, segment_ids)
     ops.raise_unknown_segment(segment_ids, rows.shape[-2])
     leading, width = rows.shape[:-2], rows.shape[-1]
-    out = rows.new_empty((*leading, *segment_ids.shape, width))
+    out = native.brought_in(rows.new_empty((*leading, *segment_ids.shape, width)))
     labels = segment_ids.reshape(-1, 1).long()
     if backend == "reference":
         picked = rows[..., labels.squeeze(1).clamp(0, max(rows.shape[-2] - 1, 0)), :] if rows.shape[-2] else 0.0

@@ -143,7 +143,7 @@ class WeightGradient:
     """
 
     def __init__(self, weight: Tensor, V: int, plan: Plan, num_chunks: int, dtype: torch.dtype):
-        self.out = weight.new_empty(weight.shape, dtype=dtype)
+        self.out = native.brought_in(weight.new_empty(weight.shape, dtype=dtype))
         self.out[V if num_chunks else 0 :] = 0
         self.rows = self.sum = self.out[:V]
         self.num_chunks, self.num_added = num_chunks, 0
@@ -153,7 +153,7 @@ class WeightGradient:
         if dtype != sum_dtype and not rounds_directly:
             self.sum = weight.new_empty(self.rows.shape, dtype=sum_dtype)
         if not self.is_exact and (num_chunks > 1 or dtype != plan.operands):
-            self.product = weight.new_empty(self.rows.shape, dtype=plan.operands)
+            self.product = native.brought_in(weight.new_empty(self.rows.shape, dtype=plan.operands))
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
         self._add_exact(grad.T, hidden) if self.is_exact else self._add_rounded(grad.T, hidden)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import native
+
 # fewer rows starve the GEMMs: each chunk streams the weights once, whatever its height
 MIN_ROWS = 1024
 DEFAULT_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -93,7 +95,7 @@ class Rows:
         """[all rows, *trailing], to be written by `put`; rows that do not count hold `fill`."""
         size = (self.shape.numel(), *trailing)
         if self.kept is None:
-            return like.new_empty(size, dtype=dtype)
+            return native.brought_in(like.new_empty(size, dtype=dtype))
         return like.new_full(size, fill, dtype=dtype)
 
 

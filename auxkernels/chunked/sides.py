@@ -93,8 +93,7 @@ class Buffers:
 
     def get(self, key, dtype: torch.dtype, num_rows: int) -> Tensor:
         if key not in self.made:
-            self.made[key] = self.like.new_empty(self.size, dtype=dtype)
-            native.bring_in(self.made[key])
+            self.made[key] = native.brought_in(self.like.new_empty(self.size, dtype=dtype))
         return self.made[key][:num_rows]
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks, native, ops
 from ..soft_rows import ROW_FIELDS, SoftRows, Upstream
 from .products import WeightGradient, multiply, plan_of
 from .rows import Rows, chunks_of, settings
@@ -19,7 +19,7 @@ from .sides import Buffers, Part, Setting, bytes_per_row, padded, plain_side_of
 
 # what the forward op can return after the mixture, as bits of `wanted`, in this order
 OUTPUTS = (*ROW_FIELDS, "usage", "labels")
-CPU_BYTES = 16 << 20  # of a chunk whose scores need no product: it should not leave the caches
+CPU_BYTES = 4 << 20  # of a chunk whose scores need no product: it should not leave the caches
 CPU_MIN_ROWS = 256
 
 _LEADING = (
@@ -32,8 +32,8 @@ _library.define(
     f"soft_embedding_backward({_LEADING}, Tensor max, Tensor log_denom, Tensor argmax, Tensor? labels, Tensor? grad, "
     "Tensor?[] upstream, bool[] needs, str backend) -> Tensor[]"
 )
-forward = torch.ops.auxkernels.soft_embedding.default
-backward = torch.ops.auxkernels.soft_embedding_backward.default
+_forward_op = torch.ops.auxkernels.soft_embedding.default
+_backward_op = torch.ops.auxkernels.soft_embedding_backward.default
 
 
 def mask_of(*names: str) -> int:
@@ -129,6 +129,22 @@ class LookupCall:
         return torch.where(maxima.isfinite(), 1.0, torch.nan).to(self.lookup.compute()).unsqueeze(-1)
 
 
+def _is_direct(args: tuple) -> bool:
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return ops.is_direct((*args[0], *args[3:8]), args[-1])
+
+
+def forward(*args) -> list[Tensor]:
+    """The op of that name on checked arguments."""
+    return _forward(Lookup(*args[:10]), *args[10:]) if _is_direct(args) else _forward_op(*args)
+
+
+def backward(*args) -> list[Tensor]:
+    """The op of that name on checked arguments."""
+    return _backward(Lookup(*args[:10]), *args[10:]) if _is_direct(args) else _backward_op(*args)
+
+
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +180,7 @@ def _forward(lookup: Lookup, wanted: int, backend: str) -> list[Tensor]:
     outputs = _empty_outputs(lookup, wanted)
     if "usage" in outputs:
         outputs["usage"].zero_()
-    mixture = lookup.first().new_empty(lookup.out_shape(), dtype=lookup.out_dtype())
+    mixture = native.brought_in(lookup.first().new_empty(lookup.out_shape(), dtype=lookup.out_dtype()))
     call = LookupCall(lookup, [], backend, num_matrices=1)
     flat = mixture.view(-1, call.rows.num_rows, lookup.table.shape[-1]) if mixture.numel() else mixture
     run = _selected if lookup.top_k else _softmaxed

@@ -383,19 +383,23 @@ template <class C>
 void gather_labels(const Tables& t, const Selection& s, int64_t num_rows, const Matrix& rows, int threads) {
   const BlockOps<C>& ops = block_ops<C>();
   const int64_t num_tasks = t.num_tables * num_rows;
+  const bool stream = num_tasks * t.D * size_of(rows.dtype) >= (int64_t{2} << 20);
   parallel_for(num_tasks, threads_for(num_tasks * s.k * t.D, threads), 16, [&](int64_t task, int) {
     alignas(64) C sum[kBlock];
     const int64_t table = task / num_rows, n = task % num_rows;
     for_each_column_block(t.D, [&](int64_t first, int64_t size) {
-      std::fill(sum, sum + size, C(0));
+      bool is_empty = true;
       for (int64_t j = 0; j < s.k; ++j) {
         const int64_t label = s.labels[n * s.k + j];
         if (!is_label(t, label)) continue;
         const C weight = s.weights == nullptr ? C(1) : static_cast<const C*>(s.weights)[n * s.k + j];
-        ops.load_add(label_block<C>(t, table, label, first, weight), size, sum, sum);
+        const SourceBlock<C> block = label_block<C>(t, table, label, first, weight);
+        is_empty ? ops.load(block, size, sum) : ops.load_add(block, size, sum, sum);
+        is_empty = false;
       }
+      if (is_empty) std::fill(sum, sum + size, C(0));
       void* place = const_cast<void*>(row_block<C>(t, rows, table, n, first, C(1)).values);
-      ops.store_scaled(sum, C(1), C(0), nullptr, size, -1, C(0), rows.dtype, place, false);
+      ops.store_scaled(sum, C(1), C(0), nullptr, size, -1, C(0), rows.dtype, place, stream);
     });
   });
 }

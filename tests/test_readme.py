@@ -1,0 +1,17 @@
+"""README's Python runs, from the first block to the last, in one session."""
+
+import re
+import textwrap
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_examples_run_in_their_order():
+    blocks = re.findall(r"^( *)```python\n(.*?)^\1```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    for _, block in blocks:
+        exec(compile(textwrap.dedent(block), README.name, "exec"), names)
+    assert len(blocks) >= 4
+    assert names["loss"].isfinite() and names["per_layer"].shape == (10, 2048, 256)
+    assert names["W_aux"].grad.isfinite().all() and names["aux"].grad.isfinite().all()
