@@ -159,6 +159,8 @@ def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:
 def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> float | Tensor | None:
     """A number as the ops take it: a tensor while torch.compile traces, otherwise as it is."""
     if isinstance(value, Tensor):
+        if value.device != device and value.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.full((), value.item(), dtype=dtype, device=device)  # a copy would wait for the device
         return value.detach().to(device=device, dtype=dtype)
     return ops.number_tensor(value, dtype, device) if torch.compiler.is_compiling() else value
 

@@ -265,7 +265,7 @@ class OnePass(torch.autograd.Function):
 def _rescaled(grad: Tensor, factor: Tensor, target: Tensor | None, form: Matrices | Chunks) -> Tensor:
     """grad * factor, ignored rows left at +0.0; in place in eager mode, where a factor of 1 costs nothing."""
     if torch.compiler.is_compiling():
-        scaled = grad * factor.to(grad.dtype)
+        scaled = (grad.to(factor.dtype) * factor).to(grad.dtype)
         if target is None:
             return scaled
         return torch.where(ops.is_ignored(target, form.ignore_index).unsqueeze(-1), grad, scaled)

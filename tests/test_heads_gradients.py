@@ -9,6 +9,7 @@ from inputs import cut_rows, head, logits, targets
 from oracle import Case, Plain, check_plain, relative_error
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
+from auxkernels.chunked import products as product_module
 from auxkernels.chunked import rows as row_module
 
 N, V, D_BASE, D_AUX = 12, 37, 8, 5
@@ -385,3 +386,19 @@ def test_with_nothing_to_average_mean_is_nan_and_gradients_are_zero(impl, droppi
                 assert grad.shape == leaf.shape and not grad.any() and not torch.signbit(grad).any()
     stats = logit_stats(base, aux, target, backend=impl.backend)
     assert not stats.lse.any() and stats.argmax.tolist() == [-1] * num_rows
+
+
+@pytest.mark.parametrize("share, dropped", [(0.1, 0), (0.5, 8)])
+def test_beside_materialised_logits_ignored_rows_are_dropped_from_half_of_them_on(monkeypatch, native, share, dropped):
+    """Their copies would cost more than the products that a few rows save."""
+    heights, plain = [], product_module.multiply
+
+    def spy(a, b, out, *rest):
+        heights.append(len(a))
+        plain(a, b, out, *rest)
+
+    monkeypatch.setattr(product_module, "multiply", spy)
+    target = targets(16, vocab_size=40)
+    target[: int(share * 16)] = -100
+    aux_cross_entropy(logits(16, 40), head(16, vocab_size=40), target, backend="native").backward()
+    assert heights[0] == 16 - dropped

@@ -9,6 +9,7 @@ from inputs import confident_row, cut_rows, head, logits, targets
 from oracle import Case, Plain, relative_error
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
+from auxkernels.chunked import cross_entropy as loop_module
 from auxkernels.chunked import products as product_module
 from auxkernels.chunked import sides as side_module
 
@@ -173,9 +174,11 @@ def products(request, monkeypatch):
 
         def plan_of(dtype, autocast, device):
             plan = product_module.plan_of(dtype, autocast, device)
-            return product_module.Plan(torch.float16, torch.float16, False) if dtype == torch.float16 else plan
+            is_half = product_module.operand_dtype(dtype, autocast) == torch.float16
+            return product_module.Plan(torch.float16, torch.float16, False) if is_half else plan
 
         monkeypatch.setattr(side_module, "plan_of", plan_of)
+        monkeypatch.setattr(loop_module, "plan_of", plan_of)
     return request.param
 
 
@@ -190,6 +193,33 @@ def test_fp16_gradients_of_a_scaled_loss_are_the_scaled_gradients(impl, products
     for got, (want, _) in zip(torch.autograd.grad(loss * factor, leaves), wanted.values(), strict=True):
         assert got.dtype == torch.float16 and got.isfinite().all()
         assert relative_error(got.double() / factor, want) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_gradient_of_logits_beside_an_fp16_head_is_not_scaled_in_16_bits(impl, products, dtype, reduction):
+    base, _, target = problem(impl.device, torch.float16)
+    base.hidden.requires_grad_()
+    values = logits(*target.shape, base.weight.shape[0], dtype=dtype, device=impl.device, requires_grad=True)
+    loss = aux_cross_entropy(base, values, target, reduction=reduction, backend=impl.backend).sum()
+    exact = Plain(Case(base, values, target, {"reduction": "sum"}))
+    wanted = exact.gradients(exact.loss())
+    factor = 1024.0 if dtype == torch.float16 else 65536.0
+    got = torch.autograd.grad(loss * factor, [values])[0].double() / factor
+    want = wanted["aux[0]"][0]
+    assert got.isfinite().all() and relative_error(got, want) < 4e-3
+    # no part of the error is common to all elements: a factor rounded to 16 bits would be
+    assert abs((got * want).sum() / want.square().sum() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("normalizer", [0.0, -2.0])
+def test_an_ignored_row_of_fp16_has_plus_zeros_whatever_the_divisor(impl, products, normalizer):
+    base, aux, target = problem(impl.device, torch.float16)
+    ignored = target == -100
+    assert ignored.any()
+    loss = aux_cross_entropy(base, aux, target, normalizer=normalizer, backend=impl.backend)
+    grad = torch.autograd.grad(loss, [aux.hidden])[0][ignored]
+    assert (grad == 0).all() and not grad.signbit().any()
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}], ids=str)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from .products import operand_dtype
+from .products import operand_dtype, plan_of
 from .rows import Rows, chunks_of, rows_that_count, settings
 from .sides import Buffers, Part, Setting, are_one_product, bytes_per_row, side_of
 
@@ -82,13 +82,13 @@ class ChunkedCall:
         self.sources, self.kernels, self.in_place = sources, ops.implementation(backend), backend == "native"
         parts, num = sources.as_parts(), len(sources.softcaps)
         if not is_base_wanted and are_one_product(parts, sources.autocast):
-            sources = sources._replace(num_base=num)
+            sources = sources._replace(num_base=num)  # the auxiliary's products onto the base's
         of_source = [list(needs[4 * i : 4 * i + 4]) or [False] * 4 for i in range(num)]
         ignored = sources.ignored()
-        self.rows = rows_that_count(sources.shape(), ignored, can_drop=any(part.weight is not None for part in parts))
+        self.rows = rows_that_count(sources.shape(), ignored, _fewest_to_drop(parts, sources.shape().numel()))
         wants = sources.sides([any(n) for n in of_source])
         shared = (sources.vocab_size, sources.compute(), sources.autocast)
-        row_bytes = bytes_per_row(sources.sides(parts), wants, *shared, self.in_place)
+        row_bytes = bytes_per_row(sources.sides(parts), wants, *shared, self.in_place, self.rows.keeps_all())
         self.chunks = chunks_of(self.rows.num_rows, row_bytes, settings.budget(sources.first().device))
         if ignored is not None:
             ignored = None if self.rows.kept is not None else ignored.flatten()
@@ -158,6 +158,16 @@ class ChunkedCall:
         return torch.where(in_range, sources.weight[classes.where(in_range, 0)].to(like), 0.0).sum()
 
 
+def _fewest_to_drop(parts: list[Part], num_rows: int) -> int | None:
+    """From how many ignored rows on leaving them out saves work; None: never, there is no product.
+
+    Materialised logits have to be copied without them: as dear as the rest of their row, so half of the rows must go.
+    """
+    if all(part.weight is None for part in parts):
+        return None
+    return 1 if all(part.weight is not None for part in parts) else max(num_rows // 2, 1)
+
+
 def _op(function):
     """An implementation: checked like any raw call, out of autograd's and autocast's sight."""
 
@@ -175,12 +185,37 @@ def _op(function):
     return run
 
 
-def _has_half_products(sources: Sources) -> bool:
-    """Whether a head is float16: its gradients are formed at a size of one, and brought to their own in float32."""
-    return any(
-        weight is not None and torch.float16 in (values.dtype, sources.autocast)
-        for values, weight in zip(sources.parts[0::4], sources.parts[1::4], strict=True)
-    )
+def _in_half(sources: Sources, needs: list[bool]) -> tuple[Sources, bool]:
+    """(the sources, whether float16 gradients of logits enter products).
+
+    Such gradients are formed at a size of one, so that they do not underflow, and brought to their own in float32. That
+    goes for all gradients of a call or for none: beside others, float16 heads are computed in float32.
+    """
+    is_half, is_other = False, False
+    for i, part in enumerate(sources.as_parts()):
+        if any(needs[4 * i : 4 * i + 3]):
+            plan = None
+            if part.weight is not None:
+                plan = plan_of(part.values.dtype, sources.autocast, part.values.device)
+            if plan is not None and plan.operands == torch.float16:
+                is_half = True
+            else:
+                is_other = True
+    if is_half and is_other:
+        return sources._replace(autocast=torch.float32), False
+    return sources, is_half
+
+
+def _scaled(grads: list[Tensor], factor: Tensor, sources: Sources, needs: list[bool]) -> list[Tensor]:
+    """grads * factor in place; ignored rows, and classes from vocab_size on, stay +0.0 whatever the factor."""
+    ignored = sources.ignored()
+    kinds = [i % 4 for i, need in enumerate(needs) if need]
+    for kind, grad in zip(kinds, grads, strict=True):
+        counted = grad[: sources.vocab_size] if kind in (1, 2) else grad
+        counted.mul_(factor.to(grad.dtype))
+        if kind in (0, 3):
+            grad.masked_fill_(ignored.unsqueeze(-1) if kind == 0 else ignored, 0.0)
+    return grads
 
 
 def _scan_without_logits(sources: Sources, wanted: int) -> list[Tensor] | None:
@@ -188,7 +223,7 @@ def _scan_without_logits(sources: Sources, wanted: int) -> list[Tensor] | None:
     two, other dtypes than 16-bit ones, other devices."""
     parts = sources.as_parts()
     sides = sources.sides(parts)
-    if max(map(len, sides)) > 1 or any(part.weight is None for part in parts):
+    if max(map(len, sides)) > 1 or any(part.weight is None or part.values.shape[-1] % 16 for part in parts):
         return None
     heads = ops.implementation("triton", "heads")
     rows = Rows(sources.shape(), None)
@@ -226,7 +261,7 @@ def _loss(
 ) -> list[Tensor]:
     checks.chunked_outputs(sources, needs)
     ops.check_wanted(wanted | ops.OF_TARGET, sources.target)
-    divides_last = _has_half_products(sources)
+    sources, divides_last = _in_half(sources, needs)
     call = ChunkedCall(sources, needs, backend, bool(wanted & ops.OF_BASE), keeps_wide=True)
     divisor = call.divisor(normalizer, mean)
     divide = (None, label_smoothing, z_loss, False) if divides_last else (divisor, label_smoothing, z_loss, True)
@@ -241,10 +276,7 @@ def _loss(
     grads = call.gradients(needs)
     total = torch.stack(losses).sum(dtype=torch.float64) if losses else 0.0 / divisor
     if divides_last and losses:
-        total = total / divisor
-        has_rows = (~sources.ignored()).any()
-        for grad in grads:  # without a row that counts, zeros stay zeros
-            grad.div_(torch.where(has_rows, divisor, 1.0).to(grad.dtype))
+        total, grads = total / divisor, _scaled(grads, 1 / divisor, sources, needs)
     return [total.to(sources.compute()), *fields, *grads]
 
 
@@ -255,7 +287,7 @@ def _backward(sources: Sources, *args) -> list[Tensor]:
     shape = sources.shape()
     for name, values in zip((*_STATE, *ops.COEFFICIENTS), (*state, *coefficients), strict=True):
         checks.row_numbers(name, values, shape)
-    is_half = _has_half_products(sources)
+    sources, is_half = _in_half(sources, needs)
     factor = None
     if is_half:
         factor = _largest(coefficients, sources)
@@ -274,7 +306,8 @@ def _backward(sources: Sources, *args) -> list[Tensor]:
     grads = call.gradients(needs)
     if is_half:
         dtypes = [like.dtype for like, need in zip(_gradient_likes(sources), needs, strict=True) if need]
-        grads = [grad.mul_(factor.to(grad.dtype)).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+        grads = _scaled(grads, factor, sources, needs)
+        grads = [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     return grads
 
 

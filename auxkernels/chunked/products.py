@@ -84,8 +84,9 @@ class HeadProducts:
 
     def __init__(self, hidden, weight, bias, plan: Plan, V: int, rows: Rows, num_chunks: int, needs, grad_dtype):
         self.hidden, self.plan, self.rows, self.num_chunks = hidden, plan, rows, num_chunks
-        self.weight = weight[:V].to(plan.operands)
-        self.bias = None if bias is None else bias[:V].to(plan.operands if not plan.is_wide else torch.float32)
+        weights = weight[:V].to(plan.operands)
+        self.weight = weights if 1 in weights.stride() else weights.contiguous()  # else every product would copy it
+        self.bias = None if bias is None else bias[:V].to(plan.operands).to(plan.logits)
         needs_hidden, needs_weight, needs_bias = needs
         width = hidden.shape[-1]
         self.grad_hidden = self.grad_weight = self.grad_bias = None
@@ -113,12 +114,14 @@ class HeadProducts:
         if self.grad_weight is not None:
             self.grad_weight.add(grad, self.chunk)
         if self.grad_bias is not None:
-            self.grad_bias[: grad.shape[1]] += grad.sum(0, dtype=self.grad_bias.dtype)
+            for first in range(0, grad.shape[1], CPU_COLUMNS):  # torch would make a float32 copy of what it sums
+                columns = slice(first, min(first + CPU_COLUMNS, grad.shape[1]))
+                self.grad_bias[columns] += grad[:, columns].sum(0, dtype=self.grad_bias.dtype)
 
     def _put_hidden(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
         wanted = self.grad_hidden.dtype
         dtype = wanted if self.plan.is_wide and wanted == torch.float32 else self.plan.operands
-        if self.rows.is_view() and dtype == wanted:
+        if self.rows.keeps_all() and dtype == wanted:
             product = self.grad_hidden[start:stop]
             multiply(grad, self.weight, product)
         else:
@@ -152,8 +155,8 @@ class WeightGradient:
         rounds_directly = num_chunks <= 1 and dtype == plan.operands if self.is_exact else num_chunks <= 2
         if dtype != sum_dtype and not rounds_directly:
             self.sum = weight.new_empty(self.rows.shape, dtype=sum_dtype)
-        if not self.is_exact and (num_chunks > 1 or dtype != plan.operands):
-            self.product = native.brought_in(weight.new_empty(self.rows.shape, dtype=plan.operands))
+        if not self.is_exact:
+            self.product = weight.new_empty((min(V, CPU_COLUMNS), weight.shape[1]), dtype=plan.operands)
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
         self._add_exact(grad.T, hidden) if self.is_exact else self._add_rounded(grad.T, hidden)
@@ -165,19 +168,21 @@ class WeightGradient:
             self.rows.copy_(self.sum)
 
     def _add_rounded(self, grad: Tensor, hidden: Tensor) -> None:
-        if self.num_added == 0 and self.rows.dtype == grad.dtype:
-            multiply(grad, hidden, self.rows)
-            self.so_far = self.rows
-            return
-        multiply(grad, hidden, self.product)
-        if self.num_added == 0:
-            self.rows.copy_(self.product)
-            self.so_far = self.rows
-            return
+        """Slab by slab of V: the first chunk's products go to the result, which the last chunk's sum replaces."""
         is_last = self.num_added + 1 == self.num_chunks
-        place = self.rows if is_last else self.sum
-        add_rounded_once(place, self.so_far, self.product)
-        self.so_far = place
+        for first in range(0, len(self.rows), len(self.product)):
+            slab = slice(first, min(first + len(self.product), len(self.rows)))
+            rows = self.rows[slab]
+            if self.num_added == 0 and rows.dtype == grad.dtype:
+                multiply(grad[slab], hidden, rows)
+                continue
+            product = self.product[: len(rows)]
+            multiply(grad[slab], hidden, product)
+            if self.num_added == 0:
+                rows.copy_(product)
+            else:
+                so_far = rows if self.num_added == 1 else self.sum[slab]
+                add_rounded_once(rows if is_last else self.sum[slab], so_far, product)
 
 
 def add_rounded_once(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -185,4 +190,4 @@ def add_rounded_once(out: Tensor, a: Tensor, b: Tensor) -> None:
     if native.can_add(out, a, b):
         native.add(out, a, b)  # torch would convert through a temporary: six times as slow
     else:
-        out.copy_(a.float().add_(b))
+        out.copy_(torch.add(a.float(), b))

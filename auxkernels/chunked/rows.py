@@ -19,8 +19,9 @@ DEFAULT_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 class ChunkSettings:
     """How sources that are heads are cut into chunks of rows; `auxkernels.chunk_settings` is read by every call.
 
-    num_bytes              budget for the [rows, V] buffers of a chunk: logits of each head and their gradients. A chunk
-                           has at least 1,024 rows where there are as many. None: 256 MiB on CPU, 1 GiB on GPU.
+    num_bytes              budget for the [rows, V] buffers of a chunk: logits of each head and their gradients. No
+                           chunk has fewer than 1,024 rows where there are as many, so that one may have up to 2,047
+                           whatever the budget. None: 256 MiB on CPU, 1 GiB on GPU.
     drops_ignored_on_gpu   on GPU, too, leave ignored rows out of the GEMMs, as is always done on CPU. Counting them
                            makes the host wait for the device; during graph capture it is not done.
     """
@@ -42,7 +43,7 @@ settings = ChunkSettings()
 
 
 def chunks_of(num_rows: int, bytes_per_row: int, budget: int, min_rows: int | None = None) -> list[tuple[int, int]]:
-    """[start, stop) of nearly equal chunks, within the budget unless that is less than `min_rows` (MIN_ROWS)."""
+    """[start, stop) of nearly equal chunks within the budget, but of no fewer than `min_rows` (MIN_ROWS) rows."""
     if num_rows == 0:
         return []
     min_rows = MIN_ROWS if min_rows is None else min_rows
@@ -78,10 +79,14 @@ class Rows:
             index = self.kept[start:stop]
         if flat is not None:
             return flat.index_select(0, index)
-        return tensor[torch.unravel_index(index, self.shape)]
+        places = []
+        for size in reversed(self.shape):  # torch.unravel_index would wait for the device
+            places.append(index % size)
+            index = index // size
+        return tensor[tuple(reversed(places))]
 
-    def is_view(self) -> bool:
-        """Whether [start, stop) of a contiguous tensor is part of it."""
+    def keeps_all(self) -> bool:
+        """Whether rows [start, stop) are those of a contiguous tensor of all rows."""
         return self.kept is None
 
     def put(self, flat: Tensor, start: int, stop: int, values: Tensor) -> None:
@@ -99,12 +104,13 @@ class Rows:
         return like.new_full(size, fill, dtype=dtype)
 
 
-def rows_that_count(shape: torch.Size, ignored: Tensor | None, can_drop: bool) -> Rows:
-    """Without the ignored rows (bool [*], or None) where leaving them out saves work and costs no waiting."""
-    if ignored is None or not can_drop or not _may_drop(ignored.device):
+def rows_that_count(shape: torch.Size, ignored: Tensor | None, fewest_to_drop: int | None) -> Rows:
+    """All rows, or those that are not ignored (bool [*], or None): where at least so many are (None: never), and where
+    counting them costs no waiting."""
+    if ignored is None or fewest_to_drop is None or not _may_drop(ignored.device):
         return Rows(shape, None)
     kept = (~ignored).flatten().nonzero().squeeze(1)
-    return Rows(shape, None if kept.numel() == shape.numel() else kept)
+    return Rows(shape, None if shape.numel() - kept.numel() < fewest_to_drop else kept)
 
 
 def _may_drop(device: torch.device) -> bool:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..sources import row_scale
 from .products import HeadProducts, plan_of
 from .rows import Rows
-from .sums import bend, scale_gradient, sum_of, value_gradient
+from .sums import Term, scale_gradient, sum_of, value_gradient, with_tail
 
 ALIGNMENT = 64  # elements between the rows of a buffer: GEMMs and row kernels load whole vectors
 
@@ -70,17 +69,19 @@ def are_one_product(parts: list[Part], autocast: torch.dtype | None) -> bool:
     return len(plans) == 1 and plans.pop().is_exact()
 
 
-def bytes_per_row(sides, wants, vocab_size: int, compute, autocast, in_place: bool) -> int:
+def bytes_per_row(sides, wants, vocab_size: int, compute, autocast, in_place: bool, keeps_all: bool = True) -> int:
     """What the buffers of a chunk take for each of its rows. sides: parts; wants: whether each gets a gradient."""
     total = 0
     for parts, wanted in zip(sides, wants, strict=True):
         is_one = are_one_product(parts, autocast)
-        heads = [(part, wants) for part, wants in zip(parts, wanted, strict=True) if part.weight is not None]
+        heads = [(part, want) for part, want in zip(parts, wanted, strict=True) if part.weight is not None]
         for part, wants_gradient in [(parts[0], any(wanted))] if is_one else heads:
             plan = plan_of(part.values.dtype, autocast, part.values.device)
             total += plan.logits.itemsize + (0 if in_place or not wants_gradient else plan.operands.itemsize)
+        if not keeps_all:  # the rows that count, copied
+            total += sum(part.values.element_size() for part in parts if part.weight is None)
         if len(parts) > 1 and not is_one:
-            total += compute.itemsize * (1 if in_place or not any(wanted) else 2)
+            total += compute.itemsize * (2 if in_place or not any(wanted) else 3)  # sum, scratch, gradient
     return max(total, 1) * padded(vocab_size)
 
 
@@ -88,7 +89,8 @@ class Buffers:
     """The [rows, V] matrices of a chunk, each made once for a call and used for all of its chunks."""
 
     def __init__(self, setting: Setting, like: Tensor):
-        self.size, self.like = (setting.chunk_size(), padded(setting.vocab_size)) if setting.chunks else None, like
+        self.size = (setting.chunk_size(), padded(setting.vocab_size)) if setting.chunks else None
+        self.like = like
         self.made: dict = {}
 
     def get(self, key, dtype: torch.dtype, num_rows: int) -> Tensor:
@@ -133,7 +135,7 @@ class LogitsChunks(SourceChunks):
 
     def gradient_buffer(self, values: Tensor, start: int, stop: int) -> Tensor:
         """Where the row kernels write the gradient of `values`, the chunk's logits."""
-        if self.setting.rows.is_view():
+        if self.setting.rows.keeps_all():
             return self.grad[start:stop]
         return values if self.setting.in_place else torch.empty_like(values)  # `values` are a copy of the rows
 
@@ -245,10 +247,14 @@ class SumOfSources:
         self.add_up(start, stop)
         return Operand(self.values, None, None)
 
+    def scratch(self) -> Tensor:
+        """Another [C, V] for the chunk."""
+        return self.buffers.get("scratch", self.dtype, len(self.values))[:, : self.setting.vocab_size]
+
     def add_up(self, start: int, stop: int) -> None:
         sources = self.sources
-        self.terms = [(s.values(start, stop), s.scale(start, stop), s.part.softcap) for s in sources]
-        sum_of(self.terms, self.values[:, : self.setting.vocab_size])
+        self.terms = [Term(s.values(start, stop), s.scale(start, stop), s.part.softcap) for s in sources]
+        sum_of(self.terms, self.values[:, : self.setting.vocab_size], self.scratch())
 
     def gradient_buffer(self, start: int, stop: int) -> Tensor:
         if self.setting.in_place:
@@ -258,17 +264,14 @@ class SumOfSources:
     def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: None) -> None:
         if grad is None:
             return
-        V, ignored = self.setting.vocab_size, self.setting.ignored_in(start, stop)
-        grad = grad[:, :V]
-        for source, (values, scale, softcap) in zip(self.sources, self.terms, strict=True):
-            z = values[:, :V].to(grad.dtype)
-            bent = None if softcap is None else bend(z, softcap)
-            if source.needs_values:
-                factor = None if scale is None else row_scale(scale, grad.dtype)
-                own = value_gradient(grad, factor, bent, softcap, ignored, source.width, source.grad_dtype)
-                source.take_gradient(start, stop, own)
+        ignored, scratch = self.setting.ignored_in(start, stop), self.scratch()
+        grad = grad[:, : self.setting.vocab_size]
+        for source, term in zip(self.sources, self.terms, strict=True):
             if source.needs_scale:
-                source.put_scale_gradient(start, stop, scale_gradient(grad, z if bent is None else bent, ignored))
+                source.put_scale_gradient(start, stop, scale_gradient(term, grad, ignored, scratch))
+            if source.needs_values:
+                own = value_gradient(term, grad, ignored, scratch)
+                source.take_gradient(start, stop, with_tail(own, source.width, source.grad_dtype))
 
     def gradients(self) -> list[Tensor | None]:
         return [grad for source in self.sources for grad in source.gradients()]

@@ -58,7 +58,11 @@ def add(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def can_add(*tensors: Tensor) -> bool:
     return _load()[0] is not None and all(
-        t.device.type == "cpu" and t.is_contiguous() and t.dtype in DTYPE_CODES and t.dtype != torch.float64
+        t.device.type == "cpu"
+        and t.is_contiguous()
+        and t.dtype in DTYPE_CODES
+        and t.dtype != torch.float64
+        and t.shape == tensors[0].shape
         for t in tensors
     )
 
