@@ -393,9 +393,9 @@ def test_beside_materialised_logits_ignored_rows_are_dropped_from_half_of_them_o
     """Their copies would cost more than the products that a few rows save."""
     heights, plain = [], product_module.multiply
 
-    def spy(a, b, out, *rest):
+    def spy(a, b, out, *rest, **options):
         heights.append(len(a))
-        plain(a, b, out, *rest)
+        plain(a, b, out, *rest, **options)
 
     monkeypatch.setattr(product_module, "multiply", spy)
     target = targets(16, vocab_size=40)

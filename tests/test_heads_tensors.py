@@ -173,6 +173,8 @@ def test_nothing_waits_for_the_device(on_gpu):
         for options in ROADS.values():
             torch.autograd.grad(aux_cross_entropy(base, aux, target, backend=on_gpu.backend, **options).sum(), leaves)
         logit_stats(base, [aux, base], target, backend=on_gpu.backend)
+        shifted = Head(base.hidden.detach().view(1, N, -1)[:, :-1].expand(2, -1, -1), base.weight)
+        aux_cross_entropy(shifted, None, target[1:].expand(2, -1), backend=on_gpu.backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
