@@ -39,21 +39,20 @@ class DelayedError(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, num_grads, *tensors):
+    def forward(ctx, who, num_grads, *tensors):
+        ctx.who = who
         return tuple(g.view_as(g) for g in tensors[:num_grads])
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "aux_cross_entropy and logit_stats cannot be differentiated twice; use backend='reference' for that"
-        )
+        raise RuntimeError(f"{ctx.who} cannot be differentiated twice; use backend='reference' for that")
 
 
-def once(grads: list[Tensor | None], depend_on: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """With create_graph=True, make a second differentiation of these gradients an error."""
+def once(who: str, grads: list[Tensor | None], depend_on: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """With create_graph=True, make a second differentiation of these gradients an error that says who gave them."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grads
     there = [g.detach() for g in grads if g is not None]
     edges = [t for t in depend_on if t is not None and t.requires_grad]
-    given = iter(DelayedError.apply(len(there), *there, *edges) if there else ())
+    given = iter(DelayedError.apply(who, len(there), *there, *edges) if there else ())
     return [None if g is None else next(given) for g in grads]

@@ -312,6 +312,8 @@ def tables(value: object) -> Tensor:
     tensor = floating("table", value)
     if tensor.dim() not in (2, 3):
         raise ValueError(f"table must be [K, D] or [L, K, D], got {list(tensor.shape)}")
+    if tensor.shape[0] == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"table must have at least one table and one column, got {list(tensor.shape)}")
     return tensor
 
 
@@ -409,8 +411,26 @@ def segments(rows: object, segment_ids: object) -> None:
     tensor = floating("rows", rows)
     if tensor.dim() not in (2, 3):
         raise ValueError(f"rows must be [S, D] or [L, S, D], got {list(tensor.shape)}")
+    segment_numbers(segment_ids, tensor.device)
+
+
+def segment_numbers(segment_ids: object, device: torch.device) -> None:
     plain_tensor("segment_ids", segment_ids)
     if segment_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"segment_ids must be int32 or int64, got {segment_ids.dtype}")
-    if segment_ids.device != tensor.device:
-        raise ValueError(f"segment_ids must be on {tensor.device}, got {segment_ids.device}")
+    if segment_ids.device != device:
+        raise ValueError(f"segment_ids must be on {device}, got {segment_ids.device}")
+
+
+def segment_tokens(tokens: object, segment_ids: object, num_segments: int) -> None:
+    """Rows of tokens, [*, D] or [L, *, D], and the segment of each."""
+    tensor = floating("tokens", tokens)
+    segment_numbers(segment_ids, tensor.device)
+    num_leading = tensor.dim() - segment_ids.dim() - 1
+    if num_leading not in (0, 1) or tensor.shape[num_leading:-1] != segment_ids.shape:
+        raise ValueError(
+            f"tokens must be [*, D] or [L, *, D] with segment_ids' shape {list(segment_ids.shape)}, "
+            f"got {list(tensor.shape)}"
+        )
+    if num_segments < 0:
+        raise ValueError(f"num_segments must not be negative, got {num_segments}")

@@ -160,6 +160,9 @@ class Call(NamedTuple):
         return loss, ops.named_fields(wanted, fields)[0] if wanted else {}
 
 
+_WHO = "aux_cross_entropy and logit_stats"
+
+
 class RowScan(torch.autograd.Function):
     """Row fields with a reread in backward: exact for any upstream gradients, and as often as wanted."""
 
@@ -194,7 +197,7 @@ class RowScan(torch.autograd.Function):
             for i, kind in enumerate(ctx.form.kinds()):
                 if grads[i] is not None and kind == SCALE and parts[i].dim() == 0:
                     grads[i] = grads[i].sum()
-        return (None, None, None, None, *once(grads, (*parts, *upstream)))
+        return (None, None, None, None, *once(_WHO, grads, (*parts, *upstream)))
 
 
 def _spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -259,7 +262,7 @@ class OnePass(torch.autograd.Function):
                 grads[i] = per_row if dim else per_row.sum()
             else:
                 grads[i] = _rescaled(grad, factor, target if kind == ROWS else None, ctx.form).to(dtype)
-        return (*[None] * 9, *once(grads, (*edges, upstream)), *[None] * ctx.num_edges)
+        return (*[None] * 9, *once(_WHO, grads, (*edges, upstream)), *[None] * ctx.num_edges)
 
 
 def _rescaled(grad: Tensor, factor: Tensor, target: Tensor | None, form: Matrices | Chunks) -> Tensor:

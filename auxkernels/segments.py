@@ -39,51 +39,65 @@ class _SegmentsToTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (segment_ids,) = ctx.saved_tensors
-        return (*once([_sum(grad, segment_ids, ctx.num_segments, ctx.backend)], (grad,)), None, None)
+        total = _sum(grad, segment_ids, ctx.num_segments, ctx.backend)
+        return (*once("segments_to_tokens", [total], (grad,)), None, None)
 
 
 def _compute(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _labels(segment_ids: Tensor) -> Tensor:
+    """The segments as the row kernels take labels, [tokens, 1]."""
+    return segment_ids.reshape(-1, 1).long().contiguous()
+
+
 def _gather(rows: Tensor, segment_ids: Tensor, backend: str) -> Tensor:
     checks.segments(rows, segment_ids)
-    ops.raise_unknown_segment(segment_ids, rows.shape[-2])
-    leading, width = rows.shape[:-2], rows.shape[-1]
-    out = native.brought_in(rows.new_empty((*leading, *segment_ids.shape, width)))
-    labels = segment_ids.reshape(-1, 1).long()
+    num_segments, width = rows.shape[-2:]
+    ops.raise_unknown_segment(segment_ids, num_segments)
+    out = native.brought_in(rows.new_empty((*rows.shape[:-2], *segment_ids.shape, width)))
+    if out.numel() == 0:
+        return out
+    labels, num_tables = _labels(segment_ids), rows.shape[:-2].numel()
+    tables, flat = rows.reshape(num_tables, num_segments, width), out.view(num_tables, len(labels), width)
     if backend == "reference":
-        picked = rows[..., labels.squeeze(1).clamp(0, max(rows.shape[-2] - 1, 0)), :] if rows.shape[-2] else 0.0
-        mask = (labels < 0) if rows.shape[-2] else torch.ones_like(labels, dtype=torch.bool)
-        flat = torch.where(mask, 0.0, picked).to(rows.dtype)
-        return flat.expand(*leading, len(labels), width).reshape(out.shape)
-    if out.numel():
-        tables, flat = rows.reshape(-1, *rows.shape[-2:]).contiguous(), out.view(-1, len(labels), width)
+        index = labels.squeeze(1)
+        if num_segments == 0:
+            return out.zero_()
+        unknown = (index >= num_segments).unsqueeze(1)
+        picked = tables[:, index.clamp(0, num_segments - 1)].masked_fill(unknown, torch.nan)
+        flat.copy_(picked.masked_fill(labels < 0, 0.0))
+    else:
         kernels = ops.implementation(backend, "soft_embedding")
-        kernels.gather(tables, labels, None, flat, _compute(rows) == torch.float64)
+        kernels.gather(tables.contiguous(), labels, None, flat, _compute(rows) == torch.float64)
     return out
 
 
 def _sum_of(tokens: Tensor, segment_ids: Tensor, num_segments: int, backend: str) -> Tensor:
-    leading = tokens.shape[: tokens.dim() - segment_ids.dim() - 1]
-    compute, width = _compute(tokens), tokens.shape[-1]
-    total = tokens.new_zeros((max(leading.numel(), 1) if leading else 1, num_segments, width), dtype=compute)
-    labels = segment_ids.reshape(-1, 1).long()
-    flat = tokens.reshape(-1, len(labels), width).contiguous() if tokens.numel() else None
-    if flat is not None and backend == "reference":
-        kept = (labels.squeeze(1) >= 0).nonzero().squeeze(1)
-        total.index_add_(1, labels.squeeze(1)[kept], flat[:, kept].to(compute))
-    elif flat is not None:
-        kernels = ops.implementation(backend, "soft_embedding")
-        kernels.scatter(total, labels, None, flat, compute == torch.float64)
+    checks.segment_tokens(tokens, segment_ids, num_segments)
+    ops.raise_unknown_segment(segment_ids, num_segments)
+    leading, width = tokens.shape[: tokens.dim() - segment_ids.dim() - 1], tokens.shape[-1]
+    total = tokens.new_zeros((leading.numel(), num_segments, width), dtype=_compute(tokens))
+    if tokens.numel() and num_segments:
+        labels = _labels(segment_ids)
+        flat = tokens.reshape(leading.numel(), len(labels), width).contiguous()
+        if backend == "reference":
+            kept = ((labels >= 0) & (labels < num_segments)).squeeze(1).nonzero().squeeze(1)
+            total.index_add_(1, labels.squeeze(1)[kept], flat[:, kept].to(total.dtype))
+        else:
+            kernels = ops.implementation(backend, "soft_embedding")
+            kernels.scatter(total, labels, None, flat, total.dtype == torch.float64)
     return total.to(tokens.dtype).view(*leading, num_segments, width)
 
 
 def _gather_fake(rows, segment_ids, backend):
+    checks.segments(rows, segment_ids)
     return rows.new_empty((*rows.shape[:-2], *segment_ids.shape, rows.shape[-1]))
 
 
 def _sum_fake(tokens, segment_ids, num_segments, backend):
+    checks.segment_tokens(tokens, segment_ids, num_segments)
     leading = tokens.shape[: tokens.dim() - segment_ids.dim() - 1]
     return tokens.new_empty((*leading, num_segments, tokens.shape[-1]))
 

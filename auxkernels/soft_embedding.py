@@ -233,4 +233,4 @@ class _SoftEmbedding(torch.autograd.Function):
             for i in (*range(3, len(parts), 4), len(parts)):  # scales and the temperature
                 if grads[i] is not None and tensors[i].dim() == 0:
                     grads[i] = grads[i].sum()
-        return (*[None] * 5, *once(grads, (*tensors, grad, *of_fields)))
+        return (*[None] * 5, *once("soft_embedding", grads, (*tensors, grad, *of_fields)))

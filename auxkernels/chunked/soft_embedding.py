@@ -81,6 +81,11 @@ class Lookup(NamedTuple):
         return min(self.top_k, self.num_labels())
 
 
+def with_whole_rows(tensor: Tensor) -> Tensor:
+    """The tensor, a copy where its last dimension is not contiguous: row kernels know of no stride there."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 class LookupCall:
     """One call: its chunks, its scores, its tables."""
 
@@ -88,7 +93,7 @@ class LookupCall:
         self.lookup, self.kernels = lookup, ops.implementation(backend, "soft_embedding")
         table, first, K = lookup.table, lookup.first(), lookup.num_labels()
         self.plan = plan_of(table.dtype, lookup.autocast, table.device)
-        self.tables = (table if table.dim() == 3 else table.unsqueeze(0)).to(self.plan.operands)
+        self.tables = with_whole_rows((table if table.dim() == 3 else table.unsqueeze(0)).to(self.plan.operands))
         self.rows = Rows(lookup.shape(), None)
         parts, compute = lookup.as_parts(), lookup.compute()
         of_source = [list(needs[4 * i : 4 * i + 4]) or [False] * 4 for i in range(len(parts))]
@@ -182,7 +187,7 @@ def _forward(lookup: Lookup, wanted: int, backend: str) -> list[Tensor]:
         outputs["usage"].zero_()
     mixture = native.brought_in(lookup.first().new_empty(lookup.out_shape(), dtype=lookup.out_dtype()))
     call = LookupCall(lookup, [], backend, num_matrices=1)
-    flat = mixture.view(-1, call.rows.num_rows, lookup.table.shape[-1]) if mixture.numel() else mixture
+    flat = mixture.view(len(call.tables), call.rows.num_rows, lookup.table.shape[-1])
     run = _selected if lookup.top_k else _softmaxed
     for start, stop in call.chunks:
         fields = {name: outputs[name].view(-1)[start:stop] for name in ROW_FIELDS if name in outputs}
@@ -249,9 +254,9 @@ def _selected(call: LookupCall, start: int, stop: int, fields: dict, outputs: di
 class TableGradients:
     """Gradient of the tables [L, K, D], summed over the chunks in float32 (float64)."""
 
-    def __init__(self, call: LookupCall):
+    def __init__(self, call: LookupCall, has_terms: bool):
         lookup = call.lookup
-        self.call, self.is_scattered = call, lookup.hard or bool(lookup.top_k)
+        self.call, self.is_scattered = call, lookup.hard or bool(lookup.top_k) or not has_terms
         if self.is_scattered:
             self.sum = call.tables.new_zeros(call.tables.shape, dtype=lookup.compute())
         else:
@@ -268,8 +273,14 @@ class TableGradients:
 
     def result(self) -> Tensor:
         table = self.call.lookup.table
-        grads = self.sum if self.is_scattered else torch.stack([part.out for part in self.parts])
+        if self.is_scattered:
+            grads = self.sum
+        else:  # one table's without a copy
+            grads = self.parts[0].out if len(self.parts) == 1 else torch.cat([part.out for part in self.parts])
         return grads.to(table.dtype).view(table.shape)
+
+
+_STATE = ("max", "log_denom", "argmax")
 
 
 def _backward(lookup: Lookup, max, log_denom, argmax, labels, grad, upstream, needs, backend) -> list[Tensor]:
@@ -281,19 +292,17 @@ def _backward(lookup: Lookup, max, log_denom, argmax, labels, grad, upstream, ne
     upstream = Upstream(*(None if t is None else t.to(lookup.compute()) for t in upstream))
     if upstream.usage is not None:
         upstream = upstream._replace(usage=upstream.usage / num_rows)
-    state = {name: t.reshape(-1) for name, t in (("max", max), ("log_denom", log_denom), ("argmax", argmax))}
-    grads = None
-    if grad is not None and num_rows:
-        grads = grad.reshape(-1, num_rows, width)
+    state = {name: t.reshape(-1).contiguous() for name, t in zip(_STATE, (max, log_denom, argmax), strict=True)}
+    grads = None if grad is None else grad.reshape(len(call.tables), num_rows, width)
     grad_temperature = max.new_empty(shape) if needs_temperature else None
-    of_table = TableGradients(call) if needs_table else None
+    of_table = TableGradients(call, has_terms=grad is not None) if needs_table else None
     run = _backward_selected if lookup.top_k else _backward_softmaxed
     for start, stop in call.chunks:
         fields = {name: values[start:stop] for name, values in state.items()}
         of_rows = Upstream(*(None if t is None else t.reshape(-1)[start:stop] for t in upstream[:3]), upstream.usage)
-        chunk = None if grads is None else grads[:, start:stop].to(call.plan.operands)
+        chunk = None if grads is None else with_whole_rows(grads[:, start:stop].to(call.plan.operands))
         of_temperature = None if grad_temperature is None else grad_temperature.view(-1)[start:stop]
-        chosen = None if labels is None else labels.reshape(num_rows, -1)[start:stop]
+        chosen = None if labels is None else labels.reshape(num_rows, lookup.kept())[start:stop].contiguous()
         run(call, start, stop, fields, of_rows, chunk, of_temperature, of_table, chosen)
     made = [*call.scores.gradients(), grad_temperature, None if of_table is None else of_table.result()]
     return [g for g, need in zip(made, needs, strict=True) if need]
@@ -312,8 +321,10 @@ def _backward_softmaxed(call, start, stop, fields, upstream, grad, grad_temperat
     if grad is not None and (needs_scores or grad_temperature is not None):
         of_probabilities = call.matrix("gradient of probabilities", call.plan.logits, size)
         # all tables in one product, which is then rounded once
-        joined = grad.transpose(0, 1).reshape(size, -1), call.tables.transpose(0, 1).reshape(lookup.num_labels(), -1)
-        multiply(joined[0], joined[1].T, of_probabilities)
+        width = grad.shape[0] * grad.shape[2]
+        joined = grad.transpose(0, 1).reshape(size, width)
+        tables = call.tables.transpose(0, 1).reshape(lookup.num_labels(), width)
+        multiply(joined, tables.T, of_probabilities)
     probabilities = call.matrix("probabilities", call.plan.operands, size) if wants_products else None
     room = call.scores.gradient_buffer(start, stop) if needs_scores else None
     own = None if room is None else room[:, : lookup.num_labels()]

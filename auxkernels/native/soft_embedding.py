@@ -76,12 +76,14 @@ def _selection(labels: Tensor, weights: Tensor | None) -> tuple[int, int, int]:
 
 def softmax(rows: SoftRows, fields: dict[str, Tensor], probabilities: Tensor | None) -> None:
     """Writes the wanted fields [C] and, where given, the probabilities [C, K]."""
-    cpu().soft_rows(*_Problem(rows).leading, _fields(fields), _matrix(probabilities))
+    problem = _Problem(rows)
+    cpu().soft_rows(*problem.leading, _fields(fields), _matrix(probabilities))
 
 
 def select(rows: SoftRows, fields: dict[str, Tensor], labels: Tensor, weights: Tensor) -> None:
     """Writes labels and weights [C, k] of the likeliest labels, and the wanted fields of the softmax over these."""
-    cpu().soft_select(*_Problem(rows).leading, _fields(fields), _selection(labels, weights))
+    problem = _Problem(rows)
+    cpu().soft_select(*problem.leading, _fields(fields), _selection(labels, weights))
 
 
 def softmax_backward(
