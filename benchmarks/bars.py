@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
-from .report import Bar
+from .report import Bar, case_key
 
 
 def at_least(text: str, bar: float, unit: str, measure: Callable, *arguments) -> Bar:
@@ -17,6 +18,17 @@ def at_most(text: str, bar: float, unit: str, measure: Callable, *arguments) -> 
     return Bar(text, "<=", bar, unit, functools.partial(measure, *arguments))
 
 
+def worst_speed_up(op: str, rows: list[dict]) -> float | None:
+    """How many times faster than the yardstick in the case where that is least."""
+    ratios = []
+    for _, case in groupby((row for row in rows if row["op"] == op), key=case_key):
+        timed = {row["implementation"]: row for row in case if row["time_us"]}
+        yardstick = next((row for row in timed.values() if row["role"] == "yardstick"), None)
+        if yardstick and "auxkernels" in timed:
+            ratios.append(yardstick["time_us"] / timed["auxkernels"]["time_us"])
+    return min(ratios, default=None)
+
+
 @dataclass(frozen=True)
 class Measure:
     """Numbers of one operator's cases on some shapes; each is None where those cases were not run."""
@@ -24,11 +36,11 @@ class Measure:
     op: str
     shapes: tuple[tuple[int, ...], ...]
 
-    def times(self, pass_name: str, dtype: str, name: str, rows: list[dict]) -> dict[str, dict]:
-        """Timed rows of one implementation, by kind of input."""
+    def times(self, pass_name: str, dtype: str, name: str, rows: list[dict]) -> dict[tuple, dict]:
+        """Timed rows of one implementation, by shape and kind of input."""
         wanted = (self.op, pass_name, dtype, name)
         found = (r for r in rows if (r["op"], r["pass"], r["dtype"], r["implementation"]) == wanted)
-        return {r["inputs"]: r for r in found if tuple(r["shape"]) in self.shapes and r["time_us"]}
+        return {case_key(r): r for r in found if tuple(r["shape"]) in self.shapes and r["time_us"]}
 
     def speed_up(self, pass_name: str, dtype: str, baselines: tuple[str, ...], rows: list[dict]) -> float | None:
         """How many times faster than the fastest of the baselines."""

@@ -19,6 +19,11 @@ STYLES = {
     "eager": ("#D55E00", "s"),
     "eager upcast": ("#E69F00", "^"),
     "compile upcast": ("#000000", "x"),
+    "compile": ("#000000", "x"),
+    "F.gumbel_softmax": ("#D55E00", "p"),
+    "F.one_hot": ("#D55E00", "<"),
+    "eager, each token": ("#D55E00", ">"),
+    "eager, each segment": ("#E69F00", "s"),
     "F.linear_cross_entropy": ("#0072B2", "1"),
     "F.linear_cross_entropy chunked": ("#999999", "2"),
     "Liger": ("#D55E00", "*"),
@@ -33,6 +38,14 @@ PASS_LABELS = {
     "lora": "LoRA",
     "stats": "stats",
     "stats_training": "stats + training",
+    "autocast": "autocast",
+    "gumbel": "Gumbel",
+    "gumbel_training": "Gumbel + training",
+    "straight_through": "straight-through",
+    "planner": "planner",
+    "planner_training": "planner + training",
+    "decode": "decode",
+    "decode_top_k": "decode, top-k",
 }
 
 

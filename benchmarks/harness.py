@@ -217,11 +217,14 @@ def _fill_times(case: Case, rows: dict[str, dict], times_us: dict[str, list[floa
         if case.calls_per_sample == 1:  # else a call is too small for its work to matter
             row["gbps"] = round(case.floor_bytes / row["time_us"] / 1e3, 3) or None
             row["gflops"] = round(case.floor_flops / row["time_us"] / 1e3, 3) or None
-    # the floor's work was timed in the same rounds, so a change in the machine's speed cancels
-    floor_us = next((rows[i.name]["time_us"] for i in case.implementations if i.role == "floor"), None)
+    # the floor's work was timed in the same rounds, so a change in the machine's speed cancels; of two floors, of bytes
+    # and of products, the higher holds
+    floors_us = [rows[i.name]["time_us"] for i in case.implementations if i.role == "floor"]
+    floor_us = max((time_us for time_us in floors_us if time_us), default=None)
     yardstick = next((rows[i.name]["fp64_error"] for i in case.implementations if i.role == "yardstick"), {})
     for row in rows.values():
-        if row["time_us"] and floor_us:
+        is_lower_floor = row["role"] == "floor" and row["time_us"] != floor_us
+        if row["time_us"] and floor_us and not is_lower_floor:
             row["share_of_floor"] = round(floor_us / row["time_us"], 4)
         row["eager_fp64_error"] = yardstick if row["fp64_error"] else {}
 

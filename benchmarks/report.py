@@ -16,7 +16,11 @@ from rich.table import Table
 from .harness import shape_text
 
 # what perfect is measured by, in the same rounds as everything else
-FLOORS = {"cross_entropy": "a copy of the same bytes", "cross_entropy_heads": "the bare matrix products"}
+FLOORS = {
+    "cross_entropy": "a copy of the same bytes",
+    "cross_entropy_heads": "the bare matrix products",
+    "soft_embedding": "the longer of products and copy",
+}
 
 
 class Bar(NamedTuple):
@@ -67,11 +71,10 @@ def case_key(row: dict) -> tuple:
 
 def results_table(op: str, rows: list[dict]) -> Table:
     """One section per case of an operator; the speed-up is over eager in the inputs' dtype."""
-    rate = "GFLOP/s" if any(row["gflops"] for row in rows) else "GB/s"
-    title = f"{op}: median and quartiles; {rate} of the floor's work; share of the floor ({FLOORS[op]}); "
+    title = f"{op}: median and quartiles; rate of the floor's work; share of the floor ({FLOORS[op]}); "
     table = Table(title=title + "errors relative to float64; peak memory beyond the inputs")
     table.add_column("case / implementation", no_wrap=True)
-    for name in ("time", "quartiles", "over eager", rate, "share", "fp64 error", "peak MiB"):
+    for name in ("time", "quartiles", "over eager", "rate", "share", "fp64 error", "peak MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for _, group in groupby(rows, key=case_key):
         group = list(group)
@@ -91,17 +94,22 @@ def _cells(row: dict, eager_us: float | None) -> list[str]:
         return [f"[red]{name}", "[red]not timed", "", "", "", "", errors, ""]
     time_text, *quartiles = (_time_text(row[key]) for key in ("time_us", "time_us_p25", "time_us_p75"))
     style = "[green]" if row["role"] == "ours" else ""
-    rate = f"{row['gflops']:.0f}" if row["gflops"] else f"{row['gbps']:.1f}" if row["gbps"] else ""
     return [
         style + name,
         style + time_text,
         " .. ".join(quartiles),
         f"{eager_us / row['time_us']:.2f}x" if eager_us and row["role"] != "floor" else "",
-        rate,
+        _rate_text(row),
         f"{100 * row['share_of_floor']:.0f} %" if row["share_of_floor"] else "",
         errors,
         f"{row['peak_bytes'] / 2**20:.1f}" if row["peak_bytes"] is not None and row["role"] != "floor" else "",
     ]
+
+
+def _rate_text(row: dict) -> str:
+    if row["gflops"]:
+        return f"{row['gflops']:.0f} GFLOP/s"
+    return f"{row['gbps']:.1f} GB/s" if row["gbps"] else ""
 
 
 def not_timed(rows: list[dict]) -> list[str]:
@@ -137,5 +145,6 @@ def bars_table(bars: list[Bar], rows: list[dict], title: str) -> Table | None:
             table.add_row(f"[dim]{bar.text}", bound, "[dim]not run", "")
             continue
         is_met = value >= bar.bar if bar.comparison == ">=" else value <= bar.bar
-        table.add_row(bar.text, bound, f"{value:.1f} {bar.unit}", "[green]yes" if is_met else "[red]no")
+        digits = 2 if bar.unit == "x" else 1
+        table.add_row(bar.text, bound, f"{value:.{digits}f} {bar.unit}", "[green]yes" if is_met else "[red]no")
     return None if all(value is None for value in values) else table

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import __main__ as command
-from . import chart, cross_entropy, cross_entropy_heads, harness, report
+from . import chart, cross_entropy, cross_entropy_heads, harness, report, soft_embedding
 from .bars import Measure
 from .cross_entropy_heads import Spec
 from .cross_entropy_heads_fused import FUSED_LOSSES, joined_call
@@ -200,11 +200,13 @@ def test_measures_tell_operators_and_shapes_apart():
 def test_shapes_choose_their_operator():
     assert command._shape("1024x50257") == (1024, 50257)
     assert command._shape("2048X50257x768x256") == (2048, 50257, 768, 256)
-    for wrong in ("1024", "1x2x3", "1x2x3x0", "axb"):
+    assert command._shape("4096x1024x256") == (4096, 1024, 256)
+    for wrong in ("1024", "1x2x3x4x5", "1x2x3x0", "axb"):
         with pytest.raises(argparse.ArgumentTypeError):
             command._shape(wrong)
-    options = command.parse_arguments(["--shape", "64x1023", "65x1023x48x16", "--dtype", "fp32"])
-    for op, shape in ((cross_entropy, (64, 1023)), (cross_entropy_heads, (65, 1023, 48, 16))):
+    shapes = {cross_entropy: (64, 1023), cross_entropy_heads: (65, 1023, 48, 16), soft_embedding: (65, 33, 8)}
+    options = command.parse_arguments(["--shape", *("x".join(map(str, s)) for s in shapes.values()), "--dtype", "fp32"])
+    for op, shape in shapes.items():
         specs = command.choose_specs(op, options, CPU)
         assert {spec.shape for spec in specs} == {shape} and {spec.dtype for spec in specs} == {"fp32"}
 
@@ -213,14 +215,15 @@ def test_shapes_choose_their_operator():
 def test_every_bar_speaks_of_a_case_of_the_quick_grid(device):
     """A row for each case of the grid, with every implementation that a bar may ask for, gives each bar a number."""
     device = torch.device(device)
-    for op in (cross_entropy, cross_entropy_heads):
+    for op in command.OPS.values():
         asked_for = {"eager", "eager upcast", "compile upcast", *FUSED_LOSSES, "plain", "every option", "auxkernels"}
         asked_for |= {f"auxkernels{end}" for end in (" kernel alone", " return_stats", " logit_stats")}
-        asked_for |= {"auxkernels, no row ignored"}
+        asked_for |= {"auxkernels, no row ignored", "compile", "F.gumbel_softmax", "F.one_hot"}
+        asked_for |= {"eager, each token", "eager, each segment"}
         rows = [
             {"op": op.OP, "pass": spec.pass_name, "shape": list(spec.shape), "dtype": spec.dtype}
             | {"inputs": spec.inputs, "implementation": name, "time_us": 1.0, "share_of_floor": 1.0}
-            | {"peak_bytes": 1, "threads": 2}
+            | {"peak_bytes": 1, "threads": 2, "role": "yardstick" if name == "eager" else "baseline"}
             for spec in op.quick_specs(device)
             for name in asked_for
         ]
@@ -228,23 +231,24 @@ def test_every_bar_speaks_of_a_case_of_the_quick_grid(device):
             assert bar.measure(rows) is not None, bar.text
 
 
-def test_both_operators_share_a_chart_and_a_table(tmp_path):
+def test_operators_share_a_chart_and_a_table(tmp_path):
     pytest.importorskip("matplotlib")
     rows = []
     for op, spec in (
         (cross_entropy, cross_entropy.Spec("training", (65, 1023), "fp32", "flat")),
         (cross_entropy_heads, Spec("training", SHAPE, "fp32", "flat", "eager")),
+        (soft_embedding, soft_embedding.Spec("training", (600, 512, 64), "fp32", "flat")),
     ):
         case = op.build(spec, CPU, seed=0)
         case.implementations = [i for i in case.implementations if i.name.startswith(("eager", "bare", "copy"))]
         environment = {"date": "today", "commit": "0", "is_dirty": False, "device": "test", "threads": 1}
         rows += [row | environment for row in harness.run_case(case, SETTINGS)]
-    assert [row["gflops"] is not None for row in rows] == [False, False, True, True]
-    assert [row["gbps"] is not None for row in rows] == [True, True, False, False]
+    assert [row["gflops"] is not None for row in rows] == [False, False, True, True, True, True, True]
+    assert [row["gbps"] is not None for row in rows] == [True, True, False, False, True, True, True]
     assert chart.draw(rows, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
-    assert list(chart.newest_cases(rows)) == [report.case_key(rows[0]), report.case_key(rows[2])]
-    for op in (cross_entropy, cross_entropy_heads):
+    assert list(chart.newest_cases(rows)) == [report.case_key(rows[i]) for i in (0, 2, 4)]
+    for op, num_rows in ((cross_entropy, 3), (cross_entropy_heads, 3), (soft_embedding, 4)):
         table = report.results_table(op.OP, [row for row in rows if row["op"] == op.OP])
-        assert table.row_count == 3
+        assert table.row_count == num_rows
     assert report.case_text(rows[2]) == "training 65 x 1023 (48 + 16) fp32 flat"

@@ -7,10 +7,11 @@ not taken for a slower kernel.
 import pytest
 import torch
 
-from . import cross_entropy, cross_entropy_heads
+from . import cross_entropy, cross_entropy_heads, soft_embedding
 from .cross_entropy import OVERHEAD_SHAPE, Spec
 
 HEAD_SHAPE = (1200, 8192, 96, 64)
+LOOKUP_SHAPE = (1024, 1024, 128)
 SPECS = [
     *(Spec(name, (64, 32000), dtype, "flat") for name in ("forward", "training") for dtype in ("bf16", "fp32")),
     *(Spec("training", (257, 1023), dtype, "peaked") for dtype in ("bf16", "fp32")),
@@ -18,7 +19,12 @@ SPECS = [
     Spec("overhead", OVERHEAD_SHAPE, "fp32", "flat"),
     *(cross_entropy_heads.Spec("training", HEAD_SHAPE, dtype, "peaked", "eager") for dtype in ("bf16", "fp32")),
     *(cross_entropy_heads.Spec(name, HEAD_SHAPE, "bf16", "flat", "eager") for name in ("forward", "half_ignored")),
+    *(soft_embedding.Spec(name, LOOKUP_SHAPE, "fp32", "peaked") for name in ("forward", "gumbel", "planner")),
+    *(soft_embedding.Spec("training", LOOKUP_SHAPE, dtype, "peaked") for dtype in ("bf16", "fp32")),
+    *(soft_embedding.Spec(name, LOOKUP_SHAPE, "bf16", "peaked") for name in ("straight_through", "decode_top_k")),
 ]
+OPS = {op.Spec: op for op in (cross_entropy, cross_entropy_heads, soft_embedding)}
+
 NAMES = {
     "training": ("eager", "auxkernels kernel alone", "auxkernels"),
     "stats": ("eager", "auxkernels logit_stats"),
@@ -29,6 +35,8 @@ DEFAULT_NAMES = ("eager", "auxkernels")
 
 
 def names(spec):
+    if isinstance(spec, soft_embedding.Spec):
+        return (soft_embedding.yardstick_name(spec.pass_name), "auxkernels")
     return DEFAULT_NAMES if isinstance(spec, cross_entropy_heads.Spec) else NAMES.get(spec.pass_name, DEFAULT_NAMES)
 
 
@@ -43,8 +51,7 @@ def _id(value):
 
 @pytest.mark.parametrize(("spec", "name"), CASES, ids=_id)
 def test_result_is_right_and_its_time_is_recorded(benchmark, spec, name):
-    op = cross_entropy_heads if isinstance(spec, cross_entropy_heads.Spec) else cross_entropy
-    case = op.build(spec, torch.device("cpu"), seed=0)
+    case = OPS[type(spec)].build(spec, torch.device("cpu"), seed=0)
     benchmark.group = case.title
     for implementation in case.implementations:
         if implementation.role == "yardstick" or implementation.name == name:
