@@ -135,9 +135,12 @@ class LookupCall:
 
 
 def _is_direct(args: tuple) -> bool:
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    tensors = (*args[0], *args[3:8])
+    if torch.is_autocast_enabled("cpu"):
         return False
-    return ops.is_direct((*args[0], *args[3:8]), args[-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return ops.is_direct(tensors, args[-1])
 
 
 def forward(*args) -> list[Tensor]:
