@@ -387,7 +387,15 @@ def lookup(given) -> None:
     lookup_options(temperature, given.hard, gumbel, given.seed, given.mask, given.top_k or None, shape, K, device)
 
 
-def lookup_gradients(given, labels, grad, upstream, needs) -> None:
+def lookup_gradients(given, state, labels, grad, upstream, needs) -> None:
+    """What the backward op takes beside the leading arguments. state: max, log_denom, argmax."""
+    dtypes = (given.compute(), given.compute(), torch.int64)
+    for name, values, dtype in zip(("max", "log_denom", "argmax"), state, dtypes, strict=True):
+        row_numbers(name, values, given.shape())
+        if values.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {values.dtype}")
+    if labels is not None and labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
     if len(needs) != len(given.parts) + 2:
         raise ValueError(f"needs must have {len(given.parts) + 2} entries, got {len(needs)}")
     there = (*given.parts, given.temperature, given.table)

@@ -71,7 +71,11 @@ def test_a_source_of_another_type_is_a_type_error(arguments, impl, side, value, 
 
 def test_base_is_not_optional(arguments, impl):
     refuses(
-        TypeError, "base must be a tensor, Logits, Head or a sequence of these, got NoneType", arguments.call, impl, base=None
+        TypeError,
+        "base must be a tensor, Logits, Head or a sequence of these, got NoneType",
+        arguments.call,
+        impl,
+        base=None,
     )
 
 

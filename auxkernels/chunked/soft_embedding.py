@@ -287,7 +287,7 @@ _STATE = ("max", "log_denom", "argmax")
 
 
 def _backward(lookup: Lookup, max, log_denom, argmax, labels, grad, upstream, needs, backend) -> list[Tensor]:
-    checks.lookup_gradients(lookup, labels, grad, upstream, needs)
+    checks.lookup_gradients(lookup, (max, log_denom, argmax), labels, grad, upstream, needs)
     *source_needs, needs_temperature, needs_table = needs
     call = LookupCall(lookup, source_needs, backend, num_matrices=2)
     shape, width = lookup.shape(), lookup.table.shape[-1]
