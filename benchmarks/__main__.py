@@ -123,6 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
     gemm = ", ".join(f"{name} {rate} GFLOP/s" for name, rate in first["gemm_gflops"].items())
     console.print(f"{first['device']}, {first['threads']} threads, {first['isa']}, torch {first['torch']}")
     console.print(f"copy {first['copy_gbps']} GB/s, GEMM {gemm}")
+    if device.type == "cpu" and first["native_isa"] is None:
+        console.print("auxkernels is its plain PyTorch reference here: the compiled module is missing", style="red")
     measured_on = {"cpu": "two cores with AVX-512", "cuda": "one H100"}[device.type]
     for op in ops:
         title = f"{op.OP} on {measured_on}; of flat and peaked the worse counts"

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 
+import interpreter
 import pytest
 import torch
 from inputs import logits, targets
@@ -15,17 +16,11 @@ MIB = 2**20
 # what is measured may be larger than what was asked for by one huge page for each output and one for the rest
 HUGE_PAGE = 2 * MIB
 
-MEASURE = """
+MEASURE = (
+    interpreter.RESIDENT_SIZE
+    + """
 import gc, sys, torch
 from auxkernels import Logits, aux_cross_entropy, logit_stats
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-def reset_peak():
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 torch.set_num_threads({threads})
 rows, vocab_size, dtype = {rows}, {vocab_size}, torch.{dtype}
@@ -45,6 +40,7 @@ reset_peak()
 kept = call(base, aux, scale, target)
 print(status("VmHWM") - before)
 """
+)
 
 
 def gradient(loss: str, leaves: str) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import interpreter
 import pytest
 import torch
 
@@ -33,11 +34,7 @@ def result(given):
 
 
 def run(code: str, backend: str = "reference", first: str = "") -> str:
-    """Standard output of the code in a fresh interpreter; a hang is a failure."""
-    code = first + COMMON.format(backend=backend) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return interpreter.run(code, first + COMMON.format(backend=backend))
 
 
 # -- fork --------------------------------------------------------------------------------------------------------------

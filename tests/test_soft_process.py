@@ -3,10 +3,10 @@
 import gc
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 
+import interpreter
 import pytest
 import torch
 from inputs import logits
@@ -42,11 +42,7 @@ def result(given, modes=MODES):
 
 
 def run(code: str, backend: str) -> str:
-    """Standard output of the code in a fresh interpreter; a hang is a failure."""
-    code = COMMON.format(backend=backend) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return interpreter.run(code, COMMON.format(backend=backend))
 
 
 # -- forks and threads -------------------------------------------------------------------------------------------------

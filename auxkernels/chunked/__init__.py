@@ -1,10 +1,10 @@
 """Sources that are heads or sums: chunks of rows, with library GEMMs around the row kernels of the other folders.
 
-rows.py        which rows there are, and how they are cut into chunks
-products.py    the GEMMs of one head: logits of a chunk, gradients of hidden, weight and bias
-sums.py        several sources as one
-sides.py       base or auxiliary as the row kernels take it: one matrix for each chunk
-cross_entropy.py  the operator
+rows.py       which rows there are, and how they are cut into chunks
+products.py   the GEMMs of one head: logits of a chunk, gradients of hidden, weight and bias
+sums.py       several sources as one
+sides.py      base, auxiliary or scores as the row kernels take them: one matrix for each chunk
+cross_entropy.py, soft_embedding.py   the operators
 """
 
 from .rows import ChunkSettings, settings

@@ -83,7 +83,7 @@ class HeadProducts:
     """
 
     def __init__(self, hidden, weight, bias, plan: Plan, V: int, rows: Rows, num_chunks: int, needs, grad_dtype):
-        self.hidden, self.plan, self.rows, self.num_chunks = hidden, plan, rows, num_chunks
+        self.hidden, self.plan, self.rows = hidden, plan, rows
         weights = weight[:V].to(plan.operands)
         self.weight = weights if 1 in weights.stride() else weights.contiguous()  # else every product would copy it
         self.bias = None if bias is None else bias[:V].to(plan.operands).to(plan.logits)

@@ -6,6 +6,7 @@ the row kernels do is in soft_rows.py. Probabilities live for one chunk; row sta
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,11 @@ class LookupCall:
         setting = Setting(self.rows, self.chunks, None, *shared, in_place, False)
         self.buffers = Buffers(setting, first)
         self.scores = plain_side_of(parts, setting, of_source, self.buffers)
+
+    @functools.cached_property
+    def joined_tables(self) -> Tensor:
+        """[K, L * D]."""
+        return self.tables.transpose(0, 1).reshape(self.lookup.num_labels(), -1)
 
     def soft_rows(self, start: int, stop: int) -> SoftRows:
         """The chunk as the row kernels take it."""
@@ -324,10 +330,8 @@ def _backward_softmaxed(call, start, stop, fields, upstream, grad, grad_temperat
     if grad is not None and (needs_scores or grad_temperature is not None):
         of_probabilities = call.matrix("gradient of probabilities", call.plan.logits, size)
         # all tables in one product, which is then rounded once
-        width = grad.shape[0] * grad.shape[2]
-        joined = grad.transpose(0, 1).reshape(size, width)
-        tables = call.tables.transpose(0, 1).reshape(lookup.num_labels(), width)
-        multiply(joined, tables.T, of_probabilities)
+        joined = grad.transpose(0, 1).reshape(size, -1)
+        multiply(joined, call.joined_tables.T, of_probabilities)
     probabilities = call.matrix("probabilities", call.plan.operands, size) if wants_products else None
     room = call.scores.gradient_buffer(start, stop) if needs_scores else None
     own = None if room is None else room[:, : lookup.num_labels()]
