@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, checks, ops, reference
+from . import backends, checks, ops, plain_lookup, reference
 from .autograd import distinct, once, saveable
 from .chunked import soft_embedding as chunked
 from .sources import Head, SourceLike, as_sources
@@ -65,6 +65,10 @@ def soft_embedding(
                   differentiation.
     Source        Cornille et al. 2024 (planner with soft labels); Jang et al. 2017 (Gumbel-softmax, straight-through).
     """
+    has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
+    is_plain = not has_option and type(gumbel) is float and gumbel == 0.0
+    if is_plain and plain_lookup.serves(logits, table, temperature, seed, backend):
+        return plain_lookup.lookup(logits, table, temperature)
     problem = _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backend)
     if problem.backend == "reference":
         mixture, stats = reference.soft_embedding(

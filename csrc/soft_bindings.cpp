@@ -4,9 +4,11 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 
+#include "cpu/small_lookup.h"
 #include "cpu/soft_embedding.h"
 
 namespace py = pybind11;
@@ -157,6 +159,32 @@ void py_scatter(const TablesArguments& tables_args, const SelectionArguments& se
   (in_double ? scatter_labels<double> : scatter_labels<float>)(tables, selection, num_rows, rows, threads);
 }
 
+// scores, table, N, K, D, temperature, threads, then max and log_denom (N numbers each, one after the other; 0: not
+// wanted)
+SmallLookup small_of(int64_t scores, int64_t table, int64_t N, int64_t K, int64_t D, double temperature, int threads,
+                     int64_t state) {
+  SmallLookup p;
+  p.scores = static_cast<const float*>(pointer(scores)), p.table = static_cast<const float*>(pointer(table));
+  p.N = N, p.K = K, p.D = D, p.factor = 1 / static_cast<float>(temperature), p.threads = std::max(threads, 1);
+  p.max = static_cast<float*>(pointer(state)), p.log_denom = state == 0 ? nullptr : p.max + N;
+  return p;
+}
+
+void py_small(int64_t scores, int64_t table, int64_t N, int64_t K, int64_t D, double temperature, int threads,
+              int64_t state, int64_t mixture) {
+  const SmallLookup p = small_of(scores, table, N, K, D, temperature, threads, state);
+  py::gil_scoped_release release;
+  small_lookup(p, static_cast<float*>(pointer(mixture)));
+}
+
+void py_small_backward(int64_t scores, int64_t table, int64_t N, int64_t K, int64_t D, double temperature, int threads,
+                       int64_t state, int64_t grad, int64_t grad_scores, int64_t grad_table) {
+  const SmallLookup p = small_of(scores, table, N, K, D, temperature, threads, state);
+  py::gil_scoped_release release;
+  small_lookup_backward(p, static_cast<const float*>(pointer(grad)), static_cast<float*>(pointer(grad_scores)),
+                        static_cast<float*>(pointer(grad_table)));
+}
+
 }  // namespace
 
 void bind_soft_embedding(py::module_& m) {
@@ -167,6 +195,8 @@ void bind_soft_embedding(py::module_& m) {
   m.def("gather_labels", &py_gather);
   m.def("gather_products", &py_products);
   m.def("scatter_labels", &py_scatter);
+  m.def("small_lookup", &py_small);
+  m.def("small_lookup_backward", &py_small_backward);
 }
 
 }  // namespace auxk

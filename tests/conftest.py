@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from auxkernels import backends
+from auxkernels import backends, plain_lookup
 
 
 class Implementation(NamedTuple):
@@ -79,6 +79,12 @@ def native():
     from auxkernels.native import cpu
 
     return cpu()
+
+
+@pytest.fixture
+def general_road(monkeypatch):
+    """soft_embedding without its short road, whose bits are its own: equal bits are a promise of each road alone."""
+    monkeypatch.setattr(plain_lookup, "serves", lambda *_: False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -143,10 +143,13 @@ class WeightGradient:
     """Sum over the chunks of grad.T @ hidden [V, D], in float32 (float64) and in the chunks' order.
 
     Where a product cannot be written in that dtype, each is rounded to the operands' and the sum once more at its end.
+    out: where the result goes, if not into a tensor of its own.
     """
 
-    def __init__(self, weight: Tensor, V: int, plan: Plan, num_chunks: int, dtype: torch.dtype):
-        self.out = native.brought_in(weight.new_empty(weight.shape, dtype=dtype))
+    def __init__(
+        self, weight: Tensor, V: int, plan: Plan, num_chunks: int, dtype: torch.dtype, out: Tensor | None = None
+    ):
+        self.out = native.brought_in(weight.new_empty(weight.shape, dtype=dtype)) if out is None else out
         self.out[V if num_chunks else 0 :] = 0
         self.rows = self.sum = self.out[:V]
         self.num_chunks, self.num_added = num_chunks, 0

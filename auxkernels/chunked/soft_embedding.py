@@ -270,7 +270,8 @@ class TableGradients:
             self.sum = call.tables.new_zeros(call.tables.shape, dtype=lookup.compute())
         else:
             shared = (lookup.num_labels(), call.plan, len(call.chunks), lookup.table.dtype)
-            self.parts = [WeightGradient(table, *shared) for table in call.tables]
+            self.out = native.brought_in(lookup.table.new_empty(call.tables.shape))
+            self.parts = [WeightGradient(t, *shared, out=out) for t, out in zip(call.tables, self.out, strict=True)]
 
     def add_products(self, probabilities: Tensor, grad: Tensor) -> None:
         """probabilities [C, K], grad [L, C, D]."""
@@ -282,11 +283,7 @@ class TableGradients:
 
     def result(self) -> Tensor:
         table = self.call.lookup.table
-        if self.is_scattered:
-            grads = self.sum
-        else:  # one table's without a copy
-            grads = self.parts[0].out if len(self.parts) == 1 else torch.cat([part.out for part in self.parts])
-        return grads.to(table.dtype).view(table.shape)
+        return (self.sum.to(table.dtype) if self.is_scattered else self.out).view(table.shape)
 
 
 _STATE = ("max", "log_denom", "argmax")

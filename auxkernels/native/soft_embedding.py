@@ -131,6 +131,82 @@ def select_backward(
     )
 
 
+# -- the same for rows of nothing but contiguous scores, from row `start` on, with less around it ----------------------
+
+
+def _plain_leading(scores: Tensor, start: int, num_rows: int, temperature: float) -> tuple:
+    num_labels = scores.shape[-1]
+    address = scores.data_ptr() + start * num_labels * scores.element_size()
+    shape = (address, DTYPE_CODES[scores.dtype], num_rows, 0, num_labels, num_rows, num_labels, start)
+    return (*shape, 0, 0, 0, 0, 0, torch.get_num_threads(), 0), (temperature, 0.0)
+
+
+def _plain_fields(state: Tensor | None, start: int) -> tuple[int, ...]:
+    """state [2, all rows] float32: max and log_denom."""
+    if state is None:
+        return (0, 0, 0, 0, 0, 0)
+    address = state.data_ptr() + 4 * start
+    return address, address + 4 * state.shape[1], 0, 0, 0, 0
+
+
+def plain_softmax(scores: Tensor, start: int, temperature: float, state: Tensor | None, probabilities: Tensor) -> None:
+    """softmax, whose rows are those of `probabilities`."""
+    leading = _plain_leading(scores, start, len(probabilities), temperature)
+    cpu().soft_rows(*leading, _plain_fields(state, start), _matrix(probabilities))
+
+
+def plain_softmax_backward(
+    scores: Tensor,
+    start: int,
+    temperature: float,
+    state: Tensor,
+    grad_probabilities: Tensor | None,
+    grad_scores: Tensor | None,
+    probabilities: Tensor | None,
+    num_rows: int,
+) -> None:
+    """softmax_backward; grad_scores is that of all rows."""
+    of_scores = _NO_MATRIX
+    if grad_scores is not None:
+        num_labels = scores.shape[-1]
+        address = grad_scores.data_ptr() + start * num_labels * grad_scores.element_size()
+        of_scores = address, DTYPE_CODES[grad_scores.dtype], num_labels
+    leading = _plain_leading(scores, start, num_rows, temperature)
+    matrices = (_matrix(grad_probabilities), (0, 0, 0, 0), of_scores, 0, _matrix(probabilities))
+    cpu().soft_backward(*leading, _plain_fields(state, start), *matrices)
+
+
+def small_lookup(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None, mixture: Tensor) -> None:
+    """mixture = softmax(scores / temperature) @ table, all contiguous float32; state as above, written if given."""
+    num_labels, width = table.shape
+    sizes = (scores.numel() // num_labels, num_labels, width)
+    addresses = (torch.get_num_threads(), _address(state), mixture.data_ptr())
+    cpu().small_lookup(scores.data_ptr(), table.data_ptr(), *sizes, temperature, *addresses)
+
+
+def small_lookup_backward(
+    scores: Tensor,
+    table: Tensor,
+    temperature: float,
+    state: Tensor,
+    grad: Tensor,
+    grad_scores: Tensor | None,
+    grad_table: Tensor | None,
+) -> None:
+    """Its gradients, those that are given a place."""
+    num_labels, width = table.shape
+    sizes = (scores.numel() // num_labels, num_labels, width)
+    addresses = (
+        torch.get_num_threads(),
+        state.data_ptr(),
+        grad.data_ptr(),
+        _address(grad_scores),
+        _address(grad_table),
+    )
+    threads = torch.get_num_threads()
+    cpu().small_lookup_backward(scores.data_ptr(), table.data_ptr(), *sizes, temperature, threads, *addresses)
+
+
 # -- rows of tables ----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,9 @@
 #include "block_ops.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

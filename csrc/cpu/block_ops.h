@@ -41,6 +41,26 @@ struct RowCoefficients {
   C max = 0, log_denom = 0, base_max = 0, base_log_denom = 0;
 };
 
+// a matrix whose rows are `stride` elements apart; values null: not there
+struct Matrix {
+  void* values = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride = 0;
+};
+
+// rows of scores and what a softmax without noise, mask and statistics makes of them; null: not wanted
+template <class C>
+struct SoftmaxRows {
+  Matrix scores;
+  int64_t num_rows = 0, K = 0;
+  const C* factors = nullptr;  // 1 / temperature of each row; null: factor
+  C factor = 1;
+  C* max = nullptr;        // read by the backward form, as log_denom is
+  C* log_denom = nullptr;  // log sum exp((score - max) factor)
+  Matrix probabilities;
+  Matrix grad_probabilities, grad_scores;  // of the backward form
+};
+
 template <class C>
 struct BlockOps {
   // z = scale * softcap(values); returns the largest z, NaN passed over
@@ -83,6 +103,14 @@ struct BlockOps {
   void (*add_where)(C* g, const C* p, const C* x, C factor, int64_t n);
   // g := p (g - mean), 0 where p is
   void (*center)(C* g, const C* p, C mean, int64_t n);
+  // rows [first, last), each with K numbers of scratch
+  void (*softmax_rows)(const SoftmaxRows<C>&, int64_t first, int64_t last, C* scratch);
+  // their gradients and probabilities; twice the scratch
+  void (*softmax_rows_backward)(const SoftmaxRows<C>&, int64_t first, int64_t last, C* scratch);
+  // contiguous out [num_rows, num_columns] = a [num_rows, inner], of these strides, @ contiguous b [inner, num_columns];
+  // meant for what is too small for a library's call
+  void (*multiply_small)(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_rows, int64_t num_columns,
+                         int64_t inner, C* out);
 };
 
 struct InstructionSet {

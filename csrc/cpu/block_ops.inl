@@ -350,119 +350,32 @@ static void multiply(void* values, DType dtype, C factor, int64_t n) {
   AUXK_DISPATCH(dtype, T, { multiply_as(static_cast<T*>(values), factor, n); })
 }
 
-// -- softmax of one row: noise, selection, gradient -----------------------------------------------
-
-// Philox4x32-10 (Salmon et al. 2011) of the counter (i, row low, row high, 0)
-static AUXK_INLINE void philox(uint32_t i, uint64_t row, uint64_t seed, uint32_t* __restrict__ out) {
-  uint32_t c0 = i, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(row >> 32), c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
-}
-
-// -log(-log(u)), u strictly inside (0, 1) and exact in float
-static AUXK_INLINE float gumbel_of(uint32_t bits) {
-  const float u = (static_cast<float>(static_cast<int32_t>(bits >> 9)) + 0.5f) * 0x1p-23f;
-  return -log_of(-log_of(u));
-}
-
-template <class C>
-static void add_gumbel(C* __restrict__ v, C scale, uint64_t seed, int64_t row, int64_t first, int64_t n) {
-  constexpr int64_t kAtOnce = 64;  // counters: their state in registers, four lanes each
-  for (int64_t start = 0; start < n; start += 4 * kAtOnce) {
-    uint32_t bits[4][kAtOnce];
-#pragma omp simd
-    for (int64_t i = 0; i < kAtOnce; ++i) {
-      uint32_t lanes[4];
-      philox(static_cast<uint32_t>((first + start) / 4 + i), static_cast<uint64_t>(row), seed, lanes);
-      bits[0][i] = lanes[0], bits[1][i] = lanes[1], bits[2][i] = lanes[2], bits[3][i] = lanes[3];
-    }
-    float noise[4 * kAtOnce];
-    for (int lane = 0; lane < 4; ++lane) {
-#pragma omp simd
-      for (int64_t i = 0; i < kAtOnce; ++i) noise[4 * i + lane] = gumbel_of(bits[lane][i]);
-    }
-    const int64_t size = n - start < 4 * kAtOnce ? n - start : 4 * kAtOnce;
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) v[start + i] += scale * static_cast<C>(noise[i]);
-  }
-}
-
-template <class C>
-static void forbid(C* __restrict__ v, const uint8_t* __restrict__ mask, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) v[i] = mask[i] != 0 ? -std::numeric_limits<C>::infinity() : v[i];
-}
-
-template <class C>
-static C largest(const C* __restrict__ v, int64_t n) {
-  C m = -std::numeric_limits<C>::infinity();
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
-template <class C>
-static int64_t count_nan(const C* __restrict__ v, int64_t n) {
-  int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-  for (int64_t i = 0; i < n; ++i) count += v[i] != v[i] ? 1 : 0;
-  return count;
-}
-
-template <class C>
-static int64_t next_above(const C* __restrict__ v, C bound, int64_t from, int64_t n) {
-  constexpr int64_t kAtOnce = 64;
-  int64_t i = from;
-  for (; i + kAtOnce <= n; i += kAtOnce) {
-    int32_t above = 0;
-#pragma omp simd reduction(| : above)
-    for (int64_t j = 0; j < kAtOnce; ++j) above |= v[i + j] > bound ? 1 : 0;
-    if (above != 0) break;
-  }
-  while (i < n && !(v[i] > bound)) ++i;
-  return i;
-}
-
-template <class C>
-static void shift_and_scale(C* __restrict__ v, C m, C factor, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) v[i] = (v[i] - m) * factor;
-}
-
-template <class C>
-static C dot(const C* __restrict__ a, const C* b, int64_t n) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] == 0 ? 0 : a[i] * b[i];
-  return sum;
-}
-
-template <class C>
-static void add_where(C* __restrict__ g, const C* p, const C* x, C factor, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) g[i] += p[i] == 0 ? 0 : factor * x[i];
-}
-
-template <class C>
-static void center(C* __restrict__ g, const C* __restrict__ p, C mean, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) g[i] = p[i] == 0 ? 0 : p[i] * (g[i] - mean);
-}
+#include "softmax_ops.inl"
 
 template <class C>
 static constexpr BlockOps<C> table() {
-  return {&load<C>,         &load_add<C>,  &load_sum<C>,   &exp_sum<C>,         &scan_sums<C>,  &weighted_sum<C>,
-          &store_scaled<C>, &backward<C>,  &finish<C>,     &multiply<C>,        &add_gumbel<C>, &forbid<C>,
-          &largest<C>,      &count_nan<C>, &next_above<C>, &shift_and_scale<C>, &dot<C>,        &add_where<C>,
-          &center<C>};
+  return {&load<C>,
+          &load_add<C>,
+          &load_sum<C>,
+          &exp_sum<C>,
+          &scan_sums<C>,
+          &weighted_sum<C>,
+          &store_scaled<C>,
+          &backward<C>,
+          &finish<C>,
+          &multiply<C>,
+          &add_gumbel<C>,
+          &forbid<C>,
+          &largest<C>,
+          &count_nan<C>,
+          &next_above<C>,
+          &shift_and_scale<C>,
+          &dot<C>,
+          &add_where<C>,
+          &center<C>,
+          &softmax_rows<C>,
+          &softmax_rows_backward<C>,
+          &multiply_small<C>};
 }
 
 static const InstructionSet instruction_set = {AUXK_NAME, table<float>(), table<double>()};

@@ -11,8 +11,6 @@
 
 namespace auxk {
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
 
 // What one block of one row adds to the row state, relative to the block's own maxima; without the target's column.

@@ -14,6 +14,10 @@ namespace {
 
 constexpr int64_t kWorthAThread = 1 << 14;  // elements; a row's softmax costs several times what a copy does
 
+int threads_for(int64_t elements, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(elements / kWorthAThread, 1, threads));
+}
+
 // One thread's rows of K numbers.
 template <class C>
 struct SoftBuffers {
@@ -303,17 +307,52 @@ class SoftKernel {
 
 template <class C, class Task>
 void for_each_soft_row(const SoftProblem& p, const Task& task) {
-  const int threads = static_cast<int>(std::clamp<int64_t>(p.num_rows * p.K / kWorthAThread, 1, p.threads));
+  const int threads = threads_for(p.num_rows * p.K, p.threads);
   std::vector<SoftBuffers<C>> buffers;
   for (int t = 0; t < threads; ++t) buffers.emplace_back(p.K);
   const int64_t rows_at_once = std::max<int64_t>(1, std::min<int64_t>(16, kWorthAThread / p.K));
   parallel_for(p.num_rows, threads, rows_at_once, [&](int64_t n, int t) { task(n, buffers[static_cast<size_t>(t)]); });
 }
 
+bool has_scores_only(const SoftProblem& p) {
+  return p.gumbel == 0 && p.mask == nullptr && p.scores.num_inner >= p.num_rows;
+}
+
+// run(rows, first, last, scratch) for all rows of a softmax without noise and mask
+template <class C, class Run>
+void for_plain_rows(const SoftProblem& p, SoftmaxRows<C> rows, const Run& run) {
+  rows.scores = {const_cast<void*>(p.scores.values), p.scores.dtype, p.scores.stride_inner};
+  rows.num_rows = p.num_rows, rows.K = p.K;
+  std::vector<C> factors;
+  if (p.temperature == nullptr) {
+    rows.factor = 1 / static_cast<C>(p.temperature_value);
+  } else {
+    const C* temperature = static_cast<const C*>(p.temperature);
+    for (int64_t n = 0; n < p.num_rows; ++n) factors.push_back(1 / temperature[n * p.temperature_stride]);
+    rows.factors = factors.data();
+  }
+  const int threads = threads_for(p.num_rows * p.K, p.threads);
+  if (p.num_rows == 0) return;
+  const int64_t at_once =
+      std::min((p.num_rows + 4 * threads - 1) / (4 * threads), std::max(kWorthAThread / p.K, int64_t{1}));
+  const int64_t room = 2 * (p.K + 16);
+  const std::unique_ptr<C[]> scratch(new C[static_cast<size_t>(threads * room)]);
+  parallel_for((p.num_rows + at_once - 1) / at_once, threads, 1, [&](int64_t i, int thread) {
+    run(rows, i * at_once, std::min((i + 1) * at_once, p.num_rows), scratch.get() + thread * room);
+  });
+}
+
 }  // namespace
 
 template <class C>
 void soft_rows(const SoftProblem& p, const SoftRows& rows, const Matrix& probabilities) {
+  const bool has_statistics = rows.entropy != nullptr || rows.max_prob != nullptr || rows.sum_squares != nullptr;
+  if (has_scores_only(p) && !has_statistics && rows.argmax == nullptr) {
+    SoftmaxRows<C> plain;
+    plain.max = static_cast<C*>(rows.max), plain.log_denom = static_cast<C*>(rows.log_denom);
+    plain.probabilities = probabilities;
+    return for_plain_rows(p, plain, block_ops<C>().softmax_rows);
+  }
   const SoftKernel<C> kernel(p);
   for_each_soft_row<C>(p, [&](int64_t n, SoftBuffers<C>& b) { kernel.forward_row(n, rows, probabilities, b); });
 }
@@ -330,6 +369,16 @@ void soft_select(const SoftProblem& p, const SoftRows& rows, const Selection& se
 template <class C>
 void soft_backward(const SoftProblem& p, const SoftRows& rows, const Matrix& grad_probabilities, const SoftUpstream& up,
                    const Matrix& grad_scores, void* grad_temperature, const Matrix& probabilities) {
+  const bool has_upstream = up.entropy != nullptr || up.max_prob != nullptr || up.sum_squares != nullptr ||
+                            up.usage != nullptr || grad_temperature != nullptr;
+  const bool wants_gradient = grad_scores.values != nullptr;
+  if (has_scores_only(p) && !has_upstream && wants_gradient == (grad_probabilities.values != nullptr)) {
+    SoftmaxRows<C> plain;
+    plain.max = static_cast<C*>(rows.max), plain.log_denom = static_cast<C*>(rows.log_denom);
+    plain.grad_probabilities = grad_probabilities, plain.grad_scores = grad_scores;
+    plain.probabilities = probabilities;
+    return for_plain_rows(p, plain, block_ops<C>().softmax_rows_backward);
+  }
   const SoftKernel<C> kernel(p);
   for_each_soft_row<C>(p, [&](int64_t n, SoftBuffers<C>& b) {
     kernel.backward_row(n, rows, grad_probabilities, up, grad_scores, grad_temperature, probabilities, b);
@@ -371,10 +420,6 @@ bool is_label(const Tables& t, int64_t label) {
 template <class Task>
 void for_each_column_block(int64_t D, const Task& task) {
   for (int64_t first = 0; first < D; first += kBlock) task(first, std::min(kBlock, D - first));
-}
-
-int threads_for(int64_t elements, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(elements / kWorthAThread, 1, threads));
 }
 
 }  // namespace

@@ -4,16 +4,10 @@
 
 #include <cstdint>
 
+#include "block_ops.h"
 #include "cross_entropy.h"
 
 namespace auxk {
-
-// a matrix whose rows are `stride` elements apart; values null: not there
-struct Matrix {
-  void* values = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t stride = 0;
-};
 
 struct SoftProblem {
   Source scores;  // without scale and softcap

@@ -1,0 +1,134 @@
+"""softmax(scores / temperature) @ table on CPU, without any option: soft_embedding.py's result by less Python.
+
+A small call is nothing but Python: here it takes a fifth of the general road, which every other call goes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends, ops
+from .autograd import once
+from .chunked.products import WeightGradient, multiply, plan_of
+from .chunked.rows import chunks_of, settings
+from .native import brought_in
+from .native import soft_embedding as kernels
+
+# of a chunk's [rows, K] matrices, one forward and two backward: caches keep small ones, products like tall ones
+FORWARD_BYTES, BACKWARD_BYTES = 4 << 20, 16 << 20
+MIN_ROWS = 256
+# multiplications up to which one compiled call beats calls of a library's product
+SMALL_FORWARD, SMALL_BACKWARD = 1 << 24, 1 << 17
+_SCORES = (torch.float32, torch.bfloat16, torch.float16)
+_TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for CPU, and fast
+
+
+def serves(scores, table, temperature, seed, backend: str) -> bool:
+    """Whether the arguments are such a call's, and valid: what is not, the general road has an answer or error for."""
+    tensors = (scores, table)
+    if backend == "auto":
+        backend = "native"
+    if not ops.is_direct(tensors, backend) or backends.native_missing() is not None or forward_ad._current_level >= 0:
+        return False
+    if not (isinstance(scores, Tensor) and isinstance(table, Tensor) and type(temperature) is float):
+        return False
+    if not 0 < temperature < float("inf") or scores.dim() < 1 or table.dim() != 2:
+        return False
+    if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**63):
+        return False
+    num_labels, width = table.shape
+    if scores.shape[-1] != num_labels or num_labels == 0 or width == 0 or scores.numel() == 0:
+        return False
+    if scores.dtype not in _SCORES or table.dtype not in _TABLES or not (scores.is_cpu and table.is_cpu):
+        return False
+    is_contiguous = scores.is_contiguous() and table.is_contiguous()
+    return is_contiguous and not torch.is_autocast_enabled("cpu") and settings.num_bytes is None
+
+
+def lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
+    """The mixture [*, D] of a call that `serves` accepts."""
+    if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
+        return _PlainLookup.apply(scores, table, temperature)
+    return _forward(scores, table, temperature, None)
+
+
+class _PlainLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, table, temperature):
+        state = torch.empty((2, scores.numel() // table.shape[0]))
+        ctx.save_for_backward(scores, table, state)
+        ctx.temperature = temperature
+        return _forward(scores, table, temperature, state)
+
+    @staticmethod
+    def backward(ctx, grad):
+        arguments = (*ctx.saved_tensors, ctx.temperature, grad, *ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                grads = _backward(*arguments)
+        else:
+            grads = _backward(*arguments)
+        return (*once("soft_embedding", grads, (*arguments[:2], grad)), None)
+
+
+def _is_small(scores: Tensor, table: Tensor, bound: int) -> bool:
+    return scores.numel() * table.shape[1] <= bound and scores.dtype == table.dtype == torch.float32
+
+
+def _chunks(scores: Tensor, table: Tensor, num_matrices: int, num_bytes: int) -> list[tuple[int, int]]:
+    num_labels = table.shape[0]
+    num_rows = scores.numel() // num_labels
+    return chunks_of(num_rows, num_matrices * num_labels * table.element_size(), num_bytes, MIN_ROWS)
+
+
+def _forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
+    """state [2, N]: max and log_denom of each row, written if wanted."""
+    num_labels, width = table.shape
+    if _is_small(scores, table, SMALL_FORWARD):
+        mixture = table.new_empty((*scores.shape[:-1], width))
+        kernels.small_lookup(scores, table, temperature, state, mixture)
+        return mixture
+    chunks = _chunks(scores, table, 1, FORWARD_BYTES)
+    probabilities = table.new_empty((chunks[-1][1] - chunks[-1][0], num_labels))
+    if len(chunks) == 1:
+        kernels.plain_softmax(scores, 0, temperature, state, probabilities)
+        mixture = torch.mm(probabilities, table)
+    else:
+        mixture = brought_in(table.new_empty((chunks[-1][1], width)))
+        for start, stop in chunks:
+            part = probabilities[: stop - start]
+            kernels.plain_softmax(scores, start, temperature, state, part)
+            torch.mm(part, table, out=mixture[start:stop])
+    return mixture.view(*scores.shape[:-1], width)
+
+
+def _backward(scores, table, state, temperature, grad, needs_scores: bool, needs_table: bool) -> list[Tensor | None]:
+    num_labels, width = table.shape
+    grad_scores = brought_in(torch.empty_like(scores)) if needs_scores else None
+    if _is_small(scores, table, SMALL_BACKWARD):
+        grad_table = torch.empty_like(table) if needs_table else None
+        kernels.small_lookup_backward(scores, table, temperature, state, grad.contiguous(), grad_scores, grad_table)
+        return [grad_scores, grad_table]
+    chunks = _chunks(scores, table, 2, BACKWARD_BYTES)
+    num_rows, most = chunks[-1][1], max(stop - start for start, stop in chunks)
+    grad = grad.reshape(num_rows, width)
+    probabilities = table.new_empty((most, num_labels)) if needs_table else None
+    of_probabilities = table.new_empty((most, num_labels)) if needs_scores else None
+    of_table = None
+    if needs_table and len(chunks) > 1:
+        plan = plan_of(table.dtype, None, table.device)
+        of_table = WeightGradient(table, num_labels, plan, len(chunks), table.dtype)
+    for start, stop in chunks:
+        rows = grad[start:stop]
+        p = probabilities[: stop - start] if needs_table else None
+        g = of_probabilities[: stop - start] if needs_scores else None
+        if needs_scores:
+            multiply(rows, table.T, g)
+        kernels.plain_softmax_backward(scores, start, temperature, state, g, grad_scores, p, stop - start)
+        if of_table is not None:
+            of_table.add(p, rows)
+    if of_table is not None:
+        return [grad_scores, of_table.out]
+    return [grad_scores, torch.mm(probabilities.T, grad) if needs_table else None]

@@ -1,0 +1,310 @@
+// What soft_embedding's rows need. Part of block_ops.inl, compiled once for each instruction set.
+
+// -- one block of a row: noise, selection, gradient -----------------------------------------------
+
+// Philox4x32-10 (Salmon et al. 2011) of the counter (i, row low, row high, 0)
+static AUXK_INLINE void philox(uint32_t i, uint64_t row, uint64_t seed, uint32_t* __restrict__ out) {
+  uint32_t c0 = i, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(row >> 32), c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
+// -log(-log(u)), u strictly inside (0, 1) and exact in float
+static AUXK_INLINE float gumbel_of(uint32_t bits) {
+  const float u = (static_cast<float>(static_cast<int32_t>(bits >> 9)) + 0.5f) * 0x1p-23f;
+  return -log_of(-log_of(u));
+}
+
+template <class C>
+static void add_gumbel(C* __restrict__ v, C scale, uint64_t seed, int64_t row, int64_t first, int64_t n) {
+  constexpr int64_t kAtOnce = 64;  // counters: their state in registers, four lanes each
+  for (int64_t start = 0; start < n; start += 4 * kAtOnce) {
+    uint32_t bits[4][kAtOnce];
+#pragma omp simd
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      uint32_t lanes[4];
+      philox(static_cast<uint32_t>((first + start) / 4 + i), static_cast<uint64_t>(row), seed, lanes);
+      bits[0][i] = lanes[0], bits[1][i] = lanes[1], bits[2][i] = lanes[2], bits[3][i] = lanes[3];
+    }
+    float noise[4 * kAtOnce];
+    for (int lane = 0; lane < 4; ++lane) {
+#pragma omp simd
+      for (int64_t i = 0; i < kAtOnce; ++i) noise[4 * i + lane] = gumbel_of(bits[lane][i]);
+    }
+    const int64_t size = n - start < 4 * kAtOnce ? n - start : 4 * kAtOnce;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) v[start + i] += scale * static_cast<C>(noise[i]);
+  }
+}
+
+template <class C>
+static void forbid(C* __restrict__ v, const uint8_t* __restrict__ mask, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) v[i] = mask[i] != 0 ? -std::numeric_limits<C>::infinity() : v[i];
+}
+
+template <class C>
+static C largest(const C* __restrict__ v, int64_t n) {
+  C m = -std::numeric_limits<C>::infinity();
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+template <class C>
+static int64_t count_nan(const C* __restrict__ v, int64_t n) {
+  int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) count += v[i] != v[i] ? 1 : 0;
+  return count;
+}
+
+template <class C>
+static int64_t next_above(const C* __restrict__ v, C bound, int64_t from, int64_t n) {
+  constexpr int64_t kAtOnce = 64;
+  int64_t i = from;
+  for (; i + kAtOnce <= n; i += kAtOnce) {
+    int32_t above = 0;
+#pragma omp simd reduction(| : above)
+    for (int64_t j = 0; j < kAtOnce; ++j) above |= v[i + j] > bound ? 1 : 0;
+    if (above != 0) break;
+  }
+  while (i < n && !(v[i] > bound)) ++i;
+  return i;
+}
+
+template <class C>
+static void shift_and_scale(C* __restrict__ v, C m, C factor, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) v[i] = (v[i] - m) * factor;
+}
+
+template <class C>
+static C dot(const C* __restrict__ a, const C* b, int64_t n) {
+  C total = 0;
+  for (int64_t start = 0; start < n; start += kStep) {  // few lanes sum few numbers each
+    const int64_t end = start + kStep < n ? start + kStep : n;
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < end; ++i) sum += a[i] == 0 ? 0 : a[i] * b[i];
+    total += sum;
+  }
+  return total;
+}
+
+template <class C>
+static void add_where(C* __restrict__ g, const C* p, const C* x, C factor, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) g[i] += p[i] == 0 ? 0 : factor * x[i];
+}
+
+template <class C>
+static void center(C* __restrict__ g, const C* __restrict__ p, C mean, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) g[i] = p[i] == 0 ? 0 : p[i] * (g[i] - mean);
+}
+
+// -- whole rows of nothing but scores -------------------------------------------------------------
+
+template <class T>
+static AUXK_INLINE T* row_of(const Matrix& m, int64_t n) {
+  return static_cast<T*>(m.values) + n * m.stride;
+}
+
+// Row n + 1, which is asked for while row n is worked on; null if a row is too long to stay
+static AUXK_INLINE const char* row_after(const Matrix& m, int64_t n, int64_t num_rows, int64_t K) {
+  if (m.values == nullptr || n + 1 >= num_rows || K > kBlock) return nullptr;
+  return static_cast<const char*>(m.values) + (n + 1) * m.stride * size_of(m.dtype);
+}
+
+static AUXK_INLINE void prefetch_range(const char* place, size_t first, size_t last) {
+  for (size_t b = first; b < last; b += 64) __builtin_prefetch(place + b, 0, 2);
+}
+
+template <class C, class T>
+static C largest_of(const T* __restrict__ x, int64_t n) {
+  C m = -std::numeric_limits<C>::infinity();
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) {
+    const C v = static_cast<C>(widen(x[i]));
+    m = v > m ? v : m;
+  }
+  return m;
+}
+
+// e = exp((x - m) factor - log_denom); returns the sum of e, or with kDot that of e g, where e = 0 counts nothing
+template <class C, class T, bool kDot>
+static double exp_row(const T* __restrict__ x, C m, C factor, C log_denom, const C* __restrict__ g, int64_t n,
+                      C* __restrict__ e, const char* next_x, const char* next_g) {
+  double total = 0;
+  for (int64_t start = 0; start < n; start += kStep) {
+    const int64_t end = start + kStep < n ? start + kStep : n;
+    if (next_x != nullptr) prefetch_range(next_x, start * sizeof(T), end * sizeof(T));
+    if (next_g != nullptr) prefetch_range(next_g, start * sizeof(C), end * sizeof(C));
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < end; ++i) {
+      const C p = exp_of((static_cast<C>(widen(x[i])) - m) * factor - log_denom);
+      e[i] = p;
+      sum += kDot ? (p == 0 ? 0 : p * g[i]) : p;
+    }
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// row n of m = factor e
+template <class C>
+static AUXK_INLINE void store_row(const C* __restrict__ e, C factor, const Matrix& m, int64_t n, int64_t K) {
+  AUXK_DISPATCH(m.dtype, T, { scale_into(e, factor, C(0), static_cast<const C*>(nullptr), K, row_of<T>(m, n)); })
+}
+
+// row n of m = factor p (g - mean), 0 where p is
+template <class C, class T>
+static void store_centered_as(const C* __restrict__ p, const C* __restrict__ g, C mean, C factor, int64_t K,
+                              T* __restrict__ out) {
+#pragma omp simd
+  for (int64_t i = 0; i < K; ++i) narrow(p[i] == 0 ? 0 : p[i] * (g[i] - mean) * factor, out[i]);
+}
+template <class C>
+static AUXK_INLINE void store_centered(const C* p, const C* g, C mean, C factor, const Matrix& m, int64_t n,
+                                       int64_t K) {
+  AUXK_DISPATCH(m.dtype, T, { store_centered_as(p, g, mean, factor, K, row_of<T>(m, n)); })
+}
+
+template <class C>
+static void fill_row(const Matrix& m, int64_t n, C value, int64_t K) {
+  if (m.values == nullptr) return;
+  AUXK_DISPATCH(m.dtype, T, {
+    T filling;
+    narrow(value, filling);
+    std::fill(row_of<T>(m, n), row_of<T>(m, n) + K, filling);
+  })
+}
+
+template <class C>
+static AUXK_INLINE bool is_own(const Matrix& m) {
+  return m.values != nullptr && m.dtype == (sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32);
+}
+
+template <class C, class T>
+static void softmax_rows_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
+  const int64_t K = rows.K;
+  const Matrix& out = rows.probabilities;
+  for (int64_t n = first; n < last; ++n) {
+    const T* x = row_of<T>(rows.scores, n);
+    C* e = is_own<C>(out) ? row_of<C>(out, n) : scratch;
+    const C largest = largest_of<C>(x, K), factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+    const C* none = nullptr;
+    const char* next = row_after(rows.scores, n, rows.num_rows, K);
+    const double denom = exp_row<C, T, false>(x, finite_or_zero(largest), factor, C(0), none, K, e, next, nullptr);
+    // the largest gives 1, so that only a row of -inf sums to 0; a NaN among the scores, or +inf, is one in the sum
+    const bool is_empty = denom == 0;
+    if (rows.max != nullptr) rows.max[n] = denom == denom ? largest : std::numeric_limits<C>::quiet_NaN();
+    if (rows.log_denom != nullptr) rows.log_denom[n] = is_empty ? C(0) : std::log(static_cast<C>(denom));
+    const C scale = is_empty ? C(0) : static_cast<C>(1 / denom);
+    if (is_own<C>(out)) {
+      multiply_as(e, scale, K);
+    } else if (out.values != nullptr) {
+      store_row(e, scale, out, n, K);
+    }
+  }
+}
+
+template <class C>
+static void softmax_rows(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
+  AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_as<C, T>(rows, first, last, scratch); })
+}
+
+template <class C, class T>
+static void softmax_rows_backward_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
+  const int64_t K = rows.K;
+  const Matrix &out = rows.probabilities, &grad = rows.grad_probabilities;
+  for (int64_t n = first; n < last; ++n) {
+    const C largest = rows.max[n], log_denom = rows.log_denom[n];
+    const bool is_empty = largest == -std::numeric_limits<C>::infinity();
+    if (is_empty || largest != largest) {
+      const C value = is_empty ? C(0) : std::numeric_limits<C>::quiet_NaN();
+      fill_row(out, n, value, K);
+      fill_row(rows.grad_scores, n, value, K);
+      continue;
+    }
+    const T* x = row_of<T>(rows.scores, n);
+    const C factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+    C* p = is_own<C>(out) ? row_of<C>(out, n) : scratch;
+    const C* g = is_own<C>(grad) ? row_of<C>(grad, n) : scratch + K;
+    const char* next = row_after(rows.scores, n, rows.num_rows, K);
+    const char* next_g = is_own<C>(grad) ? row_after(grad, n, rows.num_rows, K) : nullptr;
+    if (rows.grad_scores.values == nullptr) {
+      exp_row<C, T, false>(x, largest, factor, log_denom, g, K, p, next, next_g);
+    } else {
+      if (!is_own<C>(grad)) {
+        const char* place = static_cast<const char*>(grad.values) + n * grad.stride * size_of(grad.dtype);
+        load<C>({place, grad.dtype, C(1), C(0)}, K, scratch + K);
+      }
+      const double mean = exp_row<C, T, true>(x, largest, factor, log_denom, g, K, p, next, next_g);
+      // a NaN is one in every number, or rounding to 16 bits might lose it
+      const C slope = mean == mean ? factor : std::numeric_limits<C>::quiet_NaN();
+      store_centered(p, g, static_cast<C>(mean), slope, rows.grad_scores, n, K);
+    }
+    if (out.values != nullptr && !is_own<C>(out)) store_row(p, C(1), out, n, K);
+  }
+}
+
+template <class C>
+static void softmax_rows_backward(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
+  AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_backward_as<C, T>(rows, first, last, scratch); })
+}
+
+// -- small products -------------------------------------------------------------------------------
+
+// out [R, W] = a [R, inner] @ b [inner, W]; a's strides are given, the others' rows are b_stride and out_stride apart.
+// No sum in the registers is of more than kStep products.
+template <class C, int R, int W>
+static AUXK_INLINE void multiply_tile(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t b_stride,
+                                      int64_t inner, C* out, int64_t out_stride) {
+  for (int64_t start = 0; start < inner; start += kStep) {
+    const int64_t end = start + kStep < inner ? start + kStep : inner;
+    C sum[R][W] = {};
+    for (int64_t k = start; k < end; ++k) {
+      for (int r = 0; r < R; ++r) {
+        const C factor = a[r * a_row + k * a_column];
+#pragma omp simd
+        for (int j = 0; j < W; ++j) sum[r][j] += factor * b[k * b_stride + j];
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < W; ++j)
+        out[r * out_stride + j] = start == 0 ? sum[r][j] : out[r * out_stride + j] + sum[r][j];
+  }
+}
+
+template <class C, int R>
+static void multiply_rows(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_columns, int64_t inner,
+                          C* out) {
+  int64_t j = 0;
+  for (; j + 32 <= num_columns; j += 32)
+    multiply_tile<C, R, 32>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
+  for (; j + 16 <= num_columns; j += 16)
+    multiply_tile<C, R, 16>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
+  for (; j < num_columns; ++j)
+    multiply_tile<C, R, 1>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
+}
+
+template <class C>
+static void multiply_small(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_rows,
+                           int64_t num_columns, int64_t inner, C* out) {
+  int64_t n = 0;
+  for (; n + 4 <= num_rows; n += 4)
+    multiply_rows<C, 4>(a + n * a_row, a_row, a_column, b, num_columns, inner, out + n * num_columns);
+  for (; n < num_rows; ++n)
+    multiply_rows<C, 1>(a + n * a_row, a_row, a_column, b, num_columns, inner, out + n * num_columns);
+}
