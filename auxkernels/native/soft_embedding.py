@@ -196,13 +196,7 @@ def small_lookup_backward(
     """Its gradients, those that are given a place."""
     num_labels, width = table.shape
     sizes = (scores.numel() // num_labels, num_labels, width)
-    addresses = (
-        torch.get_num_threads(),
-        state.data_ptr(),
-        grad.data_ptr(),
-        _address(grad_scores),
-        _address(grad_table),
-    )
+    addresses = (state.data_ptr(), grad.data_ptr(), _address(grad_scores), _address(grad_table))
     threads = torch.get_num_threads()
     cpu().small_lookup_backward(scores.data_ptr(), table.data_ptr(), *sizes, temperature, threads, *addresses)
 
