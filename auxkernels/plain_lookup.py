@@ -43,12 +43,15 @@ def serves(scores, table, temperature, seed, backend: str) -> bool:
         return False
     if scores.dtype not in _SCORES or table.dtype not in _TABLES or not (scores.is_cpu and table.is_cpu):
         return False
-    is_contiguous = scores.is_contiguous() and table.is_contiguous()
-    return is_contiguous and not torch.is_autocast_enabled("cpu") and settings.num_bytes is None
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _TABLES:
+        return False
+    return scores.is_contiguous() and table.is_contiguous() and settings.num_bytes is None
 
 
 def lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
     """The mixture [*, D] of a call that `serves` accepts."""
+    if torch.is_autocast_enabled("cpu"):
+        table = table.to(torch.get_autocast_dtype("cpu"))
     if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
         return _PlainLookup.apply(scores, table, temperature)
     return _forward(scores, table, temperature, None)

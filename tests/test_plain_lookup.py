@@ -146,6 +146,20 @@ def test_every_instruction_set(name):
         module.set_instruction_set(module.instruction_sets()[0])
 
 
+def test_autocast_casts_the_table_alone(road):
+    scores, table = logits(300, 40, dtype=BF16, requires_grad=True), logits(40, 24, requires_grad=True)
+    upstream = logits(300, 24, dtype=BF16)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixture = soft_embedding(scores, table, temperature=0.7)
+    got = (mixture, *grad(mixture, (scores, table), upstream))
+    assert len(road) == 1 and [t.dtype for t in got] == [BF16, BF16, F32]
+    for a, b in zip(got, exact(scores, table, 0.7, upstream), strict=True):
+        assert relative_error(a, b) < 8e-3
+    with torch.autocast("cpu", torch.float16):
+        assert soft_embedding(scores, table).dtype == F16
+    assert len(road) == 1
+
+
 def test_upstream_of_any_strides(road):
     scores, table = logits(2, 40, 9, requires_grad=True), logits(9, 6, requires_grad=True)
     mixture = soft_embedding(scores, table)

@@ -44,7 +44,8 @@ class FlushSubnormals {
   FlushSubnormals(const FlushSubnormals&) = delete;
 };
 
-// Calls task(i, thread) for i in [0, n), thread in [0, threads), in chunks handed out as threads become free.
+// Calls task(i, thread) for i in [0, n), thread in [0, threads), in chunks handed out as threads become free; with chunk
+// 0 in one even share for each thread, as libraries share out the rows of a product, which then lie in its own cache.
 template <class Task>
 void parallel_for(int64_t n, int threads, int64_t chunk, const Task& task) {
 #if defined(_OPENMP)
@@ -52,8 +53,14 @@ void parallel_for(int64_t n, int threads, int64_t chunk, const Task& task) {
 #pragma omp parallel num_threads(threads)
     {
       const FlushSubnormals flush;
+      const int thread = omp_get_thread_num();
+      if (chunk == 0) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; ++i) task(i, thread);
+      } else {
 #pragma omp for schedule(dynamic, chunk)
-      for (int64_t i = 0; i < n; ++i) task(i, omp_get_thread_num());
+        for (int64_t i = 0; i < n; ++i) task(i, thread);
+      }
     }
     return;
   }

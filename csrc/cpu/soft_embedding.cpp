@@ -333,11 +333,10 @@ void for_plain_rows(const SoftProblem& p, SoftmaxRows<C> rows, const Run& run) {
   }
   const int threads = threads_for(p.num_rows * p.K, p.threads);
   if (p.num_rows == 0) return;
-  const int64_t at_once =
-      std::min((p.num_rows + 4 * threads - 1) / (4 * threads), std::max(kWorthAThread / p.K, int64_t{1}));
+  const int64_t at_once = std::max(kWorthAThread / p.K, int64_t{1});
   const int64_t room = 2 * (p.K + 16);
   const std::unique_ptr<C[]> scratch(new C[static_cast<size_t>(threads * room)]);
-  parallel_for((p.num_rows + at_once - 1) / at_once, threads, 1, [&](int64_t i, int thread) {
+  parallel_for((p.num_rows + at_once - 1) / at_once, threads, 0, [&](int64_t i, int thread) {
     run(rows, i * at_once, std::min((i + 1) * at_once, p.num_rows), scratch.get() + thread * room);
   });
 }
