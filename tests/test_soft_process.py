@@ -287,8 +287,8 @@ def test_every_instruction_set_matches_float64(instruction_set, K):
         mask = torch.rand(K) < 0.2
         for options in ({}, {"hard": True}, {"top_k": 6}, {"gumbel": 1.0, "seed": 2, "mask": mask}):
             case = Case(scores, table, {"temperature": T, **options})
-            # four numbers at a time leave sums of a thousand in float32: the error model allows 8 eps (1 + log K)
-            slack = 3.0 if instruction_set == "baseline" and K > 2000 else 1.0
+            # without fused multiply-add, and four numbers at a time, the error model allows 8 eps (1 + log K)
+            slack = 1.5 if instruction_set == "baseline" and K > 8000 else 1.0
             check(case, "native", case.upstream("out", *FLOATS), confident=K <= 3, slack=slack)
 
 
