@@ -13,6 +13,7 @@ from . import backends, ops
 from .autograd import once
 from .chunked.products import WeightGradient, multiply, plan_of
 from .chunked.rows import chunks_of, settings
+from .chunked.sides import padded_matrix
 from .native import brought_in
 from .native import soft_embedding as kernels
 
@@ -86,6 +87,14 @@ def _chunks(scores: Tensor, table: Tensor, num_matrices: int, num_bytes: int) ->
     return chunks_of(num_rows, num_matrices * num_labels * table.element_size(), num_bytes, MIN_ROWS)
 
 
+def _matrix(table: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, K] in the table's dtype, as the left operand of a product takes it."""
+    num_labels = table.shape[0]
+    if table.dtype == torch.float32:
+        return table.new_empty((num_rows, num_labels))
+    return padded_matrix(table, num_rows, num_labels, table.dtype)[:, :num_labels]
+
+
 def _forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
     """state [2, N]: max and log_denom of each row, written if wanted."""
     num_labels, width = table.shape
@@ -94,7 +103,7 @@ def _forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | 
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
     chunks = _chunks(scores, table, 1, FORWARD_BYTES)
-    probabilities = table.new_empty((chunks[-1][1] - chunks[-1][0], num_labels))
+    probabilities = _matrix(table, chunks[-1][1] - chunks[-1][0])
     if len(chunks) == 1:
         kernels.plain_softmax(scores, 0, temperature, state, probabilities)
         mixture = torch.mm(probabilities, table)

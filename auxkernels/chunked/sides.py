@@ -59,6 +59,17 @@ def padded(vocab_size: int) -> int:
     return -(-vocab_size // ALIGNMENT) * ALIGNMENT
 
 
+def padded_matrix(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """[num_rows, padded V], uninitialised but for the columns beyond V.
+
+    Those are zero: oneDNN's bfloat16 products on CPUs with AMX read whole blocks of 32 beyond the end of a row and
+    multiply them by 0 (its issue 5717), which leaves 0 only where they are finite.
+    """
+    matrix = native.brought_in(like.new_empty((num_rows, padded(vocab_size)), dtype=dtype))
+    matrix[:, vocab_size:] = 0
+    return matrix
+
+
 def are_one_product(parts: list[Part], autocast: torch.dtype | None) -> bool:
     """Whether the parts are heads whose products can be added up where they are stored: [h, g] @ [W, U].T."""
     plans = set()
@@ -90,12 +101,12 @@ class Buffers:
 
     def __init__(self, setting: Setting, like: Tensor):
         self.size = (setting.chunk_size(), padded(setting.vocab_size)) if setting.chunks else None
-        self.like = like
+        self.like, self.vocab_size = like, setting.vocab_size
         self.made: dict = {}
 
     def get(self, key, dtype: torch.dtype, num_rows: int) -> Tensor:
         if key not in self.made:
-            self.made[key] = native.brought_in(self.like.new_empty(self.size, dtype=dtype))
+            self.made[key] = padded_matrix(self.like, self.size[0], self.vocab_size, dtype)
         return self.made[key][:num_rows]
 
 
