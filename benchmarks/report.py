@@ -60,7 +60,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def _finite(row: dict) -> dict:
     """JSON has no infinity: an infinite error becomes the string "inf"."""
-    errors = {key: row[key] for key in ("fp64_error", "eager_fp64_error")}
+    errors = {key: row[key] for key in ("fp64_error", "eager_fp64_error") if key in row}
     as_json = {k: {n: "inf" if v == math.inf else v for n, v in values.items()} for k, values in errors.items()}
     return row | as_json
 

@@ -1,0 +1,214 @@
+"""Sixty small calls of every operator, for what has to be seen on a device: sanitizers, repetition, graphs, streams.
+
+`python -m benchmarks.gpu_cases` runs them all and compares each with the reference: what a sanitizer is put around.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import auxkernels as ak
+
+NUM_ROWS = 37
+IGNORE_INDEX = -100
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 4e-3}  # norm-relative, against the reference on the same inputs
+
+
+class Case(NamedTuple):
+    """`call(inputs, backend)` gives the result that is differentiated and further outputs."""
+
+    name: str
+    dtype: str
+    make: Callable[[torch.device, torch.Generator], dict[str, Tensor]]
+    call: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
+
+    def inputs(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """The leaves; equal seeds give equal values on every device."""
+        drawn = self.make(torch.device("cpu"), torch.Generator().manual_seed(seed))
+        return {
+            name: t.to(device).requires_grad_(t.is_floating_point() and not name.startswith("frozen"))
+            for name, t in drawn.items()
+        }
+
+    def run(self, inputs: dict[str, Tensor], backend: str = "auto") -> dict[str, Tensor]:
+        """Every output and the gradient of every leaf, by name."""
+        first, *others = self.call(inputs, backend)
+        leaves = {name: t for name, t in inputs.items() if t.requires_grad}
+        upstream = torch.linspace(0.5, 1.5, first.numel(), device=first.device).view(first.shape).to(first.dtype)
+        grads = torch.autograd.grad(first, list(leaves.values()), upstream)
+        outputs = {f"output {i}": t.detach() for i, t in enumerate((first, *others))}
+        return {**outputs, **{f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+    def check(self, device: torch.device) -> str | None:
+        """What differs from the reference, or None."""
+        inputs = self.inputs(device)
+        got, want = self.run(inputs), self.run(inputs, "reference")
+        for name, value in got.items():
+            exact = want[name]
+            if value.dtype == torch.int64:
+                if not torch.equal(value, exact):
+                    return f"{name} differs"
+                continue
+            error = ((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
+            if not error <= TOLERANCE[self.dtype]:
+                return f"{name} is off by {error:.1e}, allowed {TOLERANCE[self.dtype]:.0e}"
+        return None
+
+
+def _draw(generator: torch.Generator, *shape: int, dtype: str, scale: float = 2.0) -> Tensor:
+    return (scale * torch.randn(*shape, generator=generator)).to(DTYPES[dtype])
+
+
+def _targets(generator: torch.Generator, V: int) -> Tensor:
+    target = torch.randint(V, (NUM_ROWS,), generator=generator)
+    target[::7] = IGNORE_INDEX
+    return target
+
+
+# -- cross-entropy -----------------------------------------------------------------------------------------------------
+
+
+def _make_logits(V: int, dtype: str, device, generator) -> dict[str, Tensor]:
+    base, aux = (_draw(generator, NUM_ROWS, V, dtype=dtype) for _ in range(2))
+    weight, scale = torch.rand(V, generator=generator) + 0.5, torch.rand(NUM_ROWS, generator=generator) + 0.5
+    target = _targets(generator, V)
+    return {"frozen base": base, "aux": aux, "target": target, "frozen weight": weight, "frozen scale": scale}
+
+
+def _loss(t: dict[str, Tensor], backend: str, **options) -> tuple[Tensor, ...]:
+    return (ak.aux_cross_entropy(t["frozen base"], t["aux"], t["target"], backend=backend, **options),)
+
+
+def _bent_loss(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    base = ak.Logits(t["frozen base"], softcap=20.0)
+    return (ak.aux_cross_entropy(base, ak.Logits(t["aux"], scale=t["frozen scale"]), t["target"], backend=backend),)
+
+
+def _weighted_loss(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    return _loss(t, backend, weight=t["frozen weight"], label_smoothing=0.1, z_loss=1e-3)
+
+
+def _statistics(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    stats = ak.logit_stats(t["frozen base"], t["aux"], t["target"], backend=backend)
+    return stats.entropy + stats.kl_to_base, stats.log_prob.detach(), stats.argmax, stats.base_argmax
+
+
+def _cross_entropy_cases() -> list[Case]:
+    cases = []
+    for dtype, V, reduction in itertools.product(DTYPES, (33, 1025, 4097, 50257), ("mean", "none")):
+        call = functools.partial(_loss, reduction=reduction)
+        cases.append(Case(f"loss, {reduction}, V {V}", dtype, functools.partial(_make_logits, V, dtype), call))
+    forms = {"softcap and scale": _bent_loss, "weight, smoothing, z-loss": _weighted_loss, "statistics": _statistics}
+    forms["one source"] = lambda t, backend: (ak.aux_cross_entropy(t["aux"], None, t["target"], backend=backend),)
+    for dtype, (name, call) in itertools.product(DTYPES, forms.items()):
+        cases.append(Case(f"{name}, V 4097", dtype, functools.partial(_make_logits, 4097, dtype), call))
+    return cases
+
+
+def _make_heads(dtype: str, device, generator) -> dict[str, Tensor]:
+    V, widths = 1025, (48, 32)
+    made = {"target": _targets(generator, V)}
+    for name, width in zip(("frozen base", "aux"), widths, strict=True):
+        made[name] = _draw(generator, NUM_ROWS, width, dtype=dtype, scale=1.0)
+        made[f"{name} head"] = _draw(generator, V, width, dtype=dtype, scale=0.3)
+    return made
+
+
+def _heads(t: dict[str, Tensor]) -> tuple[ak.Head, ak.Head]:
+    return ak.Head(t["frozen base"], t["frozen base head"]), ak.Head(t["aux"], t["aux head"])
+
+
+def _head_loss(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    return (ak.aux_cross_entropy(*_heads(t), t["target"], backend=backend),)
+
+
+def _head_statistics(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    return (ak.logit_stats(*_heads(t), t["target"], backend=backend).log_prob,)
+
+
+# -- soft_embedding ----------------------------------------------------------------------------------------------------
+
+
+def _make_lookup(K: int, num_tables: tuple[int, ...], dtype: str, device, generator) -> dict[str, Tensor]:
+    scores, table = _draw(generator, NUM_ROWS, K, dtype=dtype), _draw(generator, *num_tables, K, 40, dtype=dtype)
+    # neighbours differ by more than rounding does, so that no tie decides what is selected
+    order = torch.rand(NUM_ROWS, K, generator=generator).argsort(-1).argsort(-1)
+    scores = scores.float() * 0.1 + order * (8.0 / K)
+    temperature = torch.rand(NUM_ROWS, generator=generator) + 0.5
+    mask = torch.rand(NUM_ROWS, K, generator=generator) < 0.3
+    segment_ids = torch.randint(-1, NUM_ROWS, (211,), generator=generator).sort().values
+    tensors = {"scores": scores.to(DTYPES[dtype]), "table": table, "temperature": temperature}
+    return {**tensors, "mask": mask, "segments": segment_ids}
+
+
+def _lookup(t: dict[str, Tensor], backend: str, **options) -> tuple[Tensor, ...]:
+    given = {"temperature": t["temperature"], "backend": backend, **options}
+    return (ak.soft_embedding(t["scores"], t["table"], **given),)
+
+
+def _masked_lookup(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    return _lookup(t, backend, mask=t["mask"])
+
+
+def _planned_tokens(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    (mixture,) = _lookup(t, backend)
+    return (ak.segments_to_tokens(mixture, t["segments"], backend=backend),)
+
+
+LOOKUPS = {
+    "soft": _lookup,
+    "straight-through": functools.partial(_lookup, hard=True),
+    "Gumbel": functools.partial(_lookup, gumbel=1.0, seed=7),
+    "top 5": functools.partial(_lookup, top_k=5),
+    "mask": _masked_lookup,
+    "tables, segments": _planned_tokens,
+}
+
+
+def _lookup_cases() -> list[Case]:
+    cases = []
+    for dtype, (name, call) in itertools.product(("fp32", "bf16"), LOOKUPS.items()):
+        tables = (3,) if call is _planned_tokens else ()
+        make = functools.partial(_make_lookup, 257, tables, dtype)
+        cases.append(Case(f"lookup, {name}, K 257", dtype, make, call))
+    for dtype, name in itertools.product(DTYPES, ("soft", "mask")):
+        make = functools.partial(_make_lookup, 5003, (), dtype)
+        cases.append(Case(f"lookup, {name}, K 5003", dtype, make, LOOKUPS[name]))
+    return cases
+
+
+def all_cases() -> list[Case]:
+    heads = [
+        Case(f"heads, {name}", dtype, functools.partial(_make_heads, dtype), call)
+        for dtype, (name, call) in itertools.product(DTYPES, {"loss": _head_loss, "log_prob": _head_statistics}.items())
+    ]
+    return [*_cross_entropy_cases(), *heads, *_lookup_cases()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cases", description=__doc__.partition(":")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th case (1)")
+    options = parser.parse_args(arguments)
+    failed = 0
+    for case in all_cases()[:: options.every]:
+        problem = case.check(torch.device(options.device))
+        failed += problem is not None
+        print(
+            f"{'ok  ' if problem is None else 'FAIL'} {case.dtype} {case.name}{'' if problem is None else ': '}", end=""
+        )
+        print(problem or "")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

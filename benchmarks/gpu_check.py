@@ -1,0 +1,252 @@
+"""``python -m benchmarks.gpu_check``: everything that only a CUDA device can show, in one command of nine minutes.
+
+build       the native modules, where there is a compiler
+tests       the suite's GPU part (`pytest -m gpu`), more than 2**31 elements included
+repeats     250 runs of every third case give the same bits
+graphs      every third case captured in a CUDA graph, replayed on other inputs, and run on a side stream
+memcheck    the sixty cases under compute-sanitizer, without torch's caching allocator, which would hide overruns
+racecheck   every fourth of them
+benchmark   the quick grid with every baseline that is installed
+
+Each part writes one JSON line, with device, driver, versions and commit, to benchmarks/results/<device>-check.jsonl;
+its whole output goes to <device>-check-<part>.log beside it. A part that outlives its share of the time is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import gpu_cases, machine, report
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+NUM_REPEATS = 250
+# seconds of each part, where the whole check may take `WHOLE`
+WHOLE = 540
+LIMITS = {
+    "build": 40,
+    "tests": 190,
+    "repeats": 30,
+    "graphs": 30,
+    "memcheck": 80,
+    "racecheck": 40,
+    "benchmark": 130,
+}
+
+
+class Outcome(NamedTuple):
+    """What a part found. status: passed, failed, stopped (out of time) or skipped."""
+
+    status: str
+    detail: str
+
+
+# -- parts in processes of their own -----------------------------------------------------------------------------------
+
+
+def _run(command: list[str], log: Path, seconds: float, **variables: str) -> tuple[int | None, str]:
+    """Exit status, None where it was stopped, and the output."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, cwd=ROOT, env=environment
+            )
+            status = done.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+    return status, log.read_text(errors="replace")
+
+
+def _last(pattern: str, output: str) -> str:
+    found = re.findall(pattern, output, flags=re.MULTILINE)
+    lines = output.strip().splitlines()
+    return found[-1] if found else (lines[-1][:120] if lines else "no output")
+
+
+def _outcome(status: int | None, detail: str) -> Outcome:
+    return Outcome("stopped" if status is None else "passed" if status == 0 else "failed", detail)
+
+
+def build(log: Path, seconds: float) -> Outcome:
+    status, output = _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], log, seconds)
+    from auxkernels import native
+
+    said = "; ".join(f"{name}: {text}" for name, text in native.build_record().items())
+    return _outcome(status, said or _last(r".+", output))
+
+
+def tests(log: Path, seconds: float) -> Outcome:
+    workers = str(min(8, os.cpu_count() or 1))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", workers, "tests"]
+    status, output = _run(command, log, seconds)
+    return _outcome(status, _last(r"^\d+ (?:passed|failed|skipped).*$", output))
+
+
+def _sanitizer(tool: str, every: int) -> Callable[[Path, float], Outcome]:
+    def run(log: Path, seconds: float) -> Outcome:
+        program = shutil.which("compute-sanitizer")
+        if program is None:
+            return Outcome("skipped", "compute-sanitizer is not installed")
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_cases"]
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        status, output = _run([*command, "--every", str(every)], log, seconds, **variables)
+        num_ok = len(re.findall(r"^ok ", output, flags=re.MULTILINE))
+        return _outcome(status, f"{num_ok} cases; {_last(r'(?:ERROR|RACECHECK) SUMMARY: .*', output)}")
+
+    return run
+
+
+def benchmark(log: Path, seconds: float) -> Outcome:
+    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.5"]
+    status, output = _run(command, log, seconds)
+    num_cases = len(re.findall(r"^\d+/\d+ ", output, flags=re.MULTILINE))
+    return _outcome(status, f"{num_cases} cases; {_last(r'^rows: .*$', output)}")
+
+
+# -- parts in this process ---------------------------------------------------------------------------------------------
+
+
+def _each_case(check: Callable[[gpu_cases.Case], str | None], log: Path, seconds: float) -> Outcome:
+    """Every third case, until the time is over."""
+    start, lines, num_failed, chosen = time.perf_counter(), [], 0, gpu_cases.all_cases()[::3]
+    for case in chosen:
+        if time.perf_counter() - start > seconds:
+            break
+        try:
+            problem = check(case)
+        except RuntimeError as error:  # a failed launch is this case's finding
+            problem = f"{type(error).__name__}: {error}"
+        num_failed += problem is not None
+        lines.append(f"{'ok  ' if problem is None else 'FAIL'} {case.dtype} {case.name} {problem or ''}".rstrip())
+    log.write_text("\n".join(lines) + "\n")
+    first = next((line for line in lines if line.startswith("FAIL")), "")
+    if num_failed:
+        return Outcome("failed", f"{num_failed} of {len(lines)} cases: {first[:120]}")
+    return Outcome("passed" if len(lines) == len(chosen) else "stopped", f"{len(lines)} of {len(chosen)} cases")
+
+
+def _same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> torch.Tensor:
+    """0-d bool on the device: the host does not wait. NaN equals NaN."""
+    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in zip(got.values(), want.values(), strict=True)]
+    return torch.stack(same).all()
+
+
+def _repeats_alike(case: gpu_cases.Case, num_repeats: int = NUM_REPEATS) -> str | None:
+    inputs = case.inputs(torch.device("cuda"))
+    first = case.run(inputs)
+    same = torch.stack([_same_bits(case.run(inputs), first) for _ in range(num_repeats)])
+    return None if same.all().item() else f"{int((~same).sum())} of {num_repeats} runs differ"
+
+
+def _works_in_graphs_and_streams(case: gpu_cases.Case) -> str | None:
+    device = torch.device("cuda")
+    inputs, others = case.inputs(device, seed=0), case.inputs(device, seed=1)
+    want = case.run(others)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_side = case.run(others)
+        case.run(inputs)  # compiles what a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    if not _same_bits(on_side, want).item():
+        return "another result on a side stream"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.run(inputs)
+    with torch.no_grad():
+        for name, tensor in inputs.items():
+            tensor.copy_(others[name])
+    graph.replay()
+    return None if _same_bits(captured, want).item() else "another result from a replayed graph"
+
+
+def repeats(log: Path, seconds: float) -> Outcome:
+    return _each_case(_repeats_alike, log, seconds)
+
+
+def graphs(log: Path, seconds: float) -> Outcome:
+    return _each_case(_works_in_graphs_and_streams, log, seconds)
+
+
+PARTS: dict[str, Callable[[Path, float], Outcome]] = {
+    "build": build,
+    "tests": tests,
+    "repeats": repeats,
+    "graphs": graphs,
+    "memcheck": _sanitizer("memcheck", every=1),
+    "racecheck": _sanitizer("racecheck", every=4),
+    "benchmark": benchmark,
+}
+
+
+# -- the check ---------------------------------------------------------------------------------------------------------
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def run_parts(names: list[str], output: Path, environment: dict, console: Console) -> list[dict]:
+    """One row for each part, written as it ends. What a part leaves of its time goes to those that follow."""
+    rows, slug, deadline = [], environment["device_slug"], time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        deadline += LIMITS[name]
+        start = time.perf_counter()
+        outcome = PARTS[name](output / f"{slug}-check-{name}.log", max(deadline - start, 5.0))
+        seconds = round(time.perf_counter() - start, 1)
+        row = {"part": name, **outcome._asdict(), "seconds": seconds, **environment}
+        report.append_rows(output / f"{slug}-check.jsonl", [row])
+        console.print(f"[dim]{name}: {outcome.status}, {seconds} s", soft_wrap=True)
+        rows.append(row)
+    return rows
+
+
+def table_of(rows: list[dict]) -> Table:
+    first = rows[0]
+    title = f"{first['device']}, driver {first['driver']}, torch {first['torch']}, triton {first['triton']}"
+    table = Table(title=f"{title}, commit {first['commit']}")
+    for name in ("part", "status", "seconds", "detail"):
+        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(row["part"], row["status"], f"{row['seconds']:.0f}", row["detail"])
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="all of them")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results")
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not torch.cuda.is_available():
+        console.print("there is no CUDA device here: nothing was checked")
+        return 2
+    environment = {**machine.describe(torch.device("cuda")), "driver": _driver(), "cuda": torch.version.cuda}
+    rows = run_parts(options.parts, options.output, environment, console)
+    console.print(table_of(rows))
+    return int(any(row["status"] in ("failed", "stopped") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
