@@ -97,7 +97,7 @@ def _matrix(table: Tensor, num_rows: int) -> Tensor:
 
 def _forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
     """state [2, N]: max and log_denom of each row, written if wanted."""
-    num_labels, width = table.shape
+    width = table.shape[1]
     if _is_small(scores, table, SMALL_FORWARD):
         mixture = table.new_empty((*scores.shape[:-1], width))
         kernels.small_lookup(scores, table, temperature, state, mixture)
