@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from . import backends, ops
 from .autograd import once
+from .chunked import soft_embedding as chunked
 from .chunked.products import WeightGradient, multiply, plan_of
 from .chunked.rows import chunks_of, settings
 from .chunked.sides import padded_matrix
@@ -18,10 +19,11 @@ from .native import brought_in
 from .native import soft_embedding as kernels
 
 # of a chunk's [rows, K] matrices, one forward and two backward: caches keep small ones, products like tall ones
-FORWARD_BYTES, BACKWARD_BYTES = 4 << 20, 16 << 20
-MIN_ROWS = 256
-# multiplications up to which one compiled call beats calls of a library's product
-SMALL_FORWARD, SMALL_BACKWARD = 1 << 24, 1 << 17
+FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
+# multiplications up to which one compiled call beats calls of a library's product: always; forward, if the rows are
+# enough for whole tiles and the table stays in the second-level cache
+SMALL, SMALL_FORWARD = 1 << 17, 1 << 24
+SMALL_FORWARD_ROWS, SMALL_FORWARD_TABLE = 32, 1 << 17
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for CPU, and fast
 
@@ -33,9 +35,9 @@ def serves(scores, table, temperature, seed, backend: str) -> bool:
         backend = "native"
     if not ops.is_direct(tensors, backend) or backends.native_missing() is not None or forward_ad._current_level >= 0:
         return False
-    if not (isinstance(scores, Tensor) and isinstance(table, Tensor) and type(temperature) is float):
+    if not (isinstance(scores, Tensor) and isinstance(table, Tensor) and type(temperature) in (float, int)):
         return False
-    if not 0 < temperature < float("inf") or scores.dim() < 1 or table.dim() != 2:
+    if not 1e-30 < temperature < 1e30 or scores.dim() < 1 or table.dim() != 2:
         return False
     if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**63):
         return False
@@ -46,7 +48,11 @@ def serves(scores, table, temperature, seed, backend: str) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _TABLES:
         return False
-    return scores.is_contiguous() and table.is_contiguous() and settings.num_bytes is None
+    return _is_plain(scores) and _is_plain(table) and settings.num_bytes is None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_contiguous()
 
 
 def lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
@@ -54,37 +60,63 @@ def lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         table = table.to(torch.get_autocast_dtype("cpu"))
     if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
-        return _PlainLookup.apply(scores, table, temperature)
-    return _forward(scores, table, temperature, None)
+        return _PlainLookup.apply(scores, table, float(temperature))
+    return _forward(scores, table, float(temperature), None)
 
 
 class _PlainLookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, table, temperature):
-        state = torch.empty((2, scores.numel() // table.shape[0]))
+        state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
         ctx.save_for_backward(scores, table, state)
         ctx.temperature = temperature
         return _forward(scores, table, temperature, state)
 
     @staticmethod
     def backward(ctx, grad):
-        arguments = (*ctx.saved_tensors, ctx.temperature, grad, *ctx.needs_input_grad[:2])
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        saved, needs, grad = ctx.saved_tensors, ctx.needs_input_grad[:2], grad.resolve_neg()
+        if not ops.is_direct((*saved, grad), "native"):
+            grads = _general_backward(*saved, ctx.temperature, grad, *needs)
+        elif torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                grads = _backward(*arguments)
+                grads = _backward(*saved, ctx.temperature, grad, *needs)
         else:
-            grads = _backward(*arguments)
-        return (*once("soft_embedding", grads, (*arguments[:2], grad)), None)
+            grads = _backward(*saved, ctx.temperature, grad, *needs)
+        return (*once("soft_embedding", grads, (*saved[:2], grad)), None)
 
 
-def _is_small(scores: Tensor, table: Tensor, bound: int) -> bool:
-    return scores.numel() * table.shape[1] <= bound and scores.dtype == table.dtype == torch.float32
+def _general_backward(scores, table, state, temperature, grad, needs_scores: bool, needs_table: bool) -> list:
+    """By the operator, which what is tracing knows."""
+    max, log_denom = state.view(2, *scores.shape[:-1])
+    temperature = ops.number_tensor(temperature, torch.float32, scores.device)
+    leading = ([scores, None, None, None], [0.0], None, table, temperature, None, None, None, 0, False)
+    argmax = torch.empty_like(max, dtype=torch.int64)  # read for straight-through and statistics alone
+    needs = [needs_scores, False, False, False, False, needs_table]
+    made = iter(chunked.backward(*leading, max, log_denom, argmax, None, grad, [None] * 4, needs, "native"))
+    return [next(made) if need else None for need in (needs_scores, needs_table)]
 
 
-def _chunks(scores: Tensor, table: Tensor, num_matrices: int, num_bytes: int) -> list[tuple[int, int]]:
+def _is_tiny(scores: Tensor, table: Tensor) -> bool:
+    return scores.numel() * table.shape[1] <= SMALL and scores.dtype == table.dtype == torch.float32
+
+
+def _is_small_forward(scores: Tensor, table: Tensor) -> bool:
+    num_products = scores.numel() * table.shape[1]
+    if num_products <= SMALL:
+        return scores.dtype == table.dtype == torch.float32
+    if num_products > SMALL_FORWARD or table.numel() > SMALL_FORWARD_TABLE:
+        return False
+    has_tiles = scores.numel() >= SMALL_FORWARD_ROWS * table.shape[0]
+    return has_tiles and scores.dtype == table.dtype == torch.float32
+
+
+def _chunks(scores: Tensor, table: Tensor, num_matrices: int, num_bytes: int) -> tuple[list[tuple[int, int]], int]:
+    """The chunks and the rows of the largest."""
     num_labels = table.shape[0]
     num_rows = scores.numel() // num_labels
-    return chunks_of(num_rows, num_matrices * num_labels * table.element_size(), num_bytes, MIN_ROWS)
+    row_bytes = num_matrices * num_labels * table.element_size()
+    chunks = chunks_of(num_rows, row_bytes, num_bytes, chunked.CPU_MIN_ROWS)
+    return chunks, max(stop - start for start, stop in chunks)
 
 
 def _matrix(table: Tensor, num_rows: int) -> Tensor:
@@ -98,34 +130,34 @@ def _matrix(table: Tensor, num_rows: int) -> Tensor:
 def _forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
     """state [2, N]: max and log_denom of each row, written if wanted."""
     width = table.shape[1]
-    if _is_small(scores, table, SMALL_FORWARD):
-        mixture = table.new_empty((*scores.shape[:-1], width))
+    mixture = table.new_empty((*scores.shape[:-1], width))  # not a view, which could not be changed in place
+    if _is_small_forward(scores, table):
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
-    chunks = _chunks(scores, table, 1, FORWARD_BYTES)
-    probabilities = _matrix(table, chunks[-1][1] - chunks[-1][0])
-    if len(chunks) == 1:
-        kernels.plain_softmax(scores, 0, temperature, state, probabilities)
-        mixture = torch.mm(probabilities, table)
-    else:
-        mixture = brought_in(table.new_empty((chunks[-1][1], width)))
-        for start, stop in chunks:
-            part = probabilities[: stop - start]
-            kernels.plain_softmax(scores, start, temperature, state, part)
-            torch.mm(part, table, out=mixture[start:stop])
-    return mixture.view(*scores.shape[:-1], width)
+    chunks, most = _chunks(scores, table, 1, FORWARD_BYTES)
+    probabilities, flat = _matrix(table, most), brought_in(mixture).detach().view(-1, width)
+    for start, stop in chunks:
+        part = probabilities[: stop - start]
+        kernels.plain_softmax(scores, start, temperature, state, part)
+        multiply(part, table.detach(), flat[start:stop])
+    return mixture
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """As kernels read tensors: saved-tensor hooks and autograd may hand out other strides and lazy negations."""
+    return tensor.resolve_neg().contiguous()
 
 
 def _backward(scores, table, state, temperature, grad, needs_scores: bool, needs_table: bool) -> list[Tensor | None]:
+    scores, table, state = _plain(scores), _plain(table), _plain(state)
     num_labels, width = table.shape
     grad_scores = brought_in(torch.empty_like(scores)) if needs_scores else None
-    if _is_small(scores, table, SMALL_BACKWARD):
+    if _is_tiny(scores, table):
         grad_table = torch.empty_like(table) if needs_table else None
         kernels.small_lookup_backward(scores, table, temperature, state, grad.contiguous(), grad_scores, grad_table)
         return [grad_scores, grad_table]
-    chunks = _chunks(scores, table, 2, BACKWARD_BYTES)
-    num_rows, most = chunks[-1][1], max(stop - start for start, stop in chunks)
-    grad = grad.reshape(num_rows, width)
+    chunks, most = _chunks(scores, table, 2, BACKWARD_BYTES)
+    grad = grad.reshape(-1, width)
     probabilities = table.new_empty((most, num_labels)) if needs_table else None
     of_probabilities = table.new_empty((most, num_labels)) if needs_scores else None
     of_table = None

@@ -66,7 +66,7 @@ def soft_embedding(
     Source        Cornille et al. 2024 (planner with soft labels); Jang et al. 2017 (Gumbel-softmax, straight-through).
     """
     has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
-    is_plain = not has_option and type(gumbel) is float and gumbel == 0.0
+    is_plain = not has_option and type(gumbel) in (float, int) and gumbel == 0
     if is_plain and plain_lookup.serves(logits, table, temperature, seed, backend):
         return plain_lookup.lookup(logits, table, temperature)
     problem = _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backend)

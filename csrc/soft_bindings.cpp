@@ -163,6 +163,7 @@ void py_scatter(const TablesArguments& tables_args, const SelectionArguments& se
 // wanted)
 SmallLookup small_of(int64_t scores, int64_t table, int64_t N, int64_t K, int64_t D, double temperature, int threads,
                      int64_t state) {
+  if (N < 0 || K < 1 || D < 1) throw py::value_error("there must be a label and a column, got K=" + std::to_string(K));
   SmallLookup p;
   p.scores = static_cast<const float*>(pointer(scores)), p.table = static_cast<const float*>(pointer(table));
   p.N = N, p.K = K, p.D = D, p.factor = 1 / static_cast<float>(temperature), p.threads = std::max(threads, 1);

@@ -5,6 +5,7 @@ import torch
 from inputs import logits
 from oracle import relative_error
 from torch.autograd import grad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from auxkernels import plain_lookup, soft_embedding
 from auxkernels.native import cpu
@@ -114,7 +115,7 @@ def test_bits_do_not_depend_on_our_threads(shape):
             torch.set_num_threads(count)
             state, probabilities = torch.empty(2, num_rows), torch.empty(num_rows, num_labels)
             plain_lookup.kernels.plain_softmax(scores, 0, 0.7, state, probabilities)
-            got, mixture = [state, probabilities, torch.empty_like(scores), torch.empty_like(table)], table.new_empty(1)
+            got = [state, probabilities, torch.empty_like(scores), torch.empty_like(table)]
             mixture = table.new_empty((num_rows, width))
             plain_lookup.kernels.small_lookup(scores, table, 0.7, None, mixture)
             plain_lookup.kernels.small_lookup_backward(scores, table, 0.7, state, mixture, got[2], got[3])
@@ -170,6 +171,80 @@ def test_upstream_of_any_strides(road):
             assert relative_error(a, b) < 3e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_result_may_be_changed_in_place(shape):
+    num_rows, num_labels, width = shape
+    scores, table = logits(num_rows, num_labels, requires_grad=True), logits(num_labels, width)
+    want = grad(soft_embedding(scores, table).mul(2.0).sum(), scores)[0]
+    mixture = soft_embedding(scores, table)
+    assert mixture._base is None
+    assert torch.equal(grad(mixture.mul_(2.0).sum(), scores)[0], want)
+    with torch.no_grad():
+        inferred = soft_embedding(scores, table)
+    bias = torch.zeros(width, requires_grad=True)
+    assert inferred.add_(bias).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F64], ids=str)
+def test_the_default_dtype_and_device_do_not_matter(dtype):
+    scores, table = logits(64, 32, requires_grad=True), logits(32, 16)
+    want = grad(soft_embedding(scores, table).sum(), scores)[0]
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(grad(soft_embedding(scores, table).sum(), scores)[0], want)
+        with torch.device("meta"):
+            mixture = soft_embedding(scores, table)
+        assert torch.equal(grad(mixture.sum(), scores)[0], want)
+    finally:
+        torch.set_default_dtype(F32)
+
+
+@pytest.mark.parametrize("options", [{}, {"hard": True}, {"top_k": 3}, {"gumbel": 1.0, "seed": 1}], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5, 4), (130, 257, 513)], ids=str)
+def test_lazily_negated_upstream_gradients(shape, options):
+    num_rows, num_labels, width = shape
+    scores, table = logits(num_rows, num_labels, requires_grad=True), logits(num_labels, width, requires_grad=True)
+    upstream = logits(num_rows, width)
+    mixture = soft_embedding(scores, table, **options)
+    want = grad(mixture, (scores, table), -upstream, retain_graph=True)
+    got = grad(mixture, (scores, table), torch._neg_view(upstream))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"gumbel": 1.0, "seed": 1}], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5, 4), (130, 257, 513)], ids=str)
+def test_saved_tensors_may_come_back_with_other_strides(shape, options):
+    num_rows, num_labels, width = shape
+    scores, table = logits(num_rows, num_labels, requires_grad=True), logits(num_labels, width, requires_grad=True)
+    upstream = logits(num_rows, width)
+    want = grad(soft_embedding(scores, table, **options), (scores, table), upstream)
+
+    def transposed(t):
+        return t.detach().t().contiguous() if t.dim() == 2 else t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(transposed, lambda t: t.t() if t.dim() == 2 else t):
+        mixture = soft_embedding(scores, table, **options)
+    for a, b in zip(grad(mixture, (scores, table), upstream), want, strict=True):
+        assert relative_error(a, b) < 3e-6
+
+
+def test_backward_alone_may_be_traced():
+    """make_fx over a gradient whose forward was eager records the operator, not the making of empty tensors."""
+    scores, table = logits(6, 5, requires_grad=True), logits(5, 4, requires_grad=True)
+    mixture, upstream = soft_embedding(scores, table, temperature=0.7), logits(6, 4)
+    want = grad(mixture, (scores, table), upstream, retain_graph=True)
+    traced = make_fx(lambda g: grad(mixture, (scores, table), g, retain_graph=True))(upstream)
+    assert any("soft_embedding_backward" in str(node.target) for node in traced.graph.nodes)
+    for a, b in zip(traced(upstream), want, strict=True):
+        assert relative_error(a, b) < 3e-6
+
+
+def test_the_compiled_functions_refuse_sizes_of_nothing():
+    for N, K, D in ((1, 0, 1), (1, 1, 0), (-1, 1, 1)):
+        with pytest.raises(ValueError, match="label"):
+            cpu().small_lookup(0, 0, N, K, D, 1.0, 1, 0, 0)
+
+
 def test_backward_under_autocast_and_create_graph():
     scores, table = logits(600, 300, requires_grad=True), logits(300, 200, requires_grad=True)
     upstream = logits(600, 200)
@@ -194,6 +269,7 @@ def test_backward_under_autocast_and_create_graph():
         {"top_k": 2},
         {"return_stats": True},
         {"backend": "reference"},
+        {"temperature": 1e35},
         {"table": torch.randn(2, 9, 6)},
         {"table": torch.randn(9, 6, dtype=F64)},
         {"table": torch.randn(9, 6, dtype=F16)},
@@ -221,6 +297,8 @@ def test_anything_else_goes_the_general_road(road, change):
         ({"table": torch.randn(8, 6)}, ValueError),
         ({"logits": torch.zeros(4, 9, dtype=torch.int64)}, TypeError),
         ({"backend": "fast"}, ValueError),
+        ({"logits": torch.randn(4, 9).to_sparse_csr()}, TypeError),
+        ({"table": torch.randn(9, 6).to_mkldnn()}, TypeError),
     ],
 )
 def test_wrong_arguments_are_refused_as_ever(road, change, error):

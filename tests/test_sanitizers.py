@@ -15,6 +15,8 @@ CHECKOUT = Path(__file__).parents[1]
 SANITIZERS = "address,undefined"
 # hostile targets and canaries, every width and view, every coefficient, non-finite rows, each instruction set
 CHOSEN = [
+    "test_plain_lookup.py",
+    "test_soft_embedding.py::test_every_number_of_labels_with_each_choice",
     "test_safety.py::test_a_hostile_target_is_an_index_error_with_row_and_value",
     "test_safety.py::test_gradients_stay_inside_their_buffers",
     "test_safety.py::test_every_output_element_is_written",

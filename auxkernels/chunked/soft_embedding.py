@@ -118,7 +118,7 @@ class LookupCall:
     def soft_rows(self, start: int, stop: int) -> SoftRows:
         """The chunk as the row kernels take it."""
         lookup = self.lookup
-        scores = self.scores.operand(start, stop).values[:, : lookup.num_labels()]
+        scores = with_whole_rows(self.scores.operand(start, stop).values[:, : lookup.num_labels()])
         temperature, mask = lookup.temperature, lookup.mask
         if temperature is None:
             temperature = 1.0
@@ -140,8 +140,8 @@ class LookupCall:
         return torch.where(maxima.isfinite(), 1.0, torch.nan).to(self.lookup.compute()).unsqueeze(-1)
 
 
-def _is_direct(args: tuple) -> bool:
-    tensors = (*args[0], *args[3:8])
+def _is_direct(args: tuple, *more: Tensor | None) -> bool:
+    tensors = (*args[0], *args[3:8], *more)
     if torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -156,7 +156,8 @@ def forward(*args) -> list[Tensor]:
 
 def backward(*args) -> list[Tensor]:
     """The op of that name on checked arguments."""
-    return _backward(Lookup(*args[:10]), *args[10:]) if _is_direct(args) else _backward_op(*args)
+    is_direct = _is_direct(args, *args[10:15], *args[15])  # with row state, labels and upstream gradients
+    return _backward(Lookup(*args[:10]), *args[10:]) if is_direct else _backward_op(*args)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------

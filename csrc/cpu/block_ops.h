@@ -52,7 +52,8 @@ struct Matrix {
 template <class C>
 struct SoftmaxRows {
   Matrix scores;
-  int64_t num_rows = 0, K = 0;
+  int64_t num_rows = 0;  // how many there are: what may be fetched ahead
+  int64_t K = 0;
   const C* factors = nullptr;  // 1 / temperature of each row; null: factor
   C factor = 1;
   C* max = nullptr;        // read by the backward form, as log_denom is

@@ -9,7 +9,6 @@
 namespace auxk {
 namespace {
 
-constexpr int64_t kRows = 16;               // of a task
 constexpr int64_t kWorthAThread = 1 << 18;  // multiplications
 
 // rows [first, first + count) of the softmax
@@ -25,12 +24,17 @@ std::unique_ptr<float[]> numbers(int64_t count) {
   return std::unique_ptr<float[]>(new float[static_cast<size_t>(count)]);
 }
 
-int threads_for(const SmallLookup& p) {
-  return static_cast<int>(std::clamp<int64_t>(p.N * p.K * p.D / kWorthAThread, 1, p.threads));
-}
+// How the rows are shared out: in blocks of whole tiles of the products, whose probabilities stay in the cache.
+struct Blocks {
+  int64_t rows;
+  int threads;
 
-// of a task: whole tiles of the products, of sums that stay in the second-level cache
-int64_t rows_at_once(const SmallLookup& p) { return std::clamp<int64_t>((int64_t{1} << 14) / p.K / 4 * 4, 16, 128); }
+  explicit Blocks(const SmallLookup& p) {
+    rows = std::min(std::clamp<int64_t>((int64_t{1} << 14) / p.K / 4 * 4, 16, 128), p.N);
+    const int64_t useful = std::min(p.N * p.K * p.D / kWorthAThread, (p.N + rows - 1) / rows);
+    threads = static_cast<int>(std::clamp<int64_t>(useful, 1, p.threads));
+  }
+};
 
 // task(first, count, thread) for blocks of so many rows
 template <class Task>
@@ -42,11 +46,12 @@ void for_each_block(int64_t num_rows, int64_t rows, int threads, const Task& tas
 }  // namespace
 
 void small_lookup(const SmallLookup& p, float* mixture) {
+  if (p.N == 0) return;
   const BlockOps<float>& ops = block_ops<float>();
-  const int threads = threads_for(p);
-  const int64_t at_once = rows_at_once(p), room = at_once * p.K;
-  const std::unique_ptr<float[]> buffers = numbers(threads * room);
-  for_each_block(p.N, at_once, threads, [&](int64_t first, int64_t count, int thread) {
+  const Blocks blocks(p);
+  const int64_t room = blocks.rows * p.K;
+  const std::unique_ptr<float[]> buffers = numbers(blocks.threads * room);
+  for_each_block(p.N, blocks.rows, blocks.threads, [&](int64_t first, int64_t count, int thread) {
     float* probabilities = buffers.get() + thread * room;
     SoftmaxRows<float> rows = softmax_of(p, first, count);
     rows.probabilities = {probabilities, DType::kFloat32, p.K};
@@ -57,17 +62,17 @@ void small_lookup(const SmallLookup& p, float* mixture) {
 
 void small_lookup_backward(const SmallLookup& p, const float* grad, float* grad_scores, float* grad_table) {
   const BlockOps<float>& ops = block_ops<float>();
-  const int threads = threads_for(p);
-  const int64_t at_once = rows_at_once(p), room = at_once * p.K;
-  const std::unique_ptr<float[]> storage = numbers(p.N * p.K + p.K * p.D + threads * room);
+  const Blocks blocks(p);
+  const int64_t room = blocks.rows * p.K, num_products = grad_scores == nullptr ? 0 : p.K * p.D + blocks.threads * room;
+  const std::unique_ptr<float[]> storage = numbers(p.N * p.K + num_products);
   float *probabilities = storage.get(), *transposed = probabilities + p.N * p.K, *buffers = transposed + p.K * p.D;
   if (grad_scores != nullptr) {
-    for_each_block(p.K, 16, threads, [&](int64_t first, int64_t count, int) {
+    for_each_block(p.K, 16, blocks.threads, [&](int64_t first, int64_t count, int) {
       for (int64_t d = 0; d < p.D; ++d)
         for (int64_t k = first; k < first + count; ++k) transposed[d * p.K + k] = p.table[k * p.D + d];
     });
   }
-  for_each_block(p.N, at_once, threads, [&](int64_t first, int64_t count, int thread) {
+  for_each_block(p.N, blocks.rows, blocks.threads, [&](int64_t first, int64_t count, int thread) {
     SoftmaxRows<float> rows = softmax_of(p, first, count);
     rows.probabilities = {probabilities + first * p.K, DType::kFloat32, p.K};
     if (grad_scores != nullptr) {
@@ -79,7 +84,7 @@ void small_lookup_backward(const SmallLookup& p, const float* grad, float* grad_
     ops.softmax_rows_backward(rows, 0, count, nullptr);
   });
   if (grad_table == nullptr) return;
-  for_each_block(p.K, 8, threads, [&](int64_t first, int64_t count, int) {
+  for_each_block(p.K, 8, blocks.threads, [&](int64_t first, int64_t count, int) {
     ops.multiply_small(probabilities + first, 1, p.K, grad, count, p.D, p.N, grad_table + first * p.D);
   });
 }

@@ -1,5 +1,5 @@
 // softmax(scores / temperature) @ table and its gradients in one call each: for problems so small that a library's
-// product costs more in calls than in work. Everything is float32 and contiguous.
+// product costs more in calls than in work. Everything is float32 and contiguous; results below the normal numbers are 0.
 #pragma once
 
 #include <cstdint>

@@ -321,6 +321,7 @@ bool has_scores_only(const SoftProblem& p) {
 // run(rows, first, last, scratch) for all rows of a softmax without noise and mask
 template <class C, class Run>
 void for_plain_rows(const SoftProblem& p, SoftmaxRows<C> rows, const Run& run) {
+  if (p.num_rows == 0) return;
   rows.scores = {const_cast<void*>(p.scores.values), p.scores.dtype, p.scores.stride_inner};
   rows.num_rows = p.num_rows, rows.K = p.K;
   std::vector<C> factors;
@@ -328,11 +329,11 @@ void for_plain_rows(const SoftProblem& p, SoftmaxRows<C> rows, const Run& run) {
     rows.factor = 1 / static_cast<C>(p.temperature_value);
   } else {
     const C* temperature = static_cast<const C*>(p.temperature);
+    factors.reserve(static_cast<size_t>(p.num_rows));
     for (int64_t n = 0; n < p.num_rows; ++n) factors.push_back(1 / temperature[n * p.temperature_stride]);
     rows.factors = factors.data();
   }
   const int threads = threads_for(p.num_rows * p.K, p.threads);
-  if (p.num_rows == 0) return;
   const int64_t at_once = std::max(kWorthAThread / p.K, int64_t{1});
   const int64_t room = 2 * (p.K + 16);
   const std::unique_ptr<C[]> scratch(new C[static_cast<size_t>(threads * room)]);

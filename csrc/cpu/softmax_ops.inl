@@ -240,7 +240,7 @@ static void softmax_rows_backward_as(const SoftmaxRows<C>& rows, int64_t first, 
     const T* x = row_of<T>(rows.scores, n);
     const C factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
     C* p = is_own<C>(out) ? row_of<C>(out, n) : scratch;
-    const C* g = is_own<C>(grad) ? row_of<C>(grad, n) : scratch + K;
+    const C* g = is_own<C>(grad) ? row_of<C>(grad, n) : scratch == nullptr ? nullptr : scratch + K;
     const char* next = row_after(rows.scores, n, rows.num_rows, K);
     const char* next_g = is_own<C>(grad) ? row_after(grad, n, rows.num_rows, K) : nullptr;
     if (rows.grad_scores.values == nullptr) {
@@ -287,16 +287,26 @@ static AUXK_INLINE void multiply_tile(const C* a, int64_t a_row, int64_t a_colum
   }
 }
 
+// columns [first, last) of R rows in tiles of W, the last of which goes back over columns that are done, to the same bits
+template <class C, int R, int W>
+static void multiply_columns(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_columns,
+                             int64_t first, int64_t last, int64_t inner, C* out) {
+  while (first < last) {
+    const int64_t j = first + W <= last ? first : last - W;
+    multiply_tile<C, R, W>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
+    first = j + W;
+  }
+}
+
 template <class C, int R>
-static void multiply_rows(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_columns, int64_t inner,
-                          C* out) {
-  int64_t j = 0;
-  for (; j + 32 <= num_columns; j += 32)
-    multiply_tile<C, R, 32>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
-  for (; j + 16 <= num_columns; j += 16)
-    multiply_tile<C, R, 16>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
-  for (; j < num_columns; ++j)
-    multiply_tile<C, R, 1>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
+static void multiply_rows(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t D, int64_t inner, C* out) {
+  const int64_t whole = D % 32 > 16 && D > 32 ? D : D / 32 * 32, rest = D - whole;
+  multiply_columns<C, R, 32>(a, a_row, a_column, b, D, 0, whole, inner, out);
+  const auto tail = D >= 16  ? multiply_columns<C, R, 16>
+                    : D >= 8 ? multiply_columns<C, R, 8>
+                    : D >= 4 ? multiply_columns<C, R, 4>
+                             : multiply_columns<C, R, 1>;
+  if (rest != 0) tail(a, a_row, a_column, b, D, whole, D, inner, out);
 }
 
 template <class C>
