@@ -311,3 +311,40 @@ def test_every_instruction_set_finds_ties_nan_and_rows_without_a_label(instructi
         order = torch.sort(scores[5:], dim=-1, descending=True, stable=True).indices[:, :4]
         kept = torch.zeros(3, K, dtype=torch.bool).scatter_(1, order, True)
         assert torch.equal(found["out"][5:] > 0, kept)
+
+
+# -- few long rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("K", [16385, 50257])
+def test_threads_that_share_a_long_row_change_no_bit(native, num_rows, K):
+    """Parts of a row are merged in their order, whoever worked on them; the product is left out: it is a library's."""
+    scores, table = logits(num_rows, K), torch.eye(3)[torch.arange(K) % 3]
+    scores[0, [7, 20000 % K, K - 1]] = 50.0  # ties across parts: the lowest label
+    mask = torch.rand(K) < 0.3
+    runs, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            run = []
+            for options in ({}, {"gumbel": 1.0, "seed": 2}, {"mask": mask}, {"top_k": 5}, {"hard": True}):
+                _, stats = soft_embedding(scores, table, **options, return_stats=True)
+                run += [stats.entropy, stats.max_prob, stats.argmax, stats.sum_squares]
+            run.append(soft_embedding(scores, table, top_k=20))
+            runs.append(run)
+    finally:
+        torch.set_num_threads(before)
+    assert runs[0][2][0] == 7
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_a_nan_in_any_part_of_a_long_row_is_found(native):
+    scores, table = logits(4, 50257), logits(50257, 4)
+    for row, label in enumerate((0, 20000, 50256)):
+        scores[row, label] = torch.nan
+    for options in ({}, {"top_k": 3}, {"hard": True}):
+        mixture, stats = soft_embedding(scores, table, **options, return_stats=True)
+        assert stats.argmax[:3].tolist() == [0, 20000, 50256]
+        assert mixture[:3].isnan().all() and mixture[3].isfinite().all()

@@ -1,0 +1,367 @@
+// One row of soft_embedding: softmax with noise and mask, selection, gradients.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "block_ops.h"
+#include "parallel.h"
+#include "row_kernel.h"
+#include "soft_embedding.h"
+
+namespace auxk {
+
+constexpr int64_t kWorthAThread = 1 << 14;  // elements; a row's softmax costs several times what a copy does
+
+inline int threads_for(int64_t elements, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(elements / kWorthAThread, 1, threads));
+}
+
+// Long rows are worked on in parts, which threads may share: what a part gives is merged in a fixed order.
+constexpr int64_t kPart = 4 * kBlock;
+
+template <class C>
+struct Label {
+  C value;
+  int64_t label;
+  bool better_than(const Label& other) const {
+    return value > other.value || (value == other.value && label < other.label);
+  }
+};
+
+template <class C>
+struct RowPart {
+  C largest = 0;
+  int64_t num_nan = 0;
+  double denom = 0, times_x = 0, squares = 0;
+  std::vector<Label<C>> kept;
+};
+
+// One thread's rows of K numbers.
+template <class C>
+struct SoftBuffers {
+  std::unique_ptr<C[]> storage;
+  C *v, *p, *g;
+  std::vector<RowPart<C>> parts;
+
+  explicit SoftBuffers(int64_t K)
+      : storage(new C[static_cast<size_t>(3 * (K + 16))]), parts(static_cast<size_t>((K + kPart - 1) / kPart)) {
+    v = storage.get();
+    p = v + K + 16;
+    g = p + K + 16;
+  }
+};
+
+template <class C>
+char* row_of(const Matrix& m, int64_t n) {
+  return static_cast<char*>(m.values) + n * m.stride * size_of(m.dtype);
+}
+
+template <class C>
+C number(const void* values, int64_t n) {
+  return values == nullptr ? C(0) : static_cast<const C*>(values)[n];
+}
+
+template <class C>
+void put(void* values, int64_t n, double x) {
+  if (values != nullptr) static_cast<C*>(values)[n] = static_cast<C>(x);
+}
+
+template <class C>
+class SoftKernel {
+ public:
+  explicit SoftKernel(const SoftProblem& problem) : p(problem), ops(block_ops<C>()) {}
+
+  const SoftProblem& p;
+  const BlockOps<C>& ops;
+
+  C temperature(int64_t n) const {
+    return p.temperature == nullptr ? static_cast<C>(p.temperature_value)
+                                    : static_cast<const C*>(p.temperature)[n * p.temperature_stride];
+  }
+
+  // calls task(first, size) for each block of columns from `begin` to `end`
+  template <class Task>
+  void blocks(int64_t begin, int64_t end, const Task& task) const {
+    for (int64_t first = begin; first < end; first += kBlock) task(first, std::min(kBlock, end - first));
+  }
+  template <class Task>
+  void blocks(const Task& task) const {
+    blocks(0, p.K, task);
+  }
+  // calls task(part, begin, end) for each part of the columns
+  template <class Task>
+  void for_each_part(std::vector<RowPart<C>>& parts, int threads, const Task& task) const {
+    parallel_for(static_cast<int64_t>(parts.size()), threads, 1, [&](int64_t i, int) {
+      task(parts[static_cast<size_t>(i)], i * kPart, std::min((i + 1) * kPart, p.K));
+    });
+  }
+
+  // v = scores + noise, -inf where forbidden; returns the largest
+  C load(int64_t n, int64_t begin, int64_t end, C* v) const {
+    const char* row =
+        static_cast<const char*>(p.scores.values) + Kernel<C>::row_start(p.scores, n) * size_of(p.scores.dtype);
+    C largest = static_cast<C>(kMinusInf);
+    blocks(begin, end, [&](int64_t first, int64_t size) {
+      const SourceBlock<C> block{row + first * size_of(p.scores.dtype), p.scores.dtype, C(1), C(0)};
+      C m = ops.load(block, size, v + first);
+      if (p.gumbel != 0) ops.add_gumbel(v + first, static_cast<C>(p.gumbel), p.seed, p.first_row + n, first, size);
+      if (p.mask != nullptr) ops.forbid(v + first, p.mask + n * p.mask_stride + first, size);
+      if (p.gumbel != 0 || p.mask != nullptr) m = ops.largest(v + first, size);
+      largest = std::max(largest, m);
+    });
+    return largest;
+  }
+
+  // the same with what else a part has to give; (the row's largest, whether it has a NaN)
+  template <class Task>
+  std::pair<C, bool> load_parts(int64_t n, SoftBuffers<C>& b, int threads, const Task& task) const {
+    for_each_part(b.parts, threads, [&](RowPart<C>& part, int64_t begin, int64_t end) {
+      part.largest = load(n, begin, end, b.v);
+      part.num_nan = 0;
+      blocks(begin, end, [&](int64_t first, int64_t size) { part.num_nan += ops.count_nan(b.v + first, size); });
+      task(part, begin, end);
+    });
+    C largest = static_cast<C>(kMinusInf);
+    bool poisoned = false;
+    for (const RowPart<C>& part : b.parts) {
+      largest = std::max(largest, part.largest);
+      poisoned = poisoned || part.num_nan != 0;
+    }
+    return {largest, poisoned};
+  }
+
+  // the first NaN, else the first of the largest
+  int64_t argmax(const C* v, C largest, bool poisoned) const {
+    if (poisoned)
+      for (int64_t i = 0; i < p.K; ++i)
+        if (v[i] != v[i]) return i;
+    return ops.next_above(v, std::nextafter(largest, static_cast<C>(kMinusInf)), 0, p.K);
+  }
+
+  void fill(const Matrix& m, int64_t n, double value, C* scratch) const {
+    if (m.values == nullptr) return;
+    std::fill(scratch, scratch + std::min(p.K, kBlock), static_cast<C>(value));
+    blocks([&](int64_t first, int64_t size) { store(m, n, first, size, scratch, C(1)); });
+  }
+
+  // row n of m, from `first` on, = factor * x
+  void store(const Matrix& m, int64_t n, int64_t first, int64_t size, const C* x, C factor) const {
+    char* place = row_of<C>(m, n) + first * size_of(m.dtype);
+    ops.store_scaled(x, factor, C(0), nullptr, size, -1, C(0), m.dtype, place, false);
+  }
+
+  void store_rows(const SoftRows& rows, int64_t n, double max, double log_denom, double entropy, double max_prob,
+                  double sum_squares, int64_t argmax) const {
+    put<C>(rows.max, n, max);
+    put<C>(rows.log_denom, n, log_denom);
+    put<C>(rows.entropy, n, entropy);
+    put<C>(rows.max_prob, n, max_prob);
+    put<C>(rows.sum_squares, n, sum_squares);
+    if (rows.argmax != nullptr) rows.argmax[n] = argmax;
+  }
+
+  void forward_row(int64_t n, const SoftRows& rows, const Matrix& probabilities, SoftBuffers<C>& b, int threads) const {
+    const auto [largest, poisoned] = load_parts(n, b, threads, [](RowPart<C>&, int64_t, int64_t) {});
+    const C m = largest, inverse = 1 / temperature(n);
+    if (m == static_cast<C>(kMinusInf) && !poisoned) {
+      store_rows(rows, n, kMinusInf, 0, 0, 0, 0, -1);
+      return fill(probabilities, n, 0, b.p);
+    }
+    const int64_t best = rows.argmax == nullptr ? 0 : argmax(b.v, m, poisoned);
+    for_each_part(b.parts, threads, [&](RowPart<C>& part, int64_t begin, int64_t end) {
+      part.denom = part.times_x = part.squares = 0;
+      blocks(begin, end, [&](int64_t first, int64_t size) { add_sums(rows, m, inverse, b.v + first, size, &part); });
+    });
+    double denom = 0, times_x = 0, squares = 0;
+    for (const RowPart<C>& part : b.parts) denom += part.denom, times_x += part.times_x, squares += part.squares;
+    const double log_denom = std::log(denom);
+    store_rows(rows, n, poisoned ? static_cast<double>(NAN) : static_cast<double>(m), log_denom,
+               log_denom - times_x / denom, 1 / denom, squares / (denom * denom), best);
+    if (probabilities.values == nullptr) return;
+    for_each_part(b.parts, threads, [&](RowPart<C>&, int64_t begin, int64_t end) {
+      blocks(begin, end, [&](int64_t first, int64_t size) {
+        store(probabilities, n, first, size, b.v + first, static_cast<C>(1 / denom));
+      });
+    });
+  }
+
+  // x := exp((x - m) inverse) and the sums that the wanted fields are made of
+  void add_sums(const SoftRows& rows, C m, C inverse, C* x, int64_t size, RowPart<C>* part) const {
+    const Ahead none;
+    ops.shift_and_scale(x, m, inverse, size);
+    if (rows.entropy != nullptr) {
+      const ScanSums<C> sums = ops.scan_sums(x, nullptr, C(0), C(0), size, true, false, none, none);
+      part->denom += static_cast<double>(sums.sum), part->times_x += static_cast<double>(sums.sum_times_s);
+    } else {
+      part->denom += static_cast<double>(ops.exp_sum(x, C(0), size, none, none));
+    }
+    if (rows.sum_squares != nullptr) part->squares += static_cast<double>(ops.dot(x, x, size));
+  }
+
+  void backward_row(int64_t n, const SoftRows& rows, const Matrix& grad_probabilities, const SoftUpstream& up,
+                    const Matrix& grad_scores, void* grad_temperature, const Matrix& probabilities,
+                    SoftBuffers<C>& b) const {
+    const C largest = number<C>(rows.max, n), log_denom = number<C>(rows.log_denom, n), T = temperature(n);
+    const bool is_empty = largest == static_cast<C>(kMinusInf);
+    if (is_empty || largest != largest) {
+      const double value = is_empty ? 0 : static_cast<double>(NAN);
+      fill(grad_scores, n, value, b.p);
+      fill(probabilities, n, value, b.p);
+      return put<C>(grad_temperature, n, value);
+    }
+    load(n, 0, p.K, b.v);
+    const bool keeps_log = grad_temperature != nullptr || up.entropy != nullptr;
+    double mean = 0;
+    blocks([&](int64_t first, int64_t size) {
+      C *x = b.v + first, *p_k = b.p + first, *g = b.g + first;
+      ops.shift_and_scale(x, largest, 1 / T, size);
+      std::copy(x, x + size, p_k);
+      ops.exp_sum(p_k, log_denom, size, Ahead{}, Ahead{});
+      if (keeps_log) ops.shift_and_scale(x, log_denom, C(1), size);  // log p
+      if (grad_probabilities.values == nullptr) {
+        std::fill(g, g + size, C(0));
+      } else {
+        const Matrix& m = grad_probabilities;
+        ops.load({row_of<C>(m, n) + first * size_of(m.dtype), m.dtype, C(1), C(0)}, size, g);
+      }
+      if (up.usage != nullptr) ops.add_where(g, p_k, static_cast<const C*>(up.usage) + first, C(1), size);
+      if (up.sum_squares != nullptr) ops.add_where(g, p_k, p_k, 2 * number<C>(up.sum_squares, n), size);
+      if (up.entropy != nullptr) ops.add_where(g, p_k, x, -number<C>(up.entropy, n), size);
+      if (up.max_prob != nullptr && rows.argmax[n] >= first && rows.argmax[n] < first + size)
+        b.g[rows.argmax[n]] += number<C>(up.max_prob, n);
+      mean += static_cast<double>(ops.dot(p_k, g, size));
+    });
+    double times_log = 0;
+    blocks([&](int64_t first, int64_t size) {
+      C *x = b.v + first, *p_k = b.p + first, *g = b.g + first;
+      ops.center(g, p_k, static_cast<C>(mean), size);
+      if (grad_temperature != nullptr) times_log += static_cast<double>(ops.dot(g, x, size));
+      // a NaN is one in every factor, or rounding to 16 bits might lose it
+      if (grad_scores.values != nullptr)
+        store(grad_scores, n, first, size, g, mean == mean ? 1 / T : static_cast<C>(NAN));
+      if (probabilities.values != nullptr) store(probabilities, n, first, size, p_k, C(1));
+    });
+    put<C>(grad_temperature, n, -times_log / static_cast<double>(T));
+  }
+
+  // -- selection ----------------------------------------------------------------------------------
+
+  // the k best labels of v from `begin` to `end`, best first; -inf is not allowed
+  void select(const C* v, int64_t begin, int64_t end, int64_t k, std::vector<Label<C>>* kept) const {
+    const auto worst_first = [](const Label<C>& a, const Label<C>& b) { return a.better_than(b); };
+    kept->clear();
+    C bound = static_cast<C>(kMinusInf);
+    for (int64_t i = ops.next_above(v, bound, begin, end); i < end; i = ops.next_above(v, bound, i + 1, end)) {
+      if (static_cast<int64_t>(kept->size()) == k) {
+        std::pop_heap(kept->begin(), kept->end(), worst_first);
+        kept->pop_back();
+      }
+      kept->push_back({v[i], i});
+      std::push_heap(kept->begin(), kept->end(), worst_first);
+      if (static_cast<int64_t>(kept->size()) == k) bound = kept->front().value;
+    }
+    std::sort_heap(kept->begin(), kept->end(), worst_first);
+  }
+
+  // the k best of all parts, best first, in the first part
+  std::vector<Label<C>>& best_of(std::vector<RowPart<C>>& parts, int64_t k) const {
+    std::vector<Label<C>>& kept = parts.front().kept;
+    for (size_t i = 1; i < parts.size(); ++i) kept.insert(kept.end(), parts[i].kept.begin(), parts[i].kept.end());
+    if (parts.size() > 1) {
+      std::sort(kept.begin(), kept.end(), [](const Label<C>& a, const Label<C>& b) { return a.better_than(b); });
+      kept.resize(std::min(kept.size(), static_cast<size_t>(k)));
+    }
+    return kept;
+  }
+
+  void select_row(int64_t n, const SoftRows& rows, const Selection& selection, SoftBuffers<C>& b, int threads) const {
+    const int64_t k = selection.k;
+    const auto [largest, poisoned] = load_parts(n, b, threads, [&](RowPart<C>& part, int64_t begin, int64_t end) {
+      part.kept.clear();
+      if (part.num_nan == 0) select(b.v, begin, end, k, &part.kept);
+    });
+    const C inverse = 1 / temperature(n);
+    int64_t* labels = selection.labels + n * k;
+    C* weights = selection.weights == nullptr ? b.p : static_cast<C*>(selection.weights) + n * k;
+    std::fill(labels, labels + k, int64_t{-1});
+    std::fill(weights, weights + k, C(0));
+    if (poisoned) {
+      std::fill(labels, labels + k, int64_t{0});
+      std::fill(weights, weights + k, static_cast<C>(NAN));
+      return store_rows(rows, n, NAN, NAN, NAN, NAN, NAN, argmax(b.v, largest, true));
+    }
+    const std::vector<Label<C>>& kept = best_of(b.parts, k);
+    if (kept.empty()) return store_rows(rows, n, kMinusInf, 0, 0, 0, 0, -1);
+    const double denom = weigh(kept, largest, inverse, weights);
+    double entropy = std::log(denom), squares = 0;
+    for (size_t j = 0; j < kept.size(); ++j) {
+      labels[j] = kept[j].label;
+      const double p_j = static_cast<double>(weights[j]);
+      if (p_j != 0) entropy -= p_j * static_cast<double>((kept[j].value - largest) * inverse);
+      squares += p_j * p_j;
+    }
+    store_rows(rows, n, static_cast<double>(largest), std::log(denom), entropy, 1 / denom, squares, kept[0].label);
+  }
+
+  // weights = softmax of the kept labels; returns the denominator
+  double weigh(const std::vector<Label<C>>& kept, C largest, C inverse, C* weights) const {
+    const int64_t size = static_cast<int64_t>(kept.size());
+    double denom = 0;
+    for (int64_t j = 0; j < size; ++j) weights[j] = std::exp((kept[static_cast<size_t>(j)].value - largest) * inverse);
+    for (int64_t j = 0; j < size; ++j) denom += static_cast<double>(weights[j]);
+    for (int64_t j = 0; j < size; ++j) weights[j] = static_cast<C>(static_cast<double>(weights[j]) / denom);
+    return denom;
+  }
+
+  // score + noise of one label
+  C value_at(int64_t n, int64_t label) const {
+    const int64_t size = size_of(p.scores.dtype), first = label / 4 * 4;
+    const char* row = static_cast<const char*>(p.scores.values) + Kernel<C>::row_start(p.scores, n) * size;
+    C v[4] = {0, 0, 0, 0};
+    ops.load({row + label * size, p.scores.dtype, C(1), C(0)}, 1, v + label - first);
+    if (p.gumbel != 0) ops.add_gumbel(v, static_cast<C>(p.gumbel), p.seed, p.first_row + n, first, 4);
+    return v[label - first];
+  }
+
+  void select_backward_row(int64_t n, const SoftRows& rows, const Selection& selection, const C* grad_weights,
+                           const SoftUpstream& up, const Matrix& grad_scores, void* grad_temperature, SoftBuffers<C>& b,
+                           std::vector<Label<C>>& kept) const {
+    const int64_t k = selection.k;
+    const int64_t* labels = selection.labels + n * k;
+    C* weights = static_cast<C*>(selection.weights) + n * k;
+    const C largest = number<C>(rows.max, n), T = temperature(n);
+    if (largest != largest) {
+      std::fill(weights, weights + k, static_cast<C>(NAN));
+      fill(grad_scores, n, NAN, b.p);
+      return put<C>(grad_temperature, n, NAN);
+    }
+    kept.clear();
+    for (int64_t j = 0; j < k && labels[j] >= 0; ++j) kept.push_back({value_at(n, labels[j]), labels[j]});
+    std::fill(weights, weights + k, C(0));
+    fill(grad_scores, n, 0, b.p);  // only now: it may be the scores' own memory
+    if (kept.empty()) return put<C>(grad_temperature, n, 0);
+    weigh(kept, largest, 1 / T, weights);
+    double mean = 0, times_log = 0;
+    const int64_t size = static_cast<int64_t>(kept.size());
+    const C log_denom = number<C>(rows.log_denom, n);
+    const auto log_p = [&](int64_t j) { return (kept[static_cast<size_t>(j)].value - largest) / T - log_denom; };
+    for (int64_t j = 0; j < size; ++j) {
+      b.g[j] = grad_weights == nullptr ? C(0) : grad_weights[n * k + j];
+      b.g[j] += number<C>(up.usage, labels[j]) + 2 * number<C>(up.sum_squares, n) * weights[j];
+      if (up.entropy != nullptr && weights[j] != 0) b.g[j] -= number<C>(up.entropy, n) * log_p(j);
+      if (j == 0) b.g[j] += number<C>(up.max_prob, n);
+      if (weights[j] != 0) mean += static_cast<double>(weights[j] * b.g[j]);
+    }
+    for (int64_t j = 0; j < size; ++j) {
+      const C du = weights[j] == 0 ? C(0) : weights[j] * (b.g[j] - static_cast<C>(mean));
+      if (du != 0) times_log += static_cast<double>(du * log_p(j));
+      if (grad_scores.values != nullptr) store(grad_scores, n, labels[j], 1, &du, 1 / T);
+    }
+    put<C>(grad_temperature, n, -times_log / static_cast<double>(T));
+  }
+};
+
+}  // namespace auxk
