@@ -1,0 +1,215 @@
+"""Label embeddings added to the input of chosen decoder layers, through hooks on the layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..segments import segments_to_tokens
+from ..soft_embedding import LookupStats, soft_embedding
+
+# -- what is added -----------------------------------------------------------------------------------------------------
+
+
+class Conditioning(nn.Module):
+    """Codebooks and projections of all conditioned layers, stacked: one row for each layer and segment.
+
+    Layer l of L adds `gate_l * (weight_l @ e + bias_l)` to its input, where e is the segment's label embedding in the
+    layer's own codebook: a row of it, or the average of its rows with the probabilities of one softmax for all layers.
+
+    codebooks   [L, K, E]: K labels of width E
+    weight      [L, H, E] and bias [L, H]: from E to the width H of the hidden states
+    gate        [L, H], or None: only for init="zero_gate"
+    Source      Cornille et al. 2024. The authors add inside the layer, before the attention's output projection or the
+                feed-forward part; here it is the layer's input, the same place in every architecture.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_labels: int,
+        label_dim: int,
+        hidden_size: int,
+        *,
+        init: str = "zero_projection",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        options = {"dtype": dtype, "device": device}
+        self.codebooks = nn.Parameter(torch.empty((num_layers, num_labels, label_dim), **options))
+        self.weight = nn.Parameter(torch.empty((num_layers, hidden_size, label_dim), **options))
+        self.bias = nn.Parameter(torch.empty((num_layers, hidden_size), **options))
+        has_gate = init == "zero_gate"
+        self.gate = nn.Parameter(torch.empty((num_layers, hidden_size), **options)) if has_gate else None
+        self.init = init
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Standard normal codebooks, equal in all layers; Xavier-normal or zero projections; zero biases and gates."""
+        self.codebooks.copy_(torch.empty_like(self.codebooks[0]).normal_())
+        if self.init == "zero_projection":
+            self.weight.zero_()
+        else:
+            self.weight.normal_(std=math.sqrt(2.0 / sum(self.weight.shape[1:])))
+        self.bias.zero_()
+        if self.gate is not None:
+            self.gate.zero_()
+
+    @torch.no_grad()
+    def set_codebook(self, codebook: Tensor) -> None:
+        """Every layer's codebook becomes `codebook` [K, E]."""
+        if codebook.shape != self.codebooks.shape[1:]:
+            want, got = list(self.codebooks.shape[1:]), list(codebook.shape)
+            raise ValueError(f"codebook must be [num_labels, label_dim] = {want}, got {got}")
+        self.codebooks.copy_(codebook)
+
+    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats]:
+        """The rows of segments whose labels are predicted.
+
+        scores    [S, K] floating point
+        folded    whether the codebooks are projected, not the mixtures; None: what multiplies less (`is_folded`)
+        options   temperature, hard, gumbel, seed: as for `soft_embedding`
+        Returns   rows [L, S, H], and the statistics of the label probabilities
+        """
+        num_labels, label_dim = self.codebooks.shape[1:]
+        if folded is None:
+            folded = is_folded(len(scores), num_labels, label_dim, self.weight.shape[1])
+        if folded:
+            rows, stats = soft_embedding(scores, self._project(self.codebooks), return_stats=True, **options)
+        else:
+            mixture, stats = soft_embedding(scores, self.codebooks, return_stats=True, **options)
+            rows = self._project(mixture)
+        return rows + self._offset(), stats
+
+    def of_labels(self, label_ids: Tensor, *, folded: bool | None = None) -> Tensor:
+        """The rows [L, S, H] of segments with labels [S], int64 in [0, K).
+
+        Raises   IndexError for another label, on CPU; on GPU its row is NaN.
+        """
+        num_labels = self.codebooks.shape[1]
+        label_ids = _checked_labels(label_ids, num_labels)
+        if num_labels < len(label_ids) if folded is None else folded:
+            rows = segments_to_tokens(self._project(self.codebooks), label_ids)
+        else:
+            rows = self._project(segments_to_tokens(self.codebooks, label_ids))
+        return rows + self._offset()
+
+    def _project(self, embeddings: Tensor) -> Tensor:
+        """[L, *, E] -> [L, *, H]."""
+        projected = torch.matmul(embeddings, self.weight.mT)
+        return projected if self.gate is None else projected * self.gate.unsqueeze(1)
+
+    def _offset(self) -> Tensor:
+        """[L, 1, H]."""
+        return (self.bias if self.gate is None else self.bias * self.gate).unsqueeze(1)
+
+    def extra_repr(self) -> str:
+        layers, labels, width = self.codebooks.shape
+        return f"layers={layers}, labels={labels}, label_dim={width}, hidden={self.weight.shape[1]}, init={self.init!r}"
+
+
+def is_folded(num_segments: int, num_labels: int, label_dim: int, hidden_size: int) -> bool:
+    """Whether projecting the codebooks takes fewer multiplications than projecting the segments' mixtures.
+
+    Folded: K E H for the table and S K H for the mixture of its rows. Unfolded: S K E for the mixture and S E H for its
+    projection. Backward needs twice the same products in both forms, and the layers share the factor L.
+    """
+    folded = num_labels * hidden_size * (label_dim + num_segments)
+    unfolded = num_segments * label_dim * (num_labels + hidden_size)
+    return folded < unfolded
+
+
+def _checked_labels(label_ids: Tensor, num_labels: int) -> Tensor:
+    if label_ids.dtype not in (torch.int64, torch.int32) or label_ids.dim() != 1:
+        raise TypeError(f"label_ids must be int64 [segments], got {label_ids.dtype} {list(label_ids.shape)}")
+    if label_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ((label_ids < 0) | (label_ids >= num_labels)).nonzero()
+        if len(wrong):
+            segment = int(wrong[0])
+            raise IndexError(
+                f"label_ids must be in [0, {num_labels}), got {int(label_ids[segment])} for segment {segment}"
+            )
+    return label_ids.masked_fill(label_ids < 0, num_labels)  # a negative id would otherwise mean: no segment
+
+
+# -- where it is added -------------------------------------------------------------------------------------------------
+
+
+def predicted_segments(segment_ids: Tensor) -> Tensor:
+    """The segment that each token predicts a token of: the alignment of conditioning with next-token prediction.
+
+    A token is conditioned on the segment of its successor, so the last token of a segment already carries the next
+    segment's label. The last token of a row, whose successor is unknown, keeps its own segment.
+
+    segment_ids   [batch, seq] integers, the segment that each token is part of; negative: none
+    Returns       [batch, seq]
+    """
+    return torch.cat((segment_ids[:, 1:], segment_ids[:, -1:]), dim=1)
+
+
+class ActiveRows:
+    """What the hooks of one model add at this moment; nothing outside its forward pass, so that others may share them.
+
+    The hooks hold this object and no weights. It is copied and pickled with the hooks, as one object with the model's.
+    """
+
+    def __init__(self):
+        self.rows: tuple[Tensor, ...] | None = None
+        self.segment_ids: Tensor | None = None
+
+    def set(self, rows: tuple[Tensor, ...] | None, segment_ids: Tensor | None) -> None:
+        """rows [S, H] of each conditioned layer, segment_ids [batch, seq] below S; None, None: add nothing."""
+        self.rows, self.segment_ids = rows, segment_ids
+
+
+class AddRows:
+    """A forward pre-hook that adds the active rows of one layer to the hidden states, the layer's first argument."""
+
+    def __init__(self, active: ActiveRows, index: int):
+        self.active, self.index = active, index
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        if self.active.rows is None:
+            return None
+        if args:
+            return (self._added(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._added(kwargs["hidden_states"])}
+
+    def _added(self, hidden: Tensor) -> Tensor:
+        rows = self.active.rows[self.index].to(device=hidden.device, dtype=hidden.dtype)
+        return hidden + segments_to_tokens(rows, self.active.segment_ids.to(hidden.device))
+
+
+def decoder_layers(lm) -> nn.ModuleList:
+    """The decoder layers of a transformers causal LM: the outermost list of as many modules as the config has layers.
+
+    Raises   ValueError where there is no such list, TypeError for an encoder-decoder model.
+    """
+    config = lm.config.get_text_config()
+    if lm.config.is_encoder_decoder:
+        raise TypeError(f"the language model must be a decoder only, got {type(lm).__name__}")
+    count = config.num_hidden_layers
+    found = {
+        name: module
+        for name, module in lm.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    if not found:
+        raise ValueError(f"{type(lm).__name__} has no list of {count} decoder layers")
+    return found[min(found, key=lambda name: name.count("."))]
+
+
+def chosen_layers(layers, count: int) -> list[int]:
+    """Checked indices of decoder layers, ascending; None: all but the first two, as in the paper."""
+    if layers is None:
+        if count < 3:
+            raise ValueError(f"layers must be given for a model of {count} decoder layers: the default skips two")
+        return list(range(2, count))
+    chosen = sorted(layers)
+    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= i < count for i in chosen):
+        raise ValueError(f"layers must be distinct indices in [0, {count}), at least one, got {list(layers)}")
+    return chosen

@@ -1,0 +1,392 @@
+"""A causal language model whose decoder layers are conditioned on labels of segments, which a planner predicts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..cross_entropy import aux_cross_entropy
+from .conditioning import ActiveRows, AddRows, Conditioning, chosen_layers, decoder_layers, predicted_segments
+from .heads import check_output_head, output_head
+from .planner_checkpointing import CheckpointingThroughHooks
+from .planner_config import PlannerConfig, check_mode
+from .planner_generation import GenerationWithPlans, SegmentPlans
+from .planner_training import Freezing
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class PlannerCausalLMOutput(CausalLMOutputWithPast):
+    """The output of a causal LM, and statistics of the S segments' labels.
+
+    label_entropy    0-d, mean entropy of the segments' label probabilities, nats; 0 where labels are given
+    label_usage      [K], mean probability of each label over the segments
+    segment_labels   int64 [S], the likeliest label of each segment, or the given one
+    The first two are differentiable in modes "soft", "straight_through" and "gumbel". All are None in generation.
+    """
+
+    label_entropy: Tensor | None = None
+    label_usage: Tensor | None = None
+    segment_labels: Tensor | None = None
+
+
+class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlans, PreTrainedModel, GenerationMixin):
+    """A causal LM conditioned on segment labels, with the planner that scores them. See `from_lm`.
+
+    Submodules: `lm`, the language model; `conditioning`, a `Conditioning`; `planner`, the user's module or None.
+    A language model may be shared by several of these, and used on its own: the hooks add nothing outside `forward`.
+    Not for `torch.nn.DataParallel` (RuntimeError): segments are numbered over the whole batch.
+    """
+
+    config_class = PlannerConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # trained, where a language model is often bfloat16; a planner then gets back the dtypes that it came with
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["conditioning", "planner"]
+
+    def __init__(self, config: PlannerConfig, lm: PreTrainedModel | None = None, planner: nn.Module | None = None):
+        super().__init__(config)
+        self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
+        self.config.text_config = self.lm.config
+        self.planner = planner
+        config.has_planner = planner is not None
+        self.conditioning = Conditioning(
+            len(config.layers),
+            config.num_labels,
+            config.label_dim,
+            config.text_config.hidden_size,
+            init=config.conditioning_init,
+            dtype=torch.float64 if self.lm.dtype == torch.float64 else torch.float32,
+            device=self.lm.device,
+        )
+        given = [module for module in (lm, planner) if module is not None]
+        for module in (m for root in given for m in root.modules()):
+            module._is_hf_initialized = True  # or post_init would draw weights anew that are not its own
+        self._frozen: dict[str, list[str]] = {}  # names of the weights that freezing changed
+        self._active = ActiveRows()
+        layers = self._decoder_layers()
+        self._hooks = [
+            layers[i].register_forward_pre_hook(AddRows(self._active, n), with_kwargs=True)
+            for n, i in enumerate(config.layers)
+        ]
+        self._is_hooked = True
+        self.post_init()
+        if config.freeze_lm:
+            self.freeze_lm()
+
+    @classmethod
+    def from_lm(
+        cls,
+        lm: PreTrainedModel,
+        planner: nn.Module | None = None,
+        *,
+        codebook: Tensor | None = None,
+        num_labels: int | None = None,
+        label_dim: int | None = None,
+        layers: Iterable[int] | None = None,
+        mode: str = "soft",
+        temperature: float = 1.0,
+        freeze_lm: bool = True,
+        gumbel_scale: float = 1.0,
+        gumbel_hard: bool = False,
+        fixed_label: int = 0,
+        conditioning_init: str = "zero_projection",
+    ) -> PlannerForCausalLM:
+        """Condition the decoder layers of a language model on labels.
+
+        lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared.
+        planner                 called as planner(**planner_inputs), returns scores [S, K]; None: scores or labels are
+                                given to each call.
+        codebook                [K, E], the first value of every layer's codebook, such as the centroids of
+                                `fit_codebook`; None: standard normal, of num_labels and label_dim.
+        layers                  indices of the layers to condition; None: all but the first two.
+        mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, fixed_label, conditioning_init
+                                as in `PlannerConfig`, where temperature is `label_temperature`.
+        Raises                  TypeError, ValueError: a model or an option that cannot be served.
+        """
+        if codebook is not None:
+            num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
+        if num_labels is None or label_dim is None:
+            raise ValueError("num_labels and label_dim must be given where there is no codebook")
+        check_output_head(lm)
+        config = PlannerConfig(
+            text_config=copy.deepcopy(lm.config),  # what the constructor sets in it must not reach the model
+            attn_implementation=lm.config._attn_implementation,
+            num_labels=num_labels,
+            label_dim=label_dim,
+            layers=chosen_layers(layers, len(decoder_layers(lm))),
+            mode=mode,
+            label_temperature=temperature,
+            gumbel_scale=gumbel_scale,
+            gumbel_hard=gumbel_hard,
+            fixed_label=fixed_label,
+            conditioning_init=conditioning_init,
+            freeze_lm=freeze_lm,
+        )
+        model = cls(config, lm=lm, planner=planner)
+        model.generation_config = copy.deepcopy(lm.generation_config)
+        if codebook is not None:
+            model.conditioning.set_codebook(codebook)
+        return model.train(lm.training)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segment_ids: Tensor | None = None,
+        segments_are_aligned: bool = False,
+        planner_inputs: Mapping | None = None,
+        mode: str | None = None,
+        skip_logits: bool | None = None,
+        plans: SegmentPlans | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> PlannerCausalLMOutput | tuple:
+        """Logits or loss of the conditioned language model. Arguments not described here are those of any causal LM.
+
+        segment_ids           int64 [batch, seq], the segment of each token, numbered from 0 over the whole batch;
+                              negative: a token of no segment. Mode "fixed" does without: all tokens.
+        segments_are_aligned  they already say of which segment the *predicted* token is (`predicted_segments`).
+        label_scores [S, K], label_ids int64 [S], planner_inputs: keyword arguments of the planner
+                              where the S segments' labels come from. Exactly one: scores or planner_inputs, in mode
+                              "hard" also ids; "fixed" reads none.
+        mode                  instead of the configuration's.
+        num_items_in_batch    divisor of the summed loss; None: the counted labels of this call.
+        skip_logits           return no logits; None: where there is a loss, in training mode.
+        plans                 what generate() passes instead.
+        label_scores, label_ids and shift_labels (shifted already) are among the kwargs: a Trainer evaluates no loss
+        without every argument that has "label" in its name.
+        Returns               `PlannerCausalLMOutput`. In training no [batch, seq, vocabulary] tensor is made.
+        Raises                TypeError, ValueError: arguments. On CPU IndexError, on GPU NaN: unknown segments, labels.
+        """
+        given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
+        shift_labels = given.pop("shift_labels")
+        shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        if plans is not None:
+            rows, token_segments, statistics = plans.rows, plans.segments_of_last(shape[1]), {}
+        else:
+            mode = check_mode(mode or self.config.mode)
+            token_segments = _token_segments(segment_ids, segments_are_aligned, mode, shape, self.lm.device)
+            rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        outputs = self._lm_outputs(rows, token_segments, kwargs)
+        loss = self._loss(outputs.last_hidden_state, labels, shift_labels, num_items_in_batch)
+        skip_logits = loss is not None and self.training if skip_logits is None else skip_logits
+        output = PlannerCausalLMOutput(
+            loss=loss,
+            logits=None if skip_logits else self._logits(outputs.last_hidden_state, logits_to_keep),
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            **statistics,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _loss(self, hidden: Tensor, labels, shift_labels, num_items_in_batch) -> Tensor | None:
+        if labels is None and shift_labels is None:
+            if num_items_in_batch is not None:
+                raise ValueError(
+                    "num_items_in_batch needs labels (a Trainer with label_smoothing_factor takes them away)"
+                )
+            return None
+        target = _shifted(labels) if shift_labels is None else shift_labels
+        source = output_head(self.lm).source(hidden)
+        return aux_cross_entropy(source, None, target.to(hidden.device), normalizer=num_items_in_batch)
+
+    def _logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return output_head(self.lm).logits(hidden[:, kept])
+
+    def _lm_outputs(self, rows: Tensor, token_segments: Tensor, lm_inputs: dict):
+        """The language model without its head, its layers conditioned on rows [L, S, H] of its tokens' segments."""
+        if not self._is_hooked:
+            raise RuntimeError("this model's hooks were removed from its language model")
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError("PlannerForCausalLM does not run under DataParallel: use DistributedDataParallel")
+        self._check_checkpointing()
+        lm_inputs = {name: value for name, value in lm_inputs.items() if value is not None}
+        self._active.set(rows.unbind(0), token_segments)
+        try:
+            return self.lm.base_model(**lm_inputs, return_dict=True)
+        finally:
+            self._active.set(None, None)
+
+    def _rows(self, mode: str, sources: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """The conditioning rows [L, S, H] of the segments, and the label statistics."""
+        if mode == "fixed":
+            label_ids = torch.full((1,), self.config.fixed_label, device=self.conditioning.codebooks.device)
+            return self._rows_of_labels(label_ids)
+        given = [name for name, value in sources.items() if value is not None]
+        allowed = ["label_scores", "planner_inputs"] + (["label_ids"] if mode == "hard" else [])
+        if len(given) != 1 or given[0] not in allowed:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"mode {mode!r} needs exactly one of {', '.join(allowed)}, got {got}")
+        if given == ["label_ids"]:
+            return self._rows_of_labels(sources["label_ids"])
+        scores = self._scores(sources.get("label_scores"), sources.get("planner_inputs"))
+        if mode == "hard":
+            return self._rows_of_labels(scores.detach().argmax(-1))
+        return self._rows_of_scores(mode, scores)
+
+    def _rows_of_scores(self, mode: str, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        is_noisy = mode == "gumbel" and self.training
+        rows, stats = self.conditioning(
+            scores,
+            temperature=config.label_temperature,
+            hard=mode == "straight_through" or (mode == "gumbel" and config.gumbel_hard),
+            gumbel=float(config.gumbel_scale) if is_noisy else 0.0,
+        )
+        entropy = stats.entropy.sum() / max(len(scores), 1)
+        return rows, {"label_entropy": entropy, "label_usage": stats.usage, "segment_labels": stats.argmax}
+
+    def _rows_of_labels(self, label_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self.conditioning.of_labels(label_ids)
+        num_labels = self.config.num_labels
+        is_label = ((label_ids >= 0) & (label_ids < num_labels)).float()
+        usage = torch.zeros(num_labels, device=label_ids.device)
+        usage = usage.index_add(0, label_ids.clamp(0, num_labels - 1), is_label) / max(len(label_ids), 1)
+        return rows, {"label_entropy": usage.new_zeros(()), "label_usage": usage, "segment_labels": label_ids}
+
+    # -- planner -------------------------------------------------------------------------------------------------------
+
+    def _scores(self, label_scores: Tensor | None, planner_inputs: Mapping | None) -> Tensor:
+        if label_scores is None:
+            if self.planner is None:
+                raise ValueError("planner_inputs need a planner, and this model has none: pass label_scores")
+            label_scores = self.planner(**planner_inputs)
+        if not isinstance(label_scores, Tensor) or not label_scores.is_floating_point():
+            raise TypeError(f"scores of labels must be a floating point tensor, got {_describe(label_scores)}")
+        if label_scores.dim() != 2 or label_scores.shape[1] != self.config.num_labels:
+            raise ValueError(
+                f"scores of labels must be [segments, {self.config.num_labels}], got {list(label_scores.shape)}"
+            )
+        return label_scores
+
+    def planner_loss(
+        self,
+        label_ids: Tensor,
+        *,
+        planner_inputs: Mapping | None = None,
+        label_scores: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of the planner's scores against oracle labels [S], in nats: the loss of its pretraining.
+
+        label_ids             int64 [S], -100: a segment that does not count
+        num_items_in_batch    divisor of the sum; None: the counted segments of this call
+        Returns               0-d. The language model is not run.
+        """
+        if (planner_inputs is None) == (label_scores is None):
+            raise ValueError("planner_loss needs exactly one of planner_inputs and label_scores")
+        scores = self._scores(label_scores, planner_inputs)
+        return aux_cross_entropy(scores, None, label_ids, normalizer=num_items_in_batch)
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def _decoder_layers(self) -> nn.ModuleList:
+        return decoder_layers(self.lm)
+
+    def remove_hooks(self) -> None:
+        """Take this model's hooks off its language model, which others may go on using. Ends the use of this model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._is_hooked = [], False
+
+    # -- transformers --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, planner: nn.Module | None = None, config=None, **kwargs):
+        """As any model's, from safetensors. `planner` is the module whose weights were saved: they are loaded into it.
+
+        planner   needed where a planner was saved; where none was, it is taken as it is.
+        Raises    ValueError: no planner for saved weights; weights that are missing or belong to nothing.
+        """
+        if config is None:
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            config = PlannerConfig.from_pretrained(name_or_path, **{k: kwargs[k] for k in hub if k in kwargs})
+        had_planner = config.has_planner
+        if had_planner and planner is None:
+            raise ValueError(f"{name_or_path} holds the weights of a planner: pass planner=, the module they belong to")
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True, "config": config}
+        dtypes = {} if planner is None else {name: value.dtype for name, value in planner.state_dict().items()}
+        model, info = super().from_pretrained(name_or_path, *args, planner=planner if had_planner else None, **kwargs)
+        wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["unexpected_keys"])})
+        if wrong:
+            raise ValueError(f"{name_or_path}: weights that are missing or belong to nothing: {', '.join(wrong)}")
+        if had_planner:
+            for name, value in (*planner.named_parameters(), *planner.named_buffers()):
+                value.data = value.data.to(dtypes.get(name, value.dtype))
+        elif planner is not None:
+            model.planner, model.config.has_planner = planner, True
+        if model.config.freeze_lm:  # loading makes new parameters, which require gradients
+            model.freeze_lm()
+        return (model, info) if wants_info else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Conditioning):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm.set_output_embeddings(value)
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """The target of each position, the next label."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _token_segments(segment_ids, are_aligned: bool, mode: str, shape, device) -> Tensor:
+    """The row of segments that conditions each token, [batch, seq]; mode "fixed" has a single one."""
+    if segment_ids is None:
+        if mode != "fixed":
+            raise ValueError(f"mode {mode!r} needs segment_ids")
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+    if segment_ids.is_floating_point() or segment_ids.shape != shape:
+        raise ValueError(f"segment_ids must be int64 {list(shape)}, as the tokens, got {_describe(segment_ids)}")
+    token_segments = segment_ids if are_aligned else predicted_segments(segment_ids)
+    return token_segments.clamp(max=0) if mode == "fixed" else token_segments
+
+
+def _codebook_sizes(codebook: Tensor, num_labels: int | None, label_dim: int | None) -> tuple[int, int]:
+    if not isinstance(codebook, Tensor) or codebook.dim() != 2 or not codebook.is_floating_point():
+        raise TypeError(f"codebook must be a floating point tensor [num_labels, label_dim], got {_describe(codebook)}")
+    for name, given, size in zip(("num_labels", "label_dim"), (num_labels, label_dim), codebook.shape, strict=True):
+        if given not in (None, size):
+            raise ValueError(f"{name} must be {size}, as the codebook's, got {given}")
+    return tuple(codebook.shape)
+
+
+def _describe(value) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,95 @@
+"""Configuration of a planner-conditioned language model."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import AutoConfig, PretrainedConfig
+
+MODES = ("soft", "straight_through", "gumbel", "hard", "fixed")
+INITS = ("zero_projection", "zero_gate", "xavier")
+
+
+class PlannerConfig(PretrainedConfig):
+    """Configuration of `PlannerForCausalLM`.
+
+    text_config         configuration of the language model: a config, or its dict with a `model_type`.
+    num_labels          K, the number of labels. Their names, if any, are `id2label`.
+    label_dim           E, width of a label's embedding.
+    layers              indices of the conditioned decoder layers, ascending.
+    mode                how a segment's label conditions its tokens, unless a call says otherwise:
+                        "soft": embeddings averaged with softmax(scores / label_temperature);
+                        "straight_through": the likeliest label forward, the gradient of "soft" backward;
+                        "gumbel": "soft" with Gumbel noise on the scores, in training mode only;
+                        "hard": a given label, or the likeliest of given scores, which get no gradient;
+                        "fixed": the label `fixed_label` for every segment, whatever the planner says (a control).
+    label_temperature   positive number. (Not `temperature`: transformers would read that as a sampling temperature.)
+    gumbel_scale        factor of the noise of mode "gumbel".
+    gumbel_hard         mode "gumbel" takes the likeliest label of the noisy scores forward (straight-through).
+    fixed_label         the label of mode "fixed".
+    conditioning_init   "zero_projection": projections start at zero, so that step 0 equals the language model;
+                        "zero_gate": Xavier projections behind a trainable gate per channel that starts at zero;
+                        "xavier": as the paper, where step 0 already differs from the language model.
+    freeze_lm           the language model gets no gradient and stays in eval mode.
+    has_planner         whether saved weights include a planner module, which must then be given to load them.
+    """
+
+    model_type = "planner"
+    sub_configs: ClassVar[dict] = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "label_entropy",
+        "label_usage",
+        "segment_labels",
+    ]
+
+    def __init__(
+        self,
+        text_config=None,
+        num_labels: int = 2,
+        label_dim: int = 1,
+        layers=(),
+        mode: str = "soft",
+        label_temperature: float = 1.0,
+        gumbel_scale: float = 1.0,
+        gumbel_hard: bool = False,
+        fixed_label: int = 0,
+        conditioning_init: str = "zero_projection",
+        freeze_lm: bool = True,
+        has_planner: bool = False,
+        **kwargs,
+    ):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        if "id2label" in kwargs:
+            num_labels = len(kwargs["id2label"])
+        else:
+            kwargs["num_labels"] = num_labels
+        check_mode(mode)
+        if conditioning_init not in INITS:
+            raise ValueError(f"conditioning_init must be one of {', '.join(INITS)}, got {conditioning_init!r}")
+        if not label_temperature > 0:
+            raise ValueError(f"label_temperature must be positive, got {label_temperature}")
+        if not 0 <= fixed_label < num_labels:
+            raise ValueError(f"fixed_label must be in [0, {num_labels}), got {fixed_label}")
+        self.text_config = text_config
+        self.label_dim = label_dim
+        self.layers = list(layers)
+        self.mode = mode
+        self.label_temperature = label_temperature
+        self.gumbel_scale = gumbel_scale
+        self.gumbel_hard = gumbel_hard
+        self.fixed_label = fixed_label
+        self.conditioning_init = conditioning_init
+        self.freeze_lm = freeze_lm
+        self.has_planner = has_planner
+        super().__init__(**kwargs)
+
+
+def check_mode(mode: str) -> str:
+    """The mode; ValueError if there is none of that name."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
