@@ -4,3 +4,30 @@ try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError("auxkernels.models needs transformers: pip install 'auxkernels[models]'") from error
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .auxiliary import AuxiliaryCausalLMOutput, AuxiliaryForCausalLM
+from .conditioning import predicted_segments
+from .configuration import AuxiliaryConfig
+from .paired_cache import PairedCache
+from .planner import PlannerCausalLMOutput, PlannerForCausalLM
+from .planner_config import PlannerConfig
+from .planner_training import UnfreezePlanner
+
+for config, model in ((AuxiliaryConfig, AuxiliaryForCausalLM), (PlannerConfig, PlannerForCausalLM)):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+del config, model
+
+__all__ = [
+    "AuxiliaryCausalLMOutput",
+    "AuxiliaryConfig",
+    "AuxiliaryForCausalLM",
+    "PairedCache",
+    "PlannerCausalLMOutput",
+    "PlannerConfig",
+    "PlannerForCausalLM",
+    "UnfreezePlanner",
+    "predicted_segments",
+]

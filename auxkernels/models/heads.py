@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,36 +11,93 @@ from torch import Tensor, nn
 from ..sources import Head
 
 
+class LowRank(NamedTuple):
+    """An adapter of a head, which adds scale * (down(hidden) @ weight.T + bias) to its logits; weight is [V, r]."""
+
+    down: Callable[[Tensor], Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+
+
 class OutputHead(NamedTuple):
-    """What turns the last hidden states of a model into its logits: scale * softcap(hidden @ weight.T + bias)."""
+    """What turns the last hidden states of a model into its logits: scale * softcap(hidden @ weight.T + bias).
+
+    low_rank   adapters of the layer (LoRA); only without a softcap
+    """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    low_rank: tuple[LowRank, ...] = ()
 
     def source(self, hidden: Tensor) -> Head:
-        """hidden [*, D] -> Head."""
+        """hidden [*, D] -> Head. TypeError for a head with adapters, which is the sum of several: `sources`."""
+        if self.low_rank:
+            raise TypeError("the output embeddings must have no adapters here, got LoRA on them")
         return Head(hidden, self.weight, bias=self.bias, scale=self.scale, softcap=self.softcap)
+
+    def sources(self, hidden: Tensor) -> list[Head]:
+        """hidden [*, D] -> the sources whose sum are the logits."""
+        adapters = [Head(a.down(hidden), a.weight, bias=a.bias, scale=self.scale * a.scale) for a in self.low_rank]
+        return [self._replace(low_rank=()).source(hidden), *adapters]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [*, D] -> [*, V]: for decoding, where there are few rows."""
         z = nn.functional.linear(hidden, self.weight, self.bias)
+        for a in self.low_rank:
+            z = z + a.scale * nn.functional.linear(a.down(hidden), a.weight, a.bias).to(z.dtype)
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z if self.scale == 1.0 else self.scale * z
 
 
 def output_head(model) -> OutputHead:
-    """The head of a transformers causal LM, as its configuration says. `check_output_head` compares with the model."""
-    layer = model.get_output_embeddings()
+    """The head of a transformers causal LM, as its configuration says. `check_output_head` compares with the model.
+
+    PEFT's wrappers are looked through: a head trained whole (`modules_to_save`), and LoRA on it.
+    """
+    layer, low_rank = _without_wrappers(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear):
-        raise TypeError(f"the output embeddings of {type(model).__name__} must be a Linear, got {type(layer).__name__}")
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        raise TypeError(f"the output embeddings of {type(model).__name__} must be a Linear, got {kind}")
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return OutputHead(layer.weight, layer.bias, scale, None if softcap is None else float(softcap))
+    if low_rank and softcap is not None:
+        raise TypeError("the output embeddings must have no adapters under a softcap, got LoRA on them")
+    return OutputHead(layer.weight, layer.bias, scale, None if softcap is None else float(softcap), low_rank)
+
+
+def _without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
+    copies = getattr(layer, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        return (layer.original_module if layer.disable_adapters else copies[layer.active_adapters[0]]), ()
+    downs = getattr(layer, "lora_A", None)
+    if not isinstance(downs, nn.ModuleDict) or layer.lora_variant:  # variants (DoRA, ...) compute something else
+        return layer, ()
+    names = [] if layer.disable_adapters or layer.merged else [n for n in layer.active_adapters if n in downs]
+    return layer.base_layer, tuple(_low_rank(layer, name) for name in names)
+
+
+def _low_rank(layer, name: str) -> LowRank:
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    return LowRank(lambda x: down(dropout(x.to(down.weight.dtype))), up.weight, up.bias, layer.scaling[name])
+
+
+def zero_output_head(model) -> None:
+    """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied."""
+    output_head(model)  # that it is a Linear
+    layer = model.get_output_embeddings()
+    tied = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight}
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    keys = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {to: source for to, source in keys.items() if not tied & {to, source}}
 
 
 @torch.no_grad()

@@ -1,0 +1,395 @@
+"""A frozen causal language model and a trainable auxiliary one whose logits are added: auxiliary tuning."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from ..cross_entropy import aux_cross_entropy
+from ..sources import Head
+from . import saving
+from .auxiliary_inputs import Text, check_cache, check_inputs, prefix_positions, prefix_to_read, row_scale
+from .configuration import AuxiliaryConfig
+from .heads import check_output_head, output_head, zero_output_head
+from .paired_cache import PairedCache
+from .vocabulary import check_tokenizers, shared_width
+
+IGNORE_INDEX = -100
+_GROWING = (None, "dynamic", "dynamic_full")
+
+
+@dataclass
+class AuxiliaryCausalLMOutput(ModelOutput):
+    """What `AuxiliaryForCausalLM` returns. With labels, all numbers are 0-d tensors over the counted tokens.
+
+    loss            cross-entropy of the summed logits, nats; has a gradient
+    logits          [batch, kept, V], V the base's width; None where they were skipped
+    past_key_values `PairedCache`, with use_cache
+    hidden_states   the base's, with output_hidden_states
+    base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained
+    token_accuracy, entropy           means over the counted tokens; entropy of the summed softmax, nats
+    num_valid_tokens, num_correct_tokens, entropy_sum   what those are means of
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    base_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    entropy: Tensor | None = None
+    num_valid_tokens: Tensor | None = None
+    num_correct_tokens: Tensor | None = None
+    entropy_sum: Tensor | None = None
+
+
+class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
+    """softmax(base logits + aux_scale * aux logits), the base frozen: `from_base_and_aux` or `from_pretrained`.
+
+    base              the frozen model: in eval mode, without gradients and run under no_grad, whatever is called
+    aux               the trained model; reads the same tokens, a prefix of its own in front of them (`aux_input_ids`)
+                      and, with a trunk layer, the base's hidden states instead of token embeddings
+    trunk_projection  Linear from the base's width to the auxiliary's, with a trunk layer
+    Source            Zeldes et al. 2020, https://arxiv.org/abs/2006.16823
+    """
+
+    config_class = AuxiliaryConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self, config: AuxiliaryConfig, base: PreTrainedModel | None = None, aux: PreTrainedModel | None = None
+    ):
+        if base is None or aux is None:
+            raise ValueError(
+                "AuxiliaryForCausalLM needs its two models, got a configuration alone: use from_base_and_aux or "
+                "from_pretrained, which never make a base of random weights"
+            )
+        super().__init__(config)
+        self.base = base
+        self.aux = aux
+        config.base_config, config.aux_config = base.config, aux.config
+        if config.trunk_layer is not None:
+            widths = (m.config.get_text_config().hidden_size for m in (base, aux))
+            weight = aux.get_input_embeddings().weight
+            self.trunk_projection = nn.Linear(*widths, device=weight.device, dtype=weight.dtype)
+            if weight is not aux.get_output_embeddings().weight:
+                weight.requires_grad_(False)  # nothing reads it
+        self.post_init()
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
+        self._freeze_base()
+        self.train(aux.training)
+
+    @classmethod
+    def from_base_and_aux(
+        cls,
+        base: PreTrainedModel | str,
+        aux: PreTrainedModel | PretrainedConfig | str,
+        *,
+        base_revision: str | None = None,
+        trunk_layer: int | None = None,
+        zero_init: bool = True,
+        vocab_policy: str = "strict",
+        aux_scale: float = 1.0,
+        base_kwargs: dict | None = None,
+        aux_kwargs: dict | None = None,
+    ) -> AuxiliaryForCausalLM:
+        """Joins a base and an auxiliary model. Both are taken, not copied; a base may be shared by several.
+
+        The base is frozen for good. Training or eval mode is the auxiliary's (training for a new one).
+
+        base, aux      a causal LM, or the name or path of one; aux also a configuration: a new, random one
+        base_revision  of the base's name; saved in the pointer to it
+        trunk_layer    which of the base's hidden states (0: the embeddings) the auxiliary reads through a new Linear
+                       instead of its token embeddings; a prefix then runs through the base on its own
+        zero_init      the auxiliary's output head is replaced by zeros, and untied from its input embeddings if it
+                       was tied: the untrained model is the base. False: the head stays as it is
+        vocab_policy   "strict": equally wide heads; "pad": the narrower one's width counts, the rest gets -inf. With
+                       two names, tokenizers that give one id two tokens are an error under both
+        aux_scale      what the auxiliary's logits are multiplied by, where a call does not say
+        base_kwargs, aux_kwargs   for from_pretrained (from_config) of what is given by name
+        Raises         TypeError, ValueError: no causal LM with a linear head, vocabularies, trunk layer
+        """
+        base_kwargs, aux_kwargs = dict(base_kwargs or {}), dict(aux_kwargs or {})
+        if base_revision is not None:
+            base_kwargs["revision"] = base_revision
+        if isinstance(base, str) and isinstance(aux, str):
+            check_tokenizers(base, aux, saving.hub_options(base_kwargs), saving.hub_options(aux_kwargs))
+        base_model = saving.causal_lm("base", base, base_kwargs)
+        aux_model = saving.causal_lm("aux", aux, aux_kwargs)
+        if zero_init:
+            zero_output_head(aux_model)
+        config = AuxiliaryConfig(
+            base_config=base_model.config,
+            aux_config=aux_model.config,
+            trunk_layer=trunk_layer,
+            vocab_policy=vocab_policy,
+            aux_scale=aux_scale,
+            base_name_or_path=(base if isinstance(base, str) else base_model.config.name_or_path) or None,
+            base_revision=base_revision,
+        )
+        return cls._join(config, base_model, aux_model)
+
+    @classmethod
+    def _join(cls, config: AuxiliaryConfig, base: PreTrainedModel, aux: PreTrainedModel) -> AuxiliaryForCausalLM:
+        if aux is base:
+            raise ValueError("aux must be another model than base: the base is frozen")
+        widths = [output_head(model).weight.shape[0] for model in (base, aux)]
+        config.vocab_size, config.num_valid_tokens = widths[0], shared_width(*widths, config.vocab_policy)
+        num_layers = base.config.get_text_config().num_hidden_layers
+        if config.trunk_layer is not None and not 0 <= config.trunk_layer <= num_layers:
+            raise ValueError(f"trunk_layer must be in [0, {num_layers}], the base's layers, got {config.trunk_layer}")
+        for model in (base, aux):
+            check_output_head(model)
+        return cls(config, base, aux)
+
+    @classmethod
+    def from_pretrained(cls, folder, *, base=None, base_kwargs=None, check_base=True, config=None, **kwargs):
+        """Loads what `save_pretrained` wrote, in eval mode.
+
+        folder       path, or name on the hub
+        base         the base, where it is at hand (shared) or has moved: a model, name or path
+        base_kwargs  for the base alone, over **kwargs
+        check_base   whether the base must be the one that the auxiliary was saved with, by its fingerprint
+        **kwargs     for from_pretrained of both models (dtype, device_map, attn_implementation, ...); revision and
+                     subfolder are of the folder alone
+        Raises       OSError: no such folder or base; ValueError: another base, missing or unexpected weights
+        """
+        config, base_model, aux_model, rest = saving.load(
+            folder, config, base=base, base_kwargs=base_kwargs, check_base=check_base, **kwargs
+        )
+        model = cls._join(config, base_model, aux_model)
+        saving.load_rest(model, rest)
+        saving.load_generation_config(model, folder, kwargs)
+        return model.eval()
+
+    def save_pretrained(self, save_directory, *, save_base: bool = False, state_dict: dict | None = None, **kwargs):
+        """Saves the auxiliary, with a pointer to the base (name, revision, fingerprint of its weights).
+
+        save_base   also saves the base, in the folder's "base/"
+        The configuration is written last, so that an interrupted save leaves no folder that loads.
+        Raises ValueError for a base without a name, unless save_base.
+        """
+        saving.save(self, super().save_pretrained, save_directory, save_base, state_dict, kwargs)
+
+    # -- the base stays frozen -----------------------------------------------------------------------------------------
+
+    def init_weights(self):
+        """Nothing: both models come with their weights."""
+
+    def _freeze_base(self) -> None:
+        self.base.requires_grad_(False)
+        self.base.eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True):
+        super().requires_grad_(requires_grad)
+        self.base.requires_grad_(False)
+        return self
+
+    def _set_gradient_checkpointing(self, *args, **kwargs):
+        self.aux._set_gradient_checkpointing(*args, **kwargs)  # the base keeps no activations
+
+    def get_input_embeddings(self):
+        return self.aux.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return None  # no single layer makes the sum
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("resize_token_embeddings must be called on base and aux before they are joined")
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def new_cache(self) -> PairedCache:
+        """An empty cache for both models."""
+        return PairedCache.of_configs(self.base.config, self.aux.config)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is not None:
+            check_cache(model_kwargs["past_key_values"])
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in _GROWING:
+            raise ValueError(
+                f"cache_implementation must be 'dynamic' for two models, got {generation_config.cache_implementation!r}"
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+        return None
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PairedCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        aux_input_ids: Tensor | None = None,
+        aux_attention_mask: Tensor | None = None,
+        aux_scale: float | Tensor | None = None,
+        skip_logits: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> AuxiliaryCausalLMOutput:
+        """Summed logits, or with labels their loss, for which no [N, V] tensor is made.
+
+        input_ids           [batch, new] int64, read by both models
+        attention_mask      [batch, past + new], 0: padding, on either side
+        position_ids        [batch, new]; of the auxiliary's text, behind a prefix, they count on from it
+        labels              [batch, new], shifted inside; keyword shift_labels: already shifted. -100: not counted
+        logits_to_keep      how many of the last positions, or which, get logits; 0: all. The loss is over all
+        aux_input_ids       [batch, prefix] int64, read by the auxiliary alone in front of the text, never predicted;
+                            with a cache it is read into it once. aux_attention_mask: 0: padding, anywhere
+        aux_scale           number, 0-d or [batch] tensor; None: config.aux_scale
+        skip_logits         None: with labels in training mode
+        num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
+        """
+        # not in the signature, where Trainer would take it for a second label that every batch must have
+        shift_labels = kwargs.pop("shift_labels", None)
+        check_inputs(
+            input_ids, labels if shift_labels is None else shift_labels, num_items_in_batch, self.training, kwargs
+        )
+        target = shift_labels
+        if target is None and labels is not None:
+            target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if past_key_values is not None:
+            check_cache(past_key_values)
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and target is None and not self.training)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        text = Text(input_ids, attention_mask, position_ids, past_key_values, past)
+        h_base, states = self._run_base(text, use_cache, output_hidden_states, kwargs)
+        h_aux = self._run_aux(text, use_cache, states, aux_input_ids, aux_attention_mask, kwargs)
+        scale = row_scale(self.config.aux_scale if aux_scale is None else aux_scale, input_ids.shape)
+
+        numbers = {} if target is None else self._loss(h_base, h_aux, target, scale, num_items_in_batch)
+        if skip_logits is None:
+            skip_logits = self.training and target is not None
+        return AuxiliaryCausalLMOutput(
+            logits=None if skip_logits else self._logits(h_base, h_aux, scale, logits_to_keep),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=states if output_hidden_states else None,
+            **numbers,
+        )
+
+    def _run_base(self, text: Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict):
+        """Last hidden states [batch, new, D] and, where they are wanted, all of them."""
+        wants_states = bool(output_hidden_states) or self.config.trunk_layer is not None
+        with torch.no_grad():
+            output = self.base.base_model(
+                input_ids=text.input_ids,
+                attention_mask=text.attention_mask,
+                position_ids=text.position_ids,
+                past_key_values=None if text.cache is None else text.cache.base,
+                use_cache=bool(use_cache),
+                output_hidden_states=wants_states,
+                **kwargs,
+            )
+        return output.last_hidden_state, output.hidden_states if wants_states else None
+
+    def _run_aux(self, text: Text, use_cache: bool, states, aux_input_ids, aux_attention_mask, kwargs: dict) -> Tensor:
+        """Last hidden states of the text, [batch, new, D]."""
+        reader = self.aux if self.config.trunk_layer is None else self.base
+        prefix, mask = prefix_to_read(
+            text, aux_input_ids, aux_attention_mask, reader.config.get_text_config().pad_token_id
+        )
+        attention_mask, position_ids = text.behind(mask, prefix)
+        if self.config.trunk_layer is None:
+            tokens = text.input_ids if prefix is None else torch.cat([prefix, text.input_ids], dim=1)
+            inputs = {"input_ids": tokens}
+        else:
+            features = states[self.config.trunk_layer]
+            if prefix is not None:
+                features = torch.cat([self._trunk_of_prefix(prefix, mask, kwargs), features], dim=1)
+            inputs = {"inputs_embeds": self.trunk_projection(features.to(self.trunk_projection.weight.dtype))}
+        hidden = self.aux.base_model(
+            **inputs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=None if text.cache is None else text.cache.aux,
+            use_cache=bool(use_cache),
+            **kwargs,
+        ).last_hidden_state
+        return hidden if prefix is None else hidden[:, prefix.shape[1] :]
+
+    @torch.no_grad()
+    def _trunk_of_prefix(self, prefix: Tensor, mask: Tensor, kwargs: dict) -> Tensor:
+        """The base's hidden states of a prefix [batch, prefix, D], which it reads apart from the text."""
+        output = self.base.base_model(
+            input_ids=prefix,
+            attention_mask=mask,
+            position_ids=prefix_positions(mask),
+            use_cache=False,
+            output_hidden_states=True,
+            **kwargs,
+        )
+        return output.hidden_states[self.config.trunk_layer]
+
+    def _loss(self, h_base, h_aux, target, scale, num_items_in_batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            base = [_detached(source) for source in output_head(self.base).sources(h_base)]
+        aux = output_head(self.aux).sources(h_aux)
+        loss, stats = aux_cross_entropy(
+            base,
+            [replace(source, scale=scale if source.scale == 1.0 else source.scale * scale) for source in aux],
+            target,
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+            normalizer=num_items_in_batch,
+            vocab_size=self.config.num_valid_tokens,
+            return_stats=True,
+        )
+        num_valid = (target != IGNORE_INDEX).sum()
+        num_correct, entropy_sum = (stats.argmax == target).sum(), stats.entropy.sum()
+        return {
+            "loss": loss,
+            "base_loss": -stats.base_log_prob.sum() / (num_valid if num_items_in_batch is None else num_items_in_batch),
+            "token_accuracy": num_correct / num_valid,
+            "entropy": entropy_sum / num_valid,
+            "num_valid_tokens": num_valid,
+            "num_correct_tokens": num_correct,
+            "entropy_sum": entropy_sum,
+        }
+
+    def _logits(self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """[batch, kept, V] in float32 at least: a sum rounded to 16 bits would lose the auxiliary's part."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if isinstance(scale, Tensor) and scale.dim() == 2:
+            scale = scale[:, kept].unsqueeze(-1)
+        with torch.no_grad():
+            base = output_head(self.base).logits(h_base[:, kept])
+        aux = output_head(self.aux).logits(h_aux[:, kept])
+        dtype = torch.promote_types(torch.promote_types(base.dtype, aux.dtype), torch.float32)
+        num_valid = self.config.num_valid_tokens
+        total = base[..., :num_valid].to(dtype) + scale * aux[..., :num_valid].to(dtype)
+        return nn.functional.pad(total, (0, self.config.vocab_size - num_valid), value=-torch.inf)
+
+
+def _detached(source: Head) -> Head:
+    bias = None if source.bias is None else source.bias.detach()
+    return replace(source, weight=source.weight.detach(), bias=bias)

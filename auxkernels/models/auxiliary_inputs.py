@@ -1,0 +1,120 @@
+"""What the two models of `AuxiliaryForCausalLM` read: the text, and the auxiliary's prefix in front of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .paired_cache import PairedCache
+
+
+@dataclass
+class Text:
+    """What both models read."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    cache: PairedCache | None
+    past: int  # tokens in the cache before these
+
+    def behind(self, prefix_mask: Tensor | None, prefix: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and positions of the auxiliary's tokens, which stand behind a prefix and hold it if `prefix` is new."""
+        if prefix_mask is None:
+            return self.attention_mask, self.position_ids
+        (batch, new), device = self.input_ids.shape, self.input_ids.device
+        mask = _text_mask(self.attention_mask, batch, self.past + new, device)
+        positions = self.position_ids
+        if positions is None:
+            positions = torch.arange(self.past, self.past + new, device=device)[None]
+        elif positions.dim() != 2:
+            raise ValueError(f"position_ids must be [batch, new] behind a prefix, got {list(positions.shape)}")
+        elif self._may_be_packed() and (positions.diff(dim=-1) != 1).any():
+            raise ValueError("position_ids of packed texts cannot stand behind a prefix: give each text its own row")
+        positions = positions + (prefix_mask != 0).sum(dim=-1, keepdim=True)
+        if prefix is not None:
+            positions = torch.cat([prefix_positions(prefix_mask), positions], dim=1)
+        return torch.cat([prefix_mask.to(mask.dtype), mask], dim=1), positions
+
+    def _may_be_packed(self) -> bool:
+        return self.attention_mask is None and self.cache is None and not torch.compiler.is_compiling()
+
+
+def prefix_positions(mask: Tensor) -> Tensor:
+    """Positions of the tokens that count, [batch, prefix]: 0, 1, ... without gaps."""
+    return ((mask != 0).cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def prefix_to_read(
+    text: Text, input_ids: Tensor | None, mask: Tensor | None, pad_token_id: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The prefix to be read now (None: it is in the cache, or there is none) and the mask of the one in force."""
+    if input_ids is None and mask is not None:
+        raise ValueError("aux_attention_mask must come with aux_input_ids, got it alone")
+    if input_ids is not None:
+        if input_ids.dim() != 2 or input_ids.shape[0] != text.input_ids.shape[0]:
+            raise ValueError(f"aux_input_ids must be [{text.input_ids.shape[0]}, prefix], got {list(input_ids.shape)}")
+        if mask is None:
+            _check_no_padding(input_ids, pad_token_id)
+            mask = torch.ones_like(input_ids)
+        elif mask.shape != input_ids.shape:
+            raise ValueError(f"aux_attention_mask must be {list(input_ids.shape)}, got {list(mask.shape)}")
+    cache = text.cache
+    if cache is None:
+        return input_ids, mask
+    if input_ids is not None and cache.aux.get_seq_length() == 0:
+        cache.prefix_mask = mask
+        return input_ids, mask
+    if input_ids is not None and cache.prefix_length != input_ids.shape[1]:
+        raise ValueError(
+            f"aux_input_ids must be the prefix that the cache was begun with, of {cache.prefix_length} tokens, got "
+            f"{input_ids.shape[1]}"
+        )
+    return None, cache.prefix_mask
+
+
+def row_scale(scale: float | Tensor, shape: torch.Size) -> float | Tensor:
+    """A number or 0-d tensor as it is; one for each text, [batch], as one for each position, [batch, new]."""
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    if scale.shape != shape[:1]:
+        raise ValueError(f"aux_scale must be a number or a tensor of shape [] or [{shape[0]}], got {list(scale.shape)}")
+    return scale[:, None].expand(shape)
+
+
+def _check_no_padding(input_ids: Tensor, pad_token_id: int | None) -> None:
+    if pad_token_id is None or torch.compiler.is_compiling() or not input_ids.shape[1]:
+        return
+    if (input_ids[:, [0, -1]] == pad_token_id).any():
+        raise ValueError(f"aux_input_ids begin or end with the padding token {pad_token_id}: pass aux_attention_mask")
+
+
+def check_cache(cache: object) -> None:
+    if not isinstance(cache, PairedCache):
+        raise TypeError(f"past_key_values must be a PairedCache (model.new_cache()), got {type(cache).__name__}")
+
+
+def check_inputs(input_ids, labels, num_items_in_batch, training: bool, kwargs: dict) -> None:
+    if kwargs.pop("inputs_embeds", None) is not None or input_ids is None:
+        raise ValueError("input_ids must be given: two models share tokens, not inputs_embeds")
+    if kwargs.pop("output_attentions", None):
+        raise ValueError("output_attentions must be False: call model.base or model.aux for their attentions")
+    if training and labels is None and num_items_in_batch is not None:
+        raise ValueError(
+            "labels must be given where num_items_in_batch is: with label_smoothing_factor or compute_loss_func, "
+            "Trainer takes them away and computes a loss of its own; set model.config.label_smoothing instead"
+        )
+
+
+def _text_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """The mask of `length` text tokens, [batch, length]: as given, or ones."""
+    if attention_mask is None:
+        return torch.ones((batch, length), dtype=torch.long, device=device)
+    if attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask must be [batch, past and new tokens] = {[batch, length]} where the auxiliary has a "
+            f"prefix, got {list(attention_mask.shape)}"
+        )
+    return attention_mask

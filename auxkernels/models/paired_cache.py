@@ -1,0 +1,85 @@
+"""The key-value cache of two models that read one text, one of them behind a prefix of its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
+
+
+class PairedCache(Cache):
+    """A base model's cache and an auxiliary model's, kept at the same text.
+
+    base, aux     their caches; the auxiliary's holds `prefix_length` more tokens: the prefix that only it reads.
+    prefix_mask   [batch, prefix_length], non-zero where the prefix counts; None: no prefix.
+    Lengths and masks are the base's, because generation asks for the text's. What changes the batch or the length
+    (reorder, repeat, select, crop, reset) is done to both, and the prefix stays.
+    """
+
+    def __init__(self, base: Cache, aux: Cache):
+        self.base = base
+        self.aux = aux
+        self.prefix_mask: Tensor | None = None
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    @classmethod
+    def of_configs(cls, base_config: PretrainedConfig, aux_config: PretrainedConfig) -> PairedCache:
+        """Empty and growing."""
+        return cls(DynamicCache(config=base_config), DynamicCache(config=aux_config))
+
+    @property
+    def layers(self) -> list:
+        """Of both: what `Cache` does to its layers is done to all of them."""
+        return [*self.base.layers, *self.aux.layers]
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix_mask is None else self.prefix_mask.shape[1]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False  # generation would make one four-dimensional mask for two models
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return self.base.is_sliding
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(base={self.base}, aux={self.aux}, prefix_length={self.prefix_length})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.base.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.base.get_mask_sizes(query_length, layer_idx)
+
+    def update(self, *args, **kwargs):
+        raise TypeError("PairedCache holds two models' caches: update .base or .aux")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the text's last tokens from both, given what `Cache.crop` of this transformers takes."""
+        before = self.base.get_seq_length()
+        self.base.crop(tokens_to_remove)
+        self.aux.crop(self.base.get_seq_length() - before)
+
+    def reset(self) -> None:
+        super().reset()
+        self.prefix_mask = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.prefix_mask is not None:
+            self.prefix_mask = self.prefix_mask.index_select(0, beam_idx.to(self.prefix_mask.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.prefix_mask is not None:
+            self.prefix_mask = self.prefix_mask.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.prefix_mask is not None:
+            self.prefix_mask = self.prefix_mask[indices]

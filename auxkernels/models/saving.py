@@ -1,0 +1,232 @@
+"""Loading and saving of `AuxiliaryForCausalLM`: an auxiliary's own weights and a pointer to its base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration import AuxiliaryConfig
+
+BASE_FOLDER = "base"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_OF_THE_FOLDER = ("revision", "subfolder")
+_NUM_SAMPLES = 32
+
+
+def hub_options(kwargs: dict) -> dict:
+    """Those of from_pretrained's options that say where files come from."""
+    return {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs: dict) -> PreTrainedModel:
+    """A decoder-only causal LM with all its weights: as it is, loaded by name or path, or (aux) new from a config.
+
+    Raises TypeError, ValueError naming the argument; OSError where there is no such name or path.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        model = _loaded(name, os.fspath(given), kwargs)
+    elif isinstance(given, PretrainedConfig) and name == "aux":
+        _check_decoder(name, given)
+        model = AutoModelForCausalLM.from_config(given, **kwargs)
+    elif isinstance(given, PreTrainedModel):
+        if kwargs:
+            raise ValueError(f"{name}_kwargs must be empty where {name} is a model, got {', '.join(sorted(kwargs))}")
+        model = given
+    else:
+        allowed = "a PreTrainedModel or a name" + (", or a configuration" if name == "aux" else "")
+        raise TypeError(f"{name} must be {allowed}, got {type(given).__name__}")
+    _check_decoder(name, model.config)
+    if not model.can_generate() or model.base_model is model:
+        raise TypeError(f"{name} must be a causal LM with an output head, got {type(model).__name__}")
+    return model
+
+
+def _check_decoder(name: str, config: PretrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} must be decoder-only, got the encoder-decoder {config.model_type}")
+
+
+def _loaded(name: str, path: str, kwargs: dict) -> PreTrainedModel:
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        raise ValueError(f"{name} must have all its weights, {path} lacks {_some(info['missing_keys'])}")
+    return model
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# -- which base --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> dict:
+    """What tells a base from another one: its parameters' names and shapes, and the values of 32 elements.
+
+    dtype is kept beside the values, because a base may be loaded in another one than it was saved with. Weights that
+    are offloaded have no value and are not compared.
+    """
+    parameters = sorted(model.named_parameters())
+    structure = hashlib.sha256(repr([(name, list(p.shape)) for name, p in parameters]).encode()).hexdigest()
+    values = []
+    for i in range(_NUM_SAMPLES):
+        tensor = parameters[i * len(parameters) // _NUM_SAMPLES][1].detach()
+        index = (i * 7919 + tensor.numel() // 2) % tensor.numel()
+        element = tensor[torch.unravel_index(torch.tensor(index), tensor.shape)]
+        values.append(None if tensor.is_meta else element.item())
+    return {"structure": structure[:32], "dtype": str(model.dtype).removeprefix("torch."), "values": values}
+
+
+def is_same_base(expected: dict, found: dict) -> bool:
+    """Equal structure and values: exactly in one dtype, else up to the coarser one's rounding."""
+    if expected["structure"] != found["structure"]:
+        return False
+    tolerance = 0.0
+    if expected["dtype"] != found["dtype"]:
+        tolerance = max(torch.finfo(getattr(torch, one["dtype"])).eps for one in (expected, found))
+    pairs = zip(expected["values"], found["values"], strict=True)
+    known = (pair for pair in pairs if None not in pair)
+    return all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance * 1e-4) for pair in known)
+
+
+# -- save --------------------------------------------------------------------------------------------------------------
+
+
+def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs: dict) -> None:
+    """Writes beside the folder's own files and moves them in, the configuration last.
+
+    write   `PreTrainedModel.save_pretrained` of the model
+    """
+    config = model.config
+    if kwargs.get("push_to_hub"):
+        raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
+    if not save_base and not config.base_name_or_path:
+        raise ValueError(
+            "save_base must be True for a base that has no name to be found by: or save the base to a folder, load it "
+            "from there, and join it with the auxiliary anew"
+        )
+    config.base_is_saved = save_base
+    config.base_fingerprint = fingerprint(model.base)
+    model.aux.config.dtype = model.aux.dtype
+    if state_dict is None:
+        state_dict = model.state_dict()
+    own = {key: value for key, value in state_dict.items() if not key.startswith("base.")}
+    if not kwargs.get("is_main_process", True):
+        write(folder, state_dict=own, **kwargs)
+        return
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+        write(new, state_dict=own, **kwargs)
+        if save_base:
+            model.base.save_pretrained(os.path.join(new, BASE_FOLDER))
+        _move_in(new, os.fspath(folder))
+
+
+def _move_in(new: str, folder: str) -> None:
+    """Replaces a folder's model: while its files are changed it has no configuration, and so does not load."""
+    config = os.path.join(folder, CONFIG_NAME)
+    if os.path.exists(config):
+        os.remove(config)
+    shutil.rmtree(os.path.join(folder, BASE_FOLDER), ignore_errors=True)
+    for name in os.listdir(folder):
+        if name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")):
+            os.remove(os.path.join(folder, name))
+    for name in sorted(os.listdir(new), key=lambda name: name == CONFIG_NAME):
+        os.replace(os.path.join(new, name), os.path.join(folder, name))
+
+
+# -- load --------------------------------------------------------------------------------------------------------------
+
+
+def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **kwargs):
+    """(config, base, aux, other weights) of a saved folder; arguments as for `from_pretrained`."""
+    where = hub_options(kwargs)
+    if config is None:
+        config = AuxiliaryConfig.from_pretrained(folder, **where)
+    if not isinstance(config, AuxiliaryConfig):
+        raise TypeError(f"config must be an AuxiliaryConfig, got {type(config).__name__}")
+    if config.base_config is None or config.aux_config is None:
+        raise OSError(f"{folder} must hold the configuration of an AuxiliaryForCausalLM, found none")
+    model_kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_FOLDER}
+    base_model = _base_of(folder, config, base, {**model_kwargs, **(base_kwargs or {})}, where, base_kwargs)
+    known = config.base_fingerprint if check_base else None
+    if known is not None and not is_same_base(known, fingerprint(base_model)):
+        raise ValueError(
+            "base must be the model that the auxiliary was saved with, got other weights or shapes: pass "
+            "check_base=False if that is meant"
+        )
+    weights = _weights(folder, where)
+    own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.aux_config)]
+    options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
+    aux, info = kind.from_pretrained(
+        None, config=config.aux_config, state_dict=own, output_loading_info=True, **options
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise ValueError(f"{folder} must hold the auxiliary's weights, {problem}: {_some(map(str, info[problem]))}")
+    return config, base_model, aux, weights
+
+
+def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict | None) -> PreTrainedModel:
+    if isinstance(base, PreTrainedModel):
+        return causal_lm("base", base, base_kwargs or {})
+    if base is None and config.base_is_saved:
+        subfolder = os.path.join(where.get("subfolder", ""), BASE_FOLDER)
+        if "revision" in where:
+            kwargs = {**kwargs, "revision": where["revision"]}
+        return causal_lm("base", os.fspath(folder), {**kwargs, "subfolder": subfolder})
+    name = config.base_name_or_path if base is None else base
+    if base is None and config.base_revision is not None:
+        kwargs = {"revision": config.base_revision, **kwargs}
+    try:
+        return causal_lm("base", name, kwargs)
+    except OSError as error:
+        raise OSError(f"base {name!r}, which {folder} points to, could not be loaded: pass base=") from error
+
+
+def _weights(folder, where: dict) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files; those of a saved base are in its own folder."""
+    try:
+        with open(cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **where), encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    except OSError:
+        names = [SAFE_WEIGHTS_NAME]
+    weights = {}
+    for name in names:
+        with safe_open(cached_file(folder, name, **where), framework="pt") as file:
+            weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    return weights
+
+
+def load_rest(model, weights: dict[str, Tensor]) -> None:
+    """The weights that are neither model's: the trunk projection."""
+    expected = {key for key in model.state_dict() if not key.startswith(("base.", "aux."))}
+    if expected != weights.keys():
+        raise ValueError(f"weights must be {sorted(expected)} beside the auxiliary's, got {sorted(weights)}")
+    model.load_state_dict(weights, strict=False)
+
+
+def load_generation_config(model, folder, kwargs: dict) -> None:
+    model.generation_config = GenerationConfig.from_pretrained(folder, **hub_options(kwargs))

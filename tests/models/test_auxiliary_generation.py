@@ -1,0 +1,233 @@
+"""`AuxiliaryForCausalLM.generate` against loops that use no cache, and the paired cache itself."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tiny import PAIRS, VOCAB_SIZE, tiny_pair  # noqa: E402
+
+from auxkernels.models import PairedCache  # noqa: E402
+
+NEW = 8
+PREFIX = torch.tensor([[7, 9, 11, 13], [0, 0, 21, 23], [0, 31, 33, 35]])
+PREFIX_MASK = (PREFIX != 0).long()
+VARIANTS = {
+    "plain": ({}, {}),
+    "prefix": ({}, {"aux_input_ids": PREFIX, "aux_attention_mask": PREFIX_MASK}),
+    "trunk": ({"trunk_layer": 1}, {}),
+    "trunk and prefix": ({"trunk_layer": 2}, {"aux_input_ids": PREFIX, "aux_attention_mask": PREFIX_MASK}),
+    "scale": ({}, {"aux_scale": torch.tensor([0.0, 0.5, 2.0])}),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return VARIANTS[request.param]
+
+
+def padded(tokens, lengths):
+    """tokens cut to their last `lengths`, padded on the left, and the mask."""
+    mask = (torch.arange(tokens.shape[1]) >= tokens.shape[1] - torch.tensor(lengths)[:, None]).long()
+    return tokens * mask, mask
+
+
+@torch.no_grad()
+def next_logits(model, tokens, mask, **kwargs):
+    """[batch, V] of the last position, computed from nothing."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model(tokens, attention_mask=mask, position_ids=positions, use_cache=False, **kwargs).logits[:, -1]
+
+
+def loop(model, tokens, mask, choose, new=NEW, **kwargs):
+    """Generation without a cache, and the logits of every step [batch, new, V]."""
+    steps = []
+    for _ in range(new):
+        steps.append(next_logits(model, tokens, mask, **kwargs))
+        tokens = torch.cat([tokens, choose(steps[-1])], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return tokens, torch.stack(steps, dim=1)
+
+
+def greedy(logits):
+    return logits.argmax(-1, keepdim=True)
+
+
+def generate(model, tokens, mask, **kwargs):
+    options = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
+    return model.generate(tokens, attention_mask=mask, **{**options, **kwargs})
+
+
+@pytest.mark.parametrize("base, aux", PAIRS)
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 5, 1)], ids=["full", "left-padded"])
+def test_greedy_equals_a_loop_without_cache(base, aux, lengths, variant, tokens):
+    options, kwargs = variant
+    model = tiny_pair(base, aux, **options)
+    text, mask = padded(tokens, lengths)
+    want, steps = loop(model, text, mask, greedy, **kwargs)
+    got = generate(model, text, mask, output_logits=True, **kwargs)
+    assert torch.equal(got.sequences, want)
+    torch.testing.assert_close(torch.stack(got.logits, dim=1), steps, rtol=1e-4, atol=1e-4)
+    assert got.past_key_values.get_seq_length() == 9 + NEW - 1
+
+
+def test_every_input_of_the_auxiliary_changes_what_is_generated(tokens):
+    text, mask = padded(tokens, (9, 9, 9))
+    results = set()
+    for options, kwargs in VARIANTS.values():
+        results.add(generate(tiny_pair(**options), text, mask, **kwargs).sequences.numpy().tobytes())
+    assert len(results) == len(VARIANTS)
+
+
+def test_sampling_with_a_seed_equals_a_loop(variant, tokens):
+    options, kwargs = variant
+    model = tiny_pair(**options)
+    text, mask = padded(tokens, (9, 5, 2))
+    torch.manual_seed(7)
+    want, _ = loop(model, text, mask, lambda z: torch.multinomial((z / 0.7).softmax(-1), 1), **kwargs)
+    torch.manual_seed(7)
+    got = generate(model, text, mask, do_sample=True, temperature=0.7, top_k=0, **kwargs)
+    assert torch.equal(got.sequences, want)
+
+
+def beam_loop(model, tokens, mask, num_beams, **kwargs):
+    """Beam search of one row without end of text: at every step the best `num_beams` continuations of all."""
+    scores = torch.zeros(1)
+    beams = tokens
+    for _ in range(NEW):
+        n = len(beams)
+        expanded = {name: value.expand(n, *value.shape[1:]) for name, value in kwargs.items()}
+        full = torch.cat([mask.expand(n, -1), torch.ones(n, beams.shape[1] - mask.shape[1], dtype=torch.long)], dim=1)
+        total = scores[:, None] + next_logits(model, beams, full, **expanded).log_softmax(-1)
+        scores, flat = total.flatten().topk(num_beams)
+        beams = torch.cat([beams[flat // VOCAB_SIZE], (flat % VOCAB_SIZE)[:, None]], dim=1)
+    return beams[:1]
+
+
+def test_beams_equal_a_search_without_cache(variant, tokens):
+    options, kwargs = variant
+    model = tiny_pair(**options)
+    text, mask = padded(tokens, (9, 5, 2))
+    got = generate(model, text, mask, num_beams=3, **kwargs).sequences
+    for row in range(3):
+        own = {name: value[row : row + 1] for name, value in kwargs.items()}
+        assert torch.equal(got[row : row + 1], beam_loop(model, text[row : row + 1], mask[row : row + 1], 3, **own))
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_several_returned_sequences(num_beams, tokens):
+    model = tiny_pair()
+    torch.manual_seed(3)
+    got = model.generate(
+        tokens,
+        do_sample=num_beams == 1,
+        num_beams=num_beams,
+        num_return_sequences=2,
+        max_new_tokens=3,
+        aux_scale=torch.tensor([1.0, 0.0, 2.0]),
+        aux_input_ids=PREFIX,
+        aux_attention_mask=PREFIX_MASK,
+    )
+    assert got.shape[0] == 6
+
+
+@pytest.mark.parametrize("base, aux", PAIRS)
+def test_prompt_lookup_equals_greedy(base, aux, variant):
+    options, kwargs = variant
+    kwargs = {name: value[:1] for name, value in kwargs.items()}
+    model = tiny_pair(base, aux, **options)
+    text = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    mask = torch.ones_like(text)
+    for prompt in (text, loop(model, text, mask, greedy, new=20, **kwargs)[0]):  # the second repeats itself sooner
+        mask = torch.ones_like(prompt)
+        want, _ = loop(model, prompt, mask, greedy, new=12, **kwargs)
+        got = model.generate(
+            prompt, attention_mask=mask, prompt_lookup_num_tokens=3, max_new_tokens=12, do_sample=False,
+            eos_token_id=VOCAB_SIZE + 1, **kwargs,
+        )  # fmt: skip
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 3])
+def test_continuation_from_a_cache(variant, prefill_chunk_size, tokens):
+    options, kwargs = variant
+    model = tiny_pair(**options)
+    text, mask = padded(tokens, (9, 5, 2))
+    want, _ = loop(model, text, mask, greedy, new=2 * NEW, **kwargs)
+    first = generate(model, text, mask, prefill_chunk_size=prefill_chunk_size, **kwargs)
+    mask = torch.cat([mask, torch.ones(3, NEW, dtype=torch.long)], dim=1)
+    scale = {name: value for name, value in kwargs.items() if name == "aux_scale"}  # the prefix is in the cache
+    second = generate(model, first.sequences, mask, past_key_values=first.past_key_values, **scale)
+    assert torch.equal(second.sequences, want)
+
+
+def test_generation_without_a_cache(variant, tokens):
+    options, kwargs = variant
+    model = tiny_pair(**options)
+    text, mask = padded(tokens, (9, 5, 2))
+    with_cache, without = (generate(model, text, mask, use_cache=use, **kwargs).sequences for use in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+def test_end_of_text_and_padding_are_the_bases(tokens):
+    model = tiny_pair()
+    model.generation_config.eos_token_id = int(next_logits(model, tokens, torch.ones_like(tokens))[0].argmax())
+    got = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert got[0, 10:].eq(0).all() and model.generation_config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
+def test_other_caches_are_refused(kind, tokens):
+    with pytest.raises(ValueError, match=f"cache_implementation must be 'dynamic' for two models, got '{kind}'"):
+        tiny_pair().generate(tokens, max_new_tokens=2, cache_implementation=kind)
+
+
+def test_foreign_caches_are_refused(tokens):
+    with pytest.raises(TypeError, match="past_key_values must be a PairedCache"):
+        tiny_pair().generate(tokens, max_new_tokens=2, past_key_values=transformers.DynamicCache())
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def filled(model, tokens):
+    return model(tokens, aux_input_ids=PREFIX, aux_attention_mask=PREFIX_MASK, use_cache=True).past_key_values
+
+
+def test_crop_removes_text_and_keeps_the_prefix(pair, tokens):
+    cache = filled(pair, tokens)
+    cache.crop(-4)
+    assert (cache.get_seq_length(), cache.aux.get_seq_length(), cache.prefix_length) == (5, 9, 4)
+    want = pair(tokens, aux_input_ids=PREFIX, aux_attention_mask=PREFIX_MASK).logits[:, 5:]
+    torch.testing.assert_close(pair(tokens[:, 5:], past_key_values=cache).logits, want)
+    cache.crop(-9)
+    assert (cache.get_seq_length(), cache.aux.get_seq_length()) == (0, 4)
+    again = pair(tokens, past_key_values=cache, aux_input_ids=PREFIX, aux_attention_mask=PREFIX_MASK).logits
+    torch.testing.assert_close(again[:, 5:], want)
+
+
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+def test_changes_of_the_batch_reach_both_caches_and_the_prefix(pair, change, tokens):
+    rows = [0, 0, 1, 1, 2, 2] if change == "batch_repeat_interleave" else [2, 2, 0]
+    want = pair(tokens, aux_input_ids=PREFIX, aux_attention_mask=PREFIX_MASK).logits[rows, 5:]
+    cache = filled(pair, tokens[:, :5])
+    getattr(cache, change)(2 if change == "batch_repeat_interleave" else torch.tensor(rows))
+    torch.testing.assert_close(pair(tokens[rows, 5:], past_key_values=cache).logits, want)
+
+
+def test_reset_empties_both_caches(tokens):
+    model = tiny_pair()
+    cache = filled(model, tokens)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.aux.get_seq_length(), cache.prefix_length) == (0, 0, 0)
+    torch.testing.assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits)
+
+
+def test_cache_speaks_of_the_base():
+    model = tiny_pair(aux_options={"layers": 3})
+    cache = model.new_cache()
+    assert isinstance(cache, PairedCache) and not cache.is_compileable
+    assert len(cache) == 2 and len(cache.layers) == 5 and len(cache.is_sliding) == 2
+    assert cache.get_mask_sizes(3, 0) == (3, 0)
+    with pytest.raises(TypeError, match=r"update \.base or \.aux"):
+        cache.update(None, None, 0)
