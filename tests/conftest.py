@@ -2,26 +2,15 @@
 
 import os
 import zlib
-from typing import NamedTuple
 
 # several test processes share the cores: threads that spin while they wait take the others' time (four times slower)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from implementations import Implementation
 
 from auxkernels import backends, plain_lookup
-
-
-class Implementation(NamedTuple):
-    backend: str
-    device: str
-
-    def unavailable(self) -> str | None:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            return "no CUDA device"
-        missing = {"native": backends.native_missing, "triton": backends.triton_missing}.get(self.backend)
-        return missing() if missing else None
 
 
 def _param(backend: str, device: str):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Implementation
+from implementations import Implementation
 from inputs import logits, targets
 from oracle import Case, Rows, assert_close, check
 
