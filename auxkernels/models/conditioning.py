@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -139,27 +141,59 @@ def _checked_labels(label_ids: Tensor, num_labels: int) -> Tensor:
 # -- where it is added -------------------------------------------------------------------------------------------------
 
 
-def predicted_segments(segment_ids: Tensor) -> Tensor:
+def predicted_segments(segment_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The segment that each token predicts a token of: the alignment of conditioning with next-token prediction.
 
     A token is conditioned on the segment of its successor, so the last token of a segment already carries the next
-    segment's label. The last token of a row, whose successor is unknown, keeps its own segment.
+    segment's label. The last token of a row, whose successor is unknown or padding, keeps its own segment.
 
-    segment_ids   [batch, seq] integers, the segment that each token is part of; negative: none
-    Returns       [batch, seq]
+    segment_ids      [batch, seq] integers, the segment that each token is part of; negative: none
+    attention_mask   [batch, seq], 0: padding; None: no padding
+    Returns          [batch, seq]
     """
-    return torch.cat((segment_ids[:, 1:], segment_ids[:, -1:]), dim=1)
+    of_successors = torch.cat((segment_ids[:, 1:], segment_ids[:, -1:]), dim=1)
+    if attention_mask is None:
+        return of_successors
+    if attention_mask.shape != segment_ids.shape:
+        shapes = f"{list(attention_mask.shape)} for segment_ids {list(segment_ids.shape)}"
+        raise ValueError(f"attention_mask must have the shape of segment_ids, got {shapes}")
+    is_token = attention_mask.to(segment_ids.device).bool()
+    is_followed = torch.cat((is_token[:, 1:], is_token[:, -1:]), dim=1)
+    return torch.where(is_followed, of_successors, segment_ids)
 
 
-class ActiveRows:
-    """What the hooks of one model add at this moment; nothing outside its forward pass, so that others may share them.
+def token_mask(attention_mask, shape) -> Tensor | None:
+    """The mask [batch, seq] of the given tokens alone; None where a mask does not tell."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < shape[1]:
+        return None
+    return attention_mask[:, attention_mask.shape[1] - shape[1] :]
 
-    The hooks hold this object and no weights. It is copied and pickled with the hooks, as one object with the model's.
+
+def conditioning_segments(segment_ids, are_aligned: bool, attention_mask, mode: str, shape, device) -> Tensor:
+    """The row of segments that conditions each token, [batch, seq]; mode "fixed" has a single one."""
+    if segment_ids is None:
+        if mode != "fixed":
+            raise ValueError(f"mode {mode!r} needs segment_ids")
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+    if segment_ids.is_floating_point() or segment_ids.shape != shape:
+        got = f"{segment_ids.dtype} {list(segment_ids.shape)}"
+        raise ValueError(f"segment_ids must be int64 {list(shape)}, as the tokens, got {got}")
+    token_segments = segment_ids if are_aligned else predicted_segments(segment_ids, attention_mask)
+    return token_segments.clamp(max=0) if mode == "fixed" else token_segments
+
+
+class ActiveRows(threading.local):
+    """What the hooks of one model add at this moment, in this thread; nothing outside its forward pass.
+
+    So others may share the language model, also in other threads. The hooks hold this object and no weights. It is
+    copied and pickled with the hooks, as one object with the model's; the copy adds nothing.
     """
 
-    def __init__(self):
-        self.rows: tuple[Tensor, ...] | None = None
-        self.segment_ids: Tensor | None = None
+    rows: tuple[Tensor, ...] | None = None
+    segment_ids: Tensor | None = None
+
+    def __reduce__(self):
+        return type(self), ()
 
     def set(self, rows: tuple[Tensor, ...] | None, segment_ids: Tensor | None) -> None:
         """rows [S, H] of each conditioned layer, segment_ids [batch, seq] below S; None, None: add nothing."""
@@ -182,6 +216,34 @@ class AddRows:
     def _added(self, hidden: Tensor) -> Tensor:
         rows = self.active.rows[self.index].to(device=hidden.device, dtype=hidden.dtype)
         return hidden + segments_to_tokens(rows, self.active.segment_ids.to(hidden.device))
+
+
+class LayerHooks:
+    """`AddRows` hooks on layers, the n-th for row set n. They are removed by `remove`, or when this object dies."""
+
+    def __init__(self, layers: list[nn.Module], active: ActiveRows):
+        self.handles = [
+            layer.register_forward_pre_hook(AddRows(active, n), with_kwargs=True) for n, layer in enumerate(layers)
+        ]
+        self.remove = _remover(self)
+
+    def __getstate__(self):
+        return self.handles
+
+    def __setstate__(self, handles):
+        self.handles = handles
+        self.remove = _remover(self)
+
+
+def _remover(hooks: LayerHooks) -> weakref.finalize:
+    remover = weakref.finalize(hooks, _remove, hooks.handles)
+    remover.atexit = False
+    return remover
+
+
+def _remove(handles: list) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def decoder_layers(lm) -> nn.ModuleList:

@@ -88,6 +88,8 @@ def collate_segments(examples: Sequence[Mapping], pad_token_id: int, padding_sid
                    input ids), `label_ids` [S_i], `label_scores` [S_i, K]: tensors or nested lists. An example without
                    `label_ids` and `label_scores` has as many segments as its ids say.
     padding_side   "right" or "left"
+    A Trainer removes the columns of segments, labels and scores, and any that this function does not read, before it
+    calls the collator: give it `TrainingArguments(remove_unused_columns=False)`.
     Returns        input_ids, attention_mask, labels (-100 on padding), segment_ids numbered over the whole batch (-1 on
                    padding), all [batch, seq]; label_ids [S] and label_scores [S, K] where the examples have them.
     """

@@ -13,11 +13,20 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
-from .conditioning import ActiveRows, AddRows, Conditioning, chosen_layers, decoder_layers, predicted_segments
+from .conditioning import (
+    ActiveRows,
+    Conditioning,
+    LayerHooks,
+    chosen_layers,
+    conditioning_segments,
+    decoder_layers,
+    token_mask,
+)
 from .heads import check_output_head, output_head
 from .planner_checkpointing import CheckpointingThroughHooks
 from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
+from .planner_loading import kept_buffers, marked_as_initialized
 from .planner_training import Freezing
 
 IGNORE_INDEX = -100
@@ -42,7 +51,8 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
     """A causal LM conditioned on segment labels, with the planner that scores them. See `from_lm`.
 
     Submodules: `lm`, the language model; `conditioning`, a `Conditioning`; `planner`, the user's module or None.
-    A language model may be shared by several of these, and used on its own: the hooks add nothing outside `forward`.
+    A language model may be shared by several of these, and used on its own, also in other threads: the hooks add
+    nothing outside `forward` and its thread. They are removed with `remove_hooks`, or when the model is deleted.
     Not for `torch.nn.DataParallel` (RuntimeError): segments are numbered over the whole batch.
     """
 
@@ -70,18 +80,13 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
             dtype=torch.float64 if self.lm.dtype == torch.float64 else torch.float32,
             device=self.lm.device,
         )
-        given = [module for module in (lm, planner) if module is not None]
-        for module in (m for root in given for m in root.modules()):
-            module._is_hf_initialized = True  # or post_init would draw weights anew that are not its own
         self._frozen: dict[str, list[str]] = {}  # names of the weights that freezing changed
         self._active = ActiveRows()
         layers = self._decoder_layers()
-        self._hooks = [
-            layers[i].register_forward_pre_hook(AddRows(self._active, n), with_kwargs=True)
-            for n, i in enumerate(config.layers)
-        ]
+        self._hooks = LayerHooks([layers[i] for i in config.layers], self._active)
         self._is_hooked = True
-        self.post_init()
+        with marked_as_initialized(lm, planner):  # or post_init would draw weights anew that are not its own
+            self.post_init()
         if config.freeze_lm:
             self.freeze_lm()
 
@@ -105,7 +110,8 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
     ) -> PlannerForCausalLM:
         """Condition the decoder layers of a language model on labels.
 
-        lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared.
+        lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared. It gets
+                                hooks, which go with this model or by `remove_hooks`.
         planner                 called as planner(**planner_inputs), returns scores [S, K]; None: scores or labels are
                                 given to each call.
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
@@ -164,6 +170,9 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
     ) -> PlannerCausalLMOutput | tuple:
         """Logits or loss of the conditioned language model. Arguments not described here are those of any causal LM.
 
+        attention_mask        [batch, seq] says also after which tokens padding comes (`predicted_segments`), with a
+                              cache its last seq columns; masks of other forms do not, so there ids must be aligned.
+        use_cache             None: in training none is made, unless past_key_values are given.
         segment_ids           int64 [batch, seq], the segment of each token, numbered from 0 over the whole batch;
                               negative: a token of no segment. Mode "fixed" does without: all tokens.
         segments_are_aligned  they already say of which segment the *predicted* token is (`predicted_segments`).
@@ -175,7 +184,8 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
         skip_logits           return no logits; None: where there is a loss, in training mode.
         plans                 what generate() passes instead.
         label_scores, label_ids and shift_labels (shifted already) are among the kwargs: a Trainer evaluates no loss
-        without every argument that has "label" in its name.
+        without every argument that has "label" in its name. It also drops these columns and those of planner_inputs
+        from the data, unless `TrainingArguments(remove_unused_columns=False)`.
         Returns               `PlannerCausalLMOutput`. In training no [batch, seq, vocabulary] tensor is made.
         Raises                TypeError, ValueError: arguments. On CPU IndexError, on GPU NaN: unknown segments, labels.
         """
@@ -186,8 +196,11 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
             rows, token_segments, statistics = plans.rows, plans.segments_of_last(shape[1]), {}
         else:
             mode = check_mode(mode or self.config.mode)
-            token_segments = _token_segments(segment_ids, segments_are_aligned, mode, shape, self.lm.device)
+            mask = None if segments_are_aligned else token_mask(attention_mask, shape)
+            token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, mode, shape, self.lm.device)
             rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
+        if use_cache is None and self.training and past_key_values is None and plans is None:
+            use_cache = False  # a frozen model in eval mode would make one, which checkpointed layers fill twice
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         outputs = self._lm_outputs(rows, token_segments, kwargs)
@@ -241,7 +254,8 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
         allowed = ["label_scores", "planner_inputs"] + (["label_ids"] if mode == "hard" else [])
         if len(given) != 1 or given[0] not in allowed:
             got = " and ".join(given) or "none"
-            raise ValueError(f"mode {mode!r} needs exactly one of {', '.join(allowed)}, got {got}")
+            hint = "" if given else " (a Trainer removes such columns unless remove_unused_columns=False)"
+            raise ValueError(f"mode {mode!r} needs exactly one of {', '.join(allowed)}, got {got}{hint}")
         if given == ["label_ids"]:
             return self._rows_of_labels(sources["label_ids"])
         scores = self._scores(sources.get("label_scores"), sources.get("planner_inputs"))
@@ -310,15 +324,16 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
 
     def remove_hooks(self) -> None:
         """Take this model's hooks off its language model, which others may go on using. Ends the use of this model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._is_hooked = [], False
+        self._hooks.remove()
+        self._is_hooked = False
 
     # -- transformers --------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, name_or_path, *args, planner: nn.Module | None = None, config=None, **kwargs):
         """As any model's, from safetensors. `planner` is the module whose weights were saved: they are loaded into it.
+
+        Its buffers that are not saved keep their values.
 
         planner   needed where a planner was saved; where none was, it is taken as it is.
         Raises    ValueError: no planner for saved weights; weights that are missing or belong to nothing.
@@ -332,7 +347,9 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True, "config": config}
         dtypes = {} if planner is None else {name: value.dtype for name, value in planner.state_dict().items()}
-        model, info = super().from_pretrained(name_or_path, *args, planner=planner if had_planner else None, **kwargs)
+        loaded = planner if had_planner else None
+        with marked_as_initialized(loaded), kept_buffers(loaded):
+            model, info = super().from_pretrained(name_or_path, *args, planner=loaded, **kwargs)
         wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["unexpected_keys"])})
         if wrong:
             raise ValueError(f"{name_or_path}: weights that are missing or belong to nothing: {', '.join(wrong)}")
@@ -365,18 +382,6 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
 def _shifted(labels: Tensor) -> Tensor:
     """The target of each position, the next label."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _token_segments(segment_ids, are_aligned: bool, mode: str, shape, device) -> Tensor:
-    """The row of segments that conditions each token, [batch, seq]; mode "fixed" has a single one."""
-    if segment_ids is None:
-        if mode != "fixed":
-            raise ValueError(f"mode {mode!r} needs segment_ids")
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-    if segment_ids.is_floating_point() or segment_ids.shape != shape:
-        raise ValueError(f"segment_ids must be int64 {list(shape)}, as the tokens, got {_describe(segment_ids)}")
-    token_segments = segment_ids if are_aligned else predicted_segments(segment_ids)
-    return token_segments.clamp(max=0) if mode == "fixed" else token_segments
 
 
 def _codebook_sizes(codebook: Tensor, num_labels: int | None, label_dim: int | None) -> tuple[int, int]:

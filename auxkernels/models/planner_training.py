@@ -5,12 +5,20 @@ from __future__ import annotations
 from torch import nn
 from transformers import TrainerCallback
 
+from .planner_checkpointing import check_own_dropout
+
 
 class Freezing:
     """Freezes the `lm` and the `planner` of a model: no gradients, and eval mode whatever train() says."""
 
     def freeze_lm(self, frozen: bool = True) -> None:
-        """Whether the language model gets gradients. What was frozen before stays so."""
+        """Whether the language model gets gradients. What was frozen before stays so.
+
+        Raises   ValueError: it is checkpointed, and its layers apply dropout themselves (`check_own_dropout`).
+        """
+        layers = self._decoder_layers()
+        if frozen and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            check_own_dropout(self.lm, layers)
         self.config.freeze_lm = frozen
         self._freeze("lm", self.lm, frozen)
 

@@ -193,7 +193,7 @@ def test_statistics_describe_the_label_probabilities():
     "call, error, message",
     [
         ({"label_ids": torch.zeros(6).long()}, ValueError, "mode 'soft' needs exactly one of label_scores"),
-        ({}, ValueError, "got none"),
+        ({}, ValueError, "got none .*remove_unused_columns=False"),
         ({"label_scores": scores(), "planner_inputs": {}}, ValueError, "got label_scores and planner_inputs"),
         ({"label_scores": scores(), "segment_ids": None}, ValueError, "needs segment_ids"),
         ({"label_scores": scores()[:5]}, IndexError, "segment_ids must be below 5, got 5"),
@@ -249,3 +249,44 @@ def test_construction_leaves_the_language_model_as_it_is():
     tiny_model(lm=lm)
     assert lm.config.to_dict() == config and lm.config._attn_implementation == "sdpa"
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_on_either_side_changes_no_logits(architecture):
+    model, given, length, padding = tiny_model(architecture), scores(3), 6, 3
+    ids, segments = tokens(1, length), torch.tensor([[0, 0, 1, 1, 2, 2]])
+    want = model(ids, segment_ids=segments, label_scores=given).logits
+    for left, right in ((0, padding), (padding, 0), (1, 2)):
+        pad = torch.nn.functional.pad
+        mask = pad(torch.ones_like(ids), (left, right))
+        got = model(
+            pad(ids, (left, right)),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            segment_ids=pad(segments, (left, right), value=-1),
+            label_scores=given,
+        ).logits
+        torch.testing.assert_close(got[:, left : left + length], want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_token_before_padding_keeps_its_segment():
+    segments = torch.tensor([[0, 0, 1, -1, -1], [-1, -1, 2, 3, -1]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])  # the last -1 is a token of no segment
+    assert predicted_segments(segments, mask).tolist() == [[0, 1, 1, -1, -1], [-1, 2, 3, -1, -1]]
+    with pytest.raises(ValueError, match="shape of segment_ids"):
+        predicted_segments(segments, mask[:, 1:])
+
+
+def test_with_a_cache_the_mask_of_all_tokens_says_what_is_padding():
+    model, ids, given = tiny_model(), tokens(1, 6), scores(2)
+    segments, mask = torch.tensor([[0, 0, 0, 1, 1, -1]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
+    want = model(ids, attention_mask=mask, segment_ids=segments, label_scores=given).logits
+    start = model(ids[:, :3], segment_ids=segments[:, 1:4], segments_are_aligned=True, label_scores=given)
+    got = model(
+        ids[:, 3:],
+        attention_mask=mask,
+        segment_ids=segments[:, 3:],
+        label_scores=given,
+        past_key_values=start.past_key_values,
+    ).logits
+    torch.testing.assert_close(got[:, :2], want[:, 3:5], rtol=1e-4, atol=1e-5)

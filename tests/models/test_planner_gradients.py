@@ -1,7 +1,10 @@
 """What the language model's loss says to scores, codebooks and projections; frozen parts; gradient checkpointing."""
 
 import copy
+import gc
+import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -210,3 +213,69 @@ def test_hooks_that_run_again_in_the_recomputation_add_the_same(monkeypatch):
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-7)
     assert model._active.rows is None
+    model.zero_grad()
+    loss = model(ids, segment_ids=SEGMENT_IDS, label_scores=given, labels=ids).loss
+    loss = loss + 2 * model(ids.flip(1), segment_ids=SEGMENT_IDS, label_scores=-given, labels=ids).loss
+    backward = threading.Thread(target=loss.backward)  # as on a GPU, where autograd has threads of its own
+    backward.start()
+    backward.join()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, want[name], rtol=1e-6, atol=1e-7)
+    assert len(gradients(model)) == len(want)
+    alive = weakref.ref(model)
+    lm = model.lm
+    del model, loss, backward
+    gc.collect()
+    assert alive() is None and lm.training is False
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("length", [9, 1])
+def test_frozen_checkpointed_models_take_padding_and_single_tokens(architecture, length):
+    model, ids, given = tiny_model(architecture, mode="soft").train(), tokens(2, length), scores().requires_grad_()
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 + 1 :] = 0
+    call = {"attention_mask": mask, "segment_ids": SEGMENT_IDS[:, -length:].clamp(min=0), "label_scores": given}
+
+    def gradient(model):
+        out = model(ids, **call, skip_logits=False)
+        assert out.past_key_values is None
+        return torch.autograd.grad(out.logits[mask.bool()].logsumexp(-1).sum(), given)[0]
+
+    want = gradient(model)
+    model.gradient_checkpointing_enable()
+    assert want.abs().max() > 1e-4
+    torch.testing.assert_close(gradient(model), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_is_made_outside_training_and_where_asked_for():
+    model, ids, given = tiny_model("gpt2"), tokens(), scores()
+    call = {"segment_ids": SEGMENT_IDS, "label_scores": given}
+    assert model(ids, **call).past_key_values is not None
+    assert model.train()(ids, **call, use_cache=True).past_key_values is not None
+    assert model(ids, **call).past_key_values is None
+
+
+def tiny_opt(**options):
+    config = transformers.OPTConfig(
+        vocab_size=61, hidden_size=16, num_hidden_layers=4, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=32, **options,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config).eval()
+
+
+def test_frozen_layers_that_drop_out_themselves_are_not_checkpointed():
+    model, ids, given = tiny_model(lm=tiny_opt(dropout=0.5)).train(), tokens(), scores().requires_grad_()
+    with pytest.raises(ValueError, match=r"cannot be checkpointed with dropout.*dropout=0\.0"):
+        model.gradient_checkpointing_enable()
+    model.freeze_lm(False)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cannot be checkpointed with dropout"):
+        model.freeze_lm()
+    assert not model.config.freeze_lm
+    model = tiny_model(lm=tiny_opt(dropout=0.0)).train()
+    want = two_losses(copy.deepcopy(model), ids, given)
+    model.gradient_checkpointing_enable()
+    got = two_losses(model, ids, given)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-7)

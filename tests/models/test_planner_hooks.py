@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -79,6 +80,57 @@ def test_a_shared_language_model_keeps_no_dropped_models_weights():
     codebooks = weakref.ref(tiny_model(lm=lm).conditioning.codebooks)
     gc.collect()
     assert codebooks() is None
+
+
+def count_of_hooks(lm) -> list[int]:
+    return [len(layer._forward_pre_hooks) for layer in decoder_layers(lm)]
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_deleted_model_takes_its_hooks_along(copied):
+    model, ids, given = copied(tiny_model("gpt2")), tokens(), scores()
+    lm = model.lm
+    other = tiny_model(lm=lm, layers=[1])
+    want = logits(other, ids, given)
+    assert count_of_hooks(lm) == [0, 1, 1, 1]
+    shallow = copy.copy(model)
+    del shallow
+    gc.collect()
+    assert count_of_hooks(lm) == [0, 1, 1, 1]
+    del model
+    gc.collect()
+    assert count_of_hooks(lm) == [0, 1, 0, 0]
+    assert torch.equal(logits(other, ids, given), want)
+
+
+def test_another_thread_uses_the_shared_language_model_alone():
+    """The model's pass stops between two conditioned layers while another thread runs the language model and backward.
+
+    Without a state of its own, the other thread's pass would be conditioned, and the model's would lose its rows.
+    """
+    model, ids, given = tiny_model(), tokens(), scores().requires_grad_()
+    lm, other = model.lm, tiny_model(lm=model.lm, layers=[0, 3])
+    want, alone, by_other = logits(model, ids, given), lm(ids).logits, logits(other, ids, given)
+    main, got = threading.current_thread(), {}
+
+    def work():
+        got["alone"], got["other"] = lm(ids).logits, logits(other, ids, given)
+        got["model"] = logits(model, ids, -given)
+
+    def stop(*_):
+        if threading.current_thread() is main:
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join(30)
+
+    handle = decoder_layers(lm)[2].register_forward_hook(stop)
+    got["main"] = logits(model, ids, given)
+    handle.remove()
+    assert torch.equal(got["main"], want) and torch.equal(got["alone"], alone) and torch.equal(got["other"], by_other)
+    assert torch.equal(got["model"], logits(model, ids, -given))
+    assert torch.equal(lm(ids).logits, alone)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -133,3 +133,59 @@ def test_resized_embeddings_come_back(tmp_path):
     got = other(ids, **call).logits
     assert got.shape[-1] == 70 and torch.equal(got, model(ids, **call).logits)
     assert model.lm.config.vocab_size == model.config.text_config.vocab_size == 70
+
+
+# -- modules that are given --------------------------------------------------------------------------------------------
+
+
+class Encoder(torch.nn.Module):
+    """A planner around a model of transformers, or a plain one; two modules share a buffer."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        if kind == "plain":
+            self.body = torch.nn.Linear(16, 16)
+        elif kind == "bert":
+            config = transformers.BertConfig(vocab_size=61, max_position_embeddings=16, **sizes)
+            self.body = transformers.BertModel(config).eval()
+        else:
+            self.body = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=61, **sizes)).eval()
+        self.head = torch.nn.Linear(16, NUM_LABELS)
+        self.register_buffer("scale", torch.arange(1.0, 17.0, dtype=torch.float64), persistent=False)
+        self.head.register_buffer("scale", self.scale, persistent=False)
+
+    def forward(self, ids):
+        is_plain = isinstance(self.body, torch.nn.Linear)
+        hidden = self.body(ids.float()) if is_plain else self.body(ids).last_hidden_state[:, -1]
+        return self.head(hidden * self.scale.float())
+
+
+@pytest.mark.parametrize("kind", ["plain", "bert", "llama"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_buffers_that_are_not_saved_keep_their_values(kind, architecture, tmp_path):
+    source = Encoder(kind)
+    model, ids, sentences = tiny_model(architecture, planner=source), tokens(), torch.randint(3, 61, (6, 16))
+    model.save_pretrained(tmp_path)
+    planner = Encoder(kind)
+    trash = [torch.full((size,), float("nan")) for size in range(1, 40) for _ in range(20)]
+    del trash  # memory that is not initialized likely holds NaN now
+    other = PlannerForCausalLM.from_pretrained(tmp_path, planner=planner)
+    for one, two in ((source, planner), (model.lm, other.lm)):
+        want, got = dict(one.named_buffers(remove_duplicate=False)), dict(two.named_buffers(remove_duplicate=False))
+        assert want.keys() == got.keys() and (one is model.lm or "scale" in want)
+        for name in want:
+            assert torch.equal(got[name], want[name]) and got[name].dtype == want[name].dtype, name
+    assert planner.head.scale is planner.scale
+    call = {"segment_ids": SEGMENT_IDS, "planner_inputs": {"ids": sentences}}
+    assert torch.equal(other(ids, **call).logits, model(ids, **call).logits)
+
+
+def test_given_modules_keep_their_marks_and_weights():
+    lm, planner = tiny_lm("llama"), Encoder("bert")
+    marks = [vars(m).get("_is_hf_initialized") for root in (lm, planner) for m in root.modules()]
+    weights = {name: value.clone() for name, value in planner.state_dict().items()}
+    model = tiny_model(lm=lm, planner=planner)
+    assert [vars(m).get("_is_hf_initialized") for root in (lm, planner) for m in root.modules()] == marks
+    assert None in marks and True in marks
+    assert all(torch.equal(value, weights[name]) for name, value in model.planner.state_dict().items())
