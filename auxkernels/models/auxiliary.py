@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,15 +12,13 @@ from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedMod
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..cross_entropy import aux_cross_entropy
-from ..sources import Head
+from . import auxiliary_inputs as reading
 from . import saving
-from .auxiliary_inputs import Text, check_cache, check_inputs, prefix_positions, prefix_to_read, row_scale
 from .configuration import AuxiliaryConfig
-from .heads import check_output_head, output_head, zero_output_head
+from .heads import check_output_head, detached, output_head, zero_output_head
 from .paired_cache import PairedCache
 from .vocabulary import check_tokenizers, shared_width
 
-IGNORE_INDEX = -100
 _GROWING = (None, "dynamic", "dynamic_full")
 
 
@@ -79,9 +78,8 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         self.aux = aux
         config.base_config, config.aux_config = base.config, aux.config
         if config.trunk_layer is not None:
-            widths = (m.config.get_text_config().hidden_size for m in (base, aux))
-            weight = aux.get_input_embeddings().weight
-            self.trunk_projection = nn.Linear(*widths, device=weight.device, dtype=weight.dtype)
+            weight, width = aux.get_input_embeddings().weight, base.config.get_text_config().hidden_size
+            self.trunk_projection = nn.Linear(width, weight.shape[1], device=weight.device, dtype=weight.dtype)
             if weight is not aux.get_output_embeddings().weight:
                 weight.requires_grad_(False)  # nothing reads it
         self.post_init()
@@ -121,29 +119,28 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         Raises         TypeError, ValueError: no causal LM with a linear head, vocabularies, trunk layer
         """
         base_kwargs, aux_kwargs = dict(base_kwargs or {}), dict(aux_kwargs or {})
-        if base_revision is not None:
+        base, aux = (os.fspath(given) if isinstance(given, os.PathLike) else given for given in (base, aux))
+        if base_revision is not None and isinstance(base, str):
             base_kwargs["revision"] = base_revision
         if isinstance(base, str) and isinstance(aux, str):
             check_tokenizers(base, aux, saving.hub_options(base_kwargs), saving.hub_options(aux_kwargs))
         base_model = saving.causal_lm("base", base, base_kwargs)
         aux_model = saving.causal_lm("aux", aux, aux_kwargs)
-        if zero_init:
-            zero_output_head(aux_model)
         config = AuxiliaryConfig(
             base_config=base_model.config,
             aux_config=aux_model.config,
             trunk_layer=trunk_layer,
             vocab_policy=vocab_policy,
             aux_scale=aux_scale,
-            base_name_or_path=(base if isinstance(base, str) else base_model.config.name_or_path) or None,
-            base_revision=base_revision,
+            base_name_or_path=saving.pointer(base if isinstance(base, str) else base_model.config.name_or_path),
+            base_revision=base_kwargs.get("revision", base_revision),
         )
-        return cls._join(config, base_model, aux_model)
+        return cls._join(config, base_model, aux_model, zero_init)
 
     @classmethod
-    def _join(cls, config: AuxiliaryConfig, base: PreTrainedModel, aux: PreTrainedModel) -> AuxiliaryForCausalLM:
-        if aux is base:
-            raise ValueError("aux must be another model than base: the base is frozen")
+    def _join(cls, config: AuxiliaryConfig, base, aux, zero_init: bool) -> AuxiliaryForCausalLM:
+        if aux is base or aux.get_output_embeddings() is base.get_output_embeddings():
+            raise ValueError("aux must be another model than base, with a head of its own: the base is frozen")
         widths = [output_head(model).weight.shape[0] for model in (base, aux)]
         config.vocab_size, config.num_valid_tokens = widths[0], shared_width(*widths, config.vocab_policy)
         num_layers = base.config.get_text_config().num_hidden_layers
@@ -151,34 +148,40 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"trunk_layer must be in [0, {num_layers}], the base's layers, got {config.trunk_layer}")
         for model in (base, aux):
             check_output_head(model)
+        if zero_init:
+            zero_output_head(aux)
         return cls(config, base, aux)
 
     @classmethod
-    def from_pretrained(cls, folder, *, base=None, base_kwargs=None, check_base=True, config=None, **kwargs):
+    def from_pretrained(
+        cls, folder, *, base=None, base_kwargs=None, check_base=True, config=None, output_loading_info=False, **kwargs
+    ):
         """Loads what `save_pretrained` wrote, in eval mode.
 
         folder       path, or name on the hub
-        base         the base, where it is at hand (shared) or has moved: a model, name or path
+        base         the base, where it is at hand (shared) or has moved: a model, name or path; a name is saved on
         base_kwargs  for the base alone, over **kwargs
         check_base   whether the base must be the one that the auxiliary was saved with, by its fingerprint
         **kwargs     for from_pretrained of both models (dtype, device_map, attn_implementation, ...); revision and
-                     subfolder are of the folder alone
+                     subfolder are of the folder alone. Without dtype, both are as they were saved
+        output_loading_info   returns (model, what was not loaded: nothing, because that is an error)
         Raises       OSError: no such folder or base; ValueError: another base, missing or unexpected weights
         """
         config, base_model, aux_model, rest = saving.load(
             folder, config, base=base, base_kwargs=base_kwargs, check_base=check_base, **kwargs
         )
-        model = cls._join(config, base_model, aux_model)
-        saving.load_rest(model, rest)
+        model = cls._join(config, base_model, aux_model, zero_init=False).eval()
+        saving.load_rest(model, rest, kwargs)
         saving.load_generation_config(model, folder, kwargs)
-        return model.eval()
+        return (model, {problem: set() for problem in saving.PROBLEMS}) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *, save_base: bool = False, state_dict: dict | None = None, **kwargs):
         """Saves the auxiliary, with a pointer to the base (name, revision, fingerprint of its weights).
 
         save_base   also saves the base, in the folder's "base/"
         The configuration is written last, so that an interrupted save leaves no folder that loads.
-        Raises ValueError for a base without a name, unless save_base.
+        Raises ValueError for a base without a name, unless save_base; where the folder holds the base that is pointed
+        to, or another kind of model; for adapters of PEFT.
         """
         saving.save(self, super().save_pretrained, save_directory, save_base, state_dict, kwargs)
 
@@ -215,13 +218,19 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
+    def generate(self, *args, aux_scale: float | Tensor | None = None, **kwargs):
+        """As of transformers, with the arguments of `forward` for the auxiliary."""
+        if isinstance(aux_scale, Tensor) and aux_scale.dim() == 0:
+            aux_scale = aux_scale.item()  # beams repeat the rows of every tensor
+        return super().generate(*args, aux_scale=aux_scale, **kwargs)
+
     def new_cache(self) -> PairedCache:
         """An empty cache for both models."""
         return PairedCache.of_configs(self.base.config, self.aux.config)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is not None:
-            check_cache(model_kwargs["past_key_values"])
+            reading.check_cache(model_kwargs["past_key_values"])
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.cache_implementation not in _GROWING:
             raise ValueError(
@@ -268,24 +277,26 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         """
         # not in the signature, where Trainer would take it for a second label that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)
-        check_inputs(
-            input_ids, labels if shift_labels is None else shift_labels, num_items_in_batch, self.training, kwargs
-        )
-        target = shift_labels
-        if target is None and labels is not None:
-            target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        target = reading.shifted(labels) if shift_labels is None else shift_labels
+        reading.check_inputs(input_ids, target, num_items_in_batch, kwargs)
         if past_key_values is not None:
-            check_cache(past_key_values)
+            reading.check_cache(past_key_values)
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and target is None and not self.training)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        text = Text(input_ids, attention_mask, position_ids, past_key_values, past)
+        text = reading.Text(input_ids, attention_mask, position_ids, past_key_values, past)
+        scale = reading.row_scale(self.config.aux_scale if aux_scale is None else aux_scale, input_ids.shape)
+        reader = self.aux if self.config.trunk_layer is None else self.base
+        behind = reading.aux_text(text, aux_input_ids, aux_attention_mask, reader.config.get_text_config().pad_token_id)
+        if past_key_values is not None:
+            past_key_values.is_complete = False
         h_base, states = self._run_base(text, use_cache, output_hidden_states, kwargs)
-        h_aux = self._run_aux(text, use_cache, states, aux_input_ids, aux_attention_mask, kwargs)
-        scale = row_scale(self.config.aux_scale if aux_scale is None else aux_scale, input_ids.shape)
+        h_aux = self._run_aux(text, behind, use_cache, states, kwargs)
+        if past_key_values is not None:
+            past_key_values.prefix_mask, past_key_values.is_complete = behind.prefix_mask, True
 
         numbers = {} if target is None else self._loss(h_base, h_aux, target, scale, num_items_in_batch)
         if skip_logits is None:
@@ -297,9 +308,11 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
             **numbers,
         )
 
-    def _run_base(self, text: Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict):
+    def _run_base(self, text: reading.Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict):
         """Last hidden states [batch, new, D] and, where they are wanted, all of them."""
         wants_states = bool(output_hidden_states) or self.config.trunk_layer is not None
+        if self.base.training:  # it may be shared
+            self.base.eval()
         with torch.no_grad():
             output = self.base.base_model(
                 input_ids=text.input_ids,
@@ -312,25 +325,21 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return output.last_hidden_state, output.hidden_states if wants_states else None
 
-    def _run_aux(self, text: Text, use_cache: bool, states, aux_input_ids, aux_attention_mask, kwargs: dict) -> Tensor:
+    def _run_aux(self, text: reading.Text, behind: reading.AuxText, use_cache: bool, states, kwargs: dict) -> Tensor:
         """Last hidden states of the text, [batch, new, D]."""
-        reader = self.aux if self.config.trunk_layer is None else self.base
-        prefix, mask = prefix_to_read(
-            text, aux_input_ids, aux_attention_mask, reader.config.get_text_config().pad_token_id
-        )
-        attention_mask, position_ids = text.behind(mask, prefix)
+        prefix = behind.prefix
         if self.config.trunk_layer is None:
             tokens = text.input_ids if prefix is None else torch.cat([prefix, text.input_ids], dim=1)
             inputs = {"input_ids": tokens}
         else:
             features = states[self.config.trunk_layer]
             if prefix is not None:
-                features = torch.cat([self._trunk_of_prefix(prefix, mask, kwargs), features], dim=1)
+                features = torch.cat([self._trunk_of_prefix(prefix, behind.prefix_mask, kwargs), features], dim=1)
             inputs = {"inputs_embeds": self.trunk_projection(features.to(self.trunk_projection.weight.dtype))}
         hidden = self.aux.base_model(
             **inputs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            attention_mask=behind.attention_mask,
+            position_ids=behind.position_ids,
             past_key_values=None if text.cache is None else text.cache.aux,
             use_cache=bool(use_cache),
             **kwargs,
@@ -343,7 +352,7 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         output = self.base.base_model(
             input_ids=prefix,
             attention_mask=mask,
-            position_ids=prefix_positions(mask),
+            position_ids=reading.prefix_positions(mask),
             use_cache=False,
             output_hidden_states=True,
             **kwargs,
@@ -352,19 +361,19 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _loss(self, h_base, h_aux, target, scale, num_items_in_batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            base = [_detached(source) for source in output_head(self.base).sources(h_base)]
+            base = [detached(source) for source in output_head(self.base).sources(h_base)]
         aux = output_head(self.aux).sources(h_aux)
         loss, stats = aux_cross_entropy(
             base,
             [replace(source, scale=scale if source.scale == 1.0 else source.scale * scale) for source in aux],
             target,
-            ignore_index=IGNORE_INDEX,
+            ignore_index=reading.IGNORE_INDEX,
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
             normalizer=num_items_in_batch,
             vocab_size=self.config.num_valid_tokens,
             return_stats=True,
         )
-        num_valid = (target != IGNORE_INDEX).sum()
+        num_valid = (target != reading.IGNORE_INDEX).sum()
         num_correct, entropy_sum = (stats.argmax == target).sum(), stats.entropy.sum()
         return {
             "loss": loss,
@@ -388,8 +397,3 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         num_valid = self.config.num_valid_tokens
         total = base[..., :num_valid].to(dtype) + scale * aux[..., :num_valid].to(dtype)
         return nn.functional.pad(total, (0, self.config.vocab_size - num_valid), value=-torch.inf)
-
-
-def _detached(source: Head) -> Head:
-    bias = None if source.bias is None else source.bias.detach()
-    return replace(source, weight=source.weight.detach(), bias=bias)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .paired_cache import PairedCache
+
+IGNORE_INDEX = -100
 
 
 @dataclass
@@ -39,7 +41,25 @@ class Text:
         return torch.cat([prefix_mask.to(mask.dtype), mask], dim=1), positions
 
     def _may_be_packed(self) -> bool:
-        return self.attention_mask is None and self.cache is None and not torch.compiler.is_compiling()
+        return self.attention_mask is None and self.past == 0 and not torch.compiler.is_compiling()
+
+
+@dataclass
+class AuxText:
+    """What the auxiliary reads: a new prefix (None: no prefix, or it is in the cache) and the text behind it."""
+
+    prefix: Tensor | None
+    prefix_mask: Tensor | None  # of the prefix in force, new or not
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+
+
+def aux_text(text: Text, input_ids: Tensor | None, mask: Tensor | None, pad_token_id: int | None) -> AuxText:
+    """Checks everything and changes nothing, so that what raises here leaves the cache as it was."""
+    if text.cache is not None:
+        text.cache.check_in_step()
+    prefix, mask = prefix_to_read(text, input_ids, mask, pad_token_id)
+    return AuxText(prefix, mask, *text.behind(mask, prefix))
 
 
 def prefix_positions(mask: Tensor) -> Tensor:
@@ -61,11 +81,12 @@ def prefix_to_read(
             mask = torch.ones_like(input_ids)
         elif mask.shape != input_ids.shape:
             raise ValueError(f"aux_attention_mask must be {list(input_ids.shape)}, got {list(mask.shape)}")
+        if input_ids.shape[1] == 0:
+            input_ids = mask = None
     cache = text.cache
     if cache is None:
         return input_ids, mask
     if input_ids is not None and cache.aux.get_seq_length() == 0:
-        cache.prefix_mask = mask
         return input_ids, mask
     if input_ids is not None and cache.prefix_length != input_ids.shape[1]:
         raise ValueError(
@@ -73,6 +94,11 @@ def prefix_to_read(
             f"{input_ids.shape[1]}"
         )
     return None, cache.prefix_mask
+
+
+def shifted(labels: Tensor | None) -> Tensor | None:
+    """[batch, new], the next token's label at each position; the last has none."""
+    return None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def row_scale(scale: float | Tensor, shape: torch.Size) -> float | Tensor:
@@ -96,12 +122,17 @@ def check_cache(cache: object) -> None:
         raise TypeError(f"past_key_values must be a PairedCache (model.new_cache()), got {type(cache).__name__}")
 
 
-def check_inputs(input_ids, labels, num_items_in_batch, training: bool, kwargs: dict) -> None:
+def check_inputs(input_ids, target, num_items_in_batch, kwargs: dict) -> None:
+    unknown = sorted(name for name in kwargs if name.startswith("aux_"))
+    if unknown:
+        raise TypeError(
+            f"aux_* arguments are aux_input_ids, aux_attention_mask and aux_scale, got {', '.join(unknown)}"
+        )
     if kwargs.pop("inputs_embeds", None) is not None or input_ids is None:
         raise ValueError("input_ids must be given: two models share tokens, not inputs_embeds")
     if kwargs.pop("output_attentions", None):
         raise ValueError("output_attentions must be False: call model.base or model.aux for their attentions")
-    if training and labels is None and num_items_in_batch is not None:
+    if target is None and num_items_in_batch is not None:
         raise ValueError(
             "labels must be given where num_items_in_batch is: with label_smoothing_factor or compute_loss_func, "
             "Trainer takes them away and computes a loss of its own; set model.config.label_smoothing instead"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -64,7 +66,9 @@ def output_head(model) -> OutputHead:
         raise TypeError(f"the output embeddings of {type(model).__name__} must be a Linear, got {kind}")
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # FalconH1 multiplies
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides, HyperCLOVAX multiplies
+    scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     if low_rank and softcap is not None:
         raise TypeError("the output embeddings must have no adapters under a softcap, got LoRA on them")
@@ -87,30 +91,64 @@ def _low_rank(layer, name: str) -> LowRank:
     return LowRank(lambda x: down(dropout(x.to(down.weight.dtype))), up.weight, up.bias, layer.scaling[name])
 
 
+def detached(source: Head) -> Head:
+    """The same source with a head that gets no gradient."""
+    bias = None if source.bias is None else source.bias.detach()
+    return replace(source, weight=source.weight.detach(), bias=bias)
+
+
 def zero_output_head(model) -> None:
-    """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied."""
+    """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied.
+
+    The model gets a configuration of its own to say so: others may share the one it had.
+    """
     output_head(model)  # that it is a Linear
     layer = model.get_output_embeddings()
     tied = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight}
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
     if layer.bias is not None:
         layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
+    _own_config(model)
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     keys = model.all_tied_weights_keys
     model.all_tied_weights_keys = {to: source for to, source in keys.items() if not tied & {to, source}}
 
 
+def _own_config(model) -> None:
+    """Gives all the modules that hold the model's configuration, or a part of it, a copy."""
+    copies: dict = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        held = module.__dict__.get("config")
+        if id(held) in copies:
+            module.config = copies[id(held)]
+
+
+def _probe(model) -> Tensor:
+    """Some tokens [1, n] that are not padding, whose embeddings some models hold at zero."""
+    embeddings, padding = model.get_input_embeddings().weight, model.config.get_text_config().pad_token_id
+    tokens = [i for i in range(min(8, embeddings.shape[0])) if i != padding]
+    return torch.tensor([tokens], device=embeddings.device)
+
+
 @torch.no_grad()
 def check_output_head(model) -> None:
-    """Raises ValueError where the model's own logits are not what `output_head` makes of its last hidden states."""
+    """Raises ValueError where the model's own logits are not what `output_head` makes of its last hidden states.
+
+    Logits of zero would show nothing and are an error, unless the head itself is zero.
+    """
     was_training = model.training
     model.eval()
     try:
-        tokens = torch.zeros((1, 2), dtype=torch.long, device=model.get_output_embeddings().weight.device)
+        tokens = _probe(model)
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         want, got = model(input_ids=tokens, use_cache=False).logits.float(), output_head(model).logits(hidden).float()
     finally:
         model.train(was_training)
-    tolerance = 64 * torch.finfo(model.get_output_embeddings().weight.dtype).eps * want.abs().max().item()
+    weight = output_head(model).weight
+    largest = want.abs().max().item()
+    if largest == 0.0 and weight.any():
+        raise ValueError(f"the logits of {type(model).__name__} must not all be 0: its head cannot be checked")
+    tolerance = 64 * torch.finfo(weight.dtype).eps * largest
     if want.shape != got.shape or not torch.allclose(want, got, rtol=0.0, atol=tolerance):
         raise ValueError(f"the logits of {type(model).__name__} are not those of a linear head with scale and softcap")

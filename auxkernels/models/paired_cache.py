@@ -11,6 +11,7 @@ class PairedCache(Cache):
 
     base, aux     their caches; the auxiliary's holds `prefix_length` more tokens: the prefix that only it reads.
     prefix_mask   [batch, prefix_length], non-zero where the prefix counts; None: no prefix.
+    is_complete   False from the start of a call to its end: a call that failed leaves some layers behind others.
     Lengths and masks are the base's, because generation asks for the text's. What changes the batch or the length
     (reorder, repeat, select, crop, reset) is done to both, and the prefix stays.
     """
@@ -19,6 +20,7 @@ class PairedCache(Cache):
         self.base = base
         self.aux = aux
         self.prefix_mask: Tensor | None = None
+        self.is_complete = True
         self.layer_class_to_replicate = None
         self.offloading = False
 
@@ -68,6 +70,16 @@ class PairedCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.prefix_mask = None
+        self.is_complete = True
+
+    def check_in_step(self) -> None:
+        """Raises ValueError unless both caches hold the same text, and the auxiliary's its prefix."""
+        text, aux = self.base.get_seq_length(), self.aux.get_seq_length()
+        if not self.is_complete or (aux != text + self.prefix_length and (text or aux)):
+            raise ValueError(
+                f"past_key_values must hold one text, got {text} tokens for base and {aux} for aux behind a prefix of "
+                f"{self.prefix_length}: a call with this cache failed, begin again with model.new_cache()"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

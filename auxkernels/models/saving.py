@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -27,6 +29,9 @@ BASE_FOLDER = "base"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OF_THE_FOLDER = ("revision", "subfolder")
 _NUM_SAMPLES = 32
+_SUM_LENGTH = 4096
+_ADAPTER_KEYS = (".base_layer.", ".lora_", ".modules_to_save.")
+PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def hub_options(kwargs: dict) -> dict:
@@ -46,7 +51,7 @@ def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs
         model = _loaded(name, os.fspath(given), kwargs)
     elif isinstance(given, PretrainedConfig) and name == "aux":
         _check_decoder(name, given)
-        model = AutoModelForCausalLM.from_config(given, **kwargs)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(given), **kwargs)
     elif isinstance(given, PreTrainedModel):
         if kwargs:
             raise ValueError(f"{name}_kwargs must be empty where {name} is a model, got {', '.join(sorted(kwargs))}")
@@ -58,6 +63,11 @@ def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs
     if not model.can_generate() or model.base_model is model:
         raise TypeError(f"{name} must be a causal LM with an output head, got {type(model).__name__}")
     return model
+
+
+def pointer(name: str | None) -> str | None:
+    """What is saved of a base's name or path: a folder is found from everywhere."""
+    return (os.path.abspath(name) if os.path.isdir(name) else name) if name else None
 
 
 def _check_decoder(name: str, config: PretrainedConfig) -> None:
@@ -82,8 +92,9 @@ def _some(names) -> str:
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> dict:
-    """What tells a base from another one: its parameters' names and shapes, and the values of 32 elements.
+    """What tells a base from another one: its parameters' names and shapes, 32 elements, and sums of each parameter.
 
+    sums       of at most 4096 elements of each parameter, evenly spaced; magnitudes: of their absolute values
     dtype is kept beside the values, because a base may be loaded in another one than it was saved with. Weights that
     are offloaded have no value and are not compared.
     """
@@ -95,19 +106,43 @@ def fingerprint(model: PreTrainedModel) -> dict:
         index = (i * 7919 + tensor.numel() // 2) % tensor.numel()
         element = tensor[torch.unravel_index(torch.tensor(index), tensor.shape)]
         values.append(None if tensor.is_meta else element.item())
-    return {"structure": structure[:32], "dtype": str(model.dtype).removeprefix("torch."), "values": values}
+    sums, magnitudes = zip(*(_sums(parameter.detach()) for _, parameter in parameters), strict=True)
+    return {
+        "structure": structure[:32],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "values": values,
+        "sums": list(sums),
+        "magnitudes": list(magnitudes),
+    }
+
+
+def _sums(tensor: Tensor) -> tuple[float, float] | tuple[None, None]:
+    if tensor.is_meta:
+        return None, None
+    step = -(-tensor.numel() // _SUM_LENGTH) | 1  # odd, so that it does not stay in one column
+    sample = tensor.reshape(-1)[::step].cpu().double()
+    return sample.sum().item(), sample.abs().sum().item()
 
 
 def is_same_base(expected: dict, found: dict) -> bool:
-    """Equal structure and values: exactly in one dtype, else up to the coarser one's rounding."""
-    if expected["structure"] != found["structure"]:
+    """Equal structure, values and sums: exactly in one dtype, else up to the coarser one's rounding."""
+    if expected.keys() != found.keys() or expected["structure"] != found["structure"]:
         return False
-    tolerance = 0.0
+    tolerance = least = 0.0
     if expected["dtype"] != found["dtype"]:
-        tolerance = max(torch.finfo(getattr(torch, one["dtype"])).eps for one in (expected, found))
+        limits = [torch.finfo(getattr(torch, one["dtype"])) for one in (expected, found)]
+        tolerance, least = max(one.eps for one in limits), max(one.smallest_normal for one in limits)
     pairs = zip(expected["values"], found["values"], strict=True)
     known = (pair for pair in pairs if None not in pair)
-    return all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance * 1e-4) for pair in known)
+    if not all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance * 1e-4) for pair in known):
+        return False
+    order = 1e-12  # of float64 sums that are added up in another order
+    sums = zip(expected["sums"], found["sums"], found["magnitudes"], strict=True)
+    return all(
+        abs(one - other) <= max(tolerance, order) * (magnitude + _SUM_LENGTH * least)
+        for one, other, magnitude in sums
+        if one is not None and other is not None
+    )
 
 
 # -- save --------------------------------------------------------------------------------------------------------------
@@ -126,12 +161,14 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
             "save_base must be True for a base that has no name to be found by: or save the base to a folder, load it "
             "from there, and join it with the auxiliary anew"
         )
-    config.base_is_saved = save_base
-    config.base_fingerprint = fingerprint(model.base)
-    model.aux.config.dtype = model.aux.dtype
     if state_dict is None:
         state_dict = model.state_dict()
     own = {key: value for key, value in state_dict.items() if not key.startswith("base.")}
+    _check_no_adapters(model, state_dict if save_base else own)
+    _check_target(os.fspath(folder), config, save_base)
+    config.base_is_saved = save_base
+    config.base_fingerprint = fingerprint(model.base)
+    model.aux.config.dtype, model.base.config.dtype = model.aux.dtype, model.base.dtype
     if not kwargs.get("is_main_process", True):
         write(folder, state_dict=own, **kwargs)
         return
@@ -143,12 +180,49 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         _move_in(new, os.fspath(folder))
 
 
+def _check_no_adapters(model, keys) -> None:
+    loaded = any(getattr(one, "_hf_peft_config_loaded", False) for one in (model, model.base, model.aux))
+    if loaded or any(mark in key for key in keys for mark in _ADAPTER_KEYS):
+        raise ValueError("the model must have no adapters: save the PeftModel, or merge_and_unload first")
+
+
+def _old_config(folder: str) -> dict | None:
+    """The configuration that a folder holds, or None."""
+    try:
+        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def _check_target(folder: str, config: AuxiliaryConfig, save_base: bool) -> None:
+    """Raises ValueError where saving to a folder would destroy what is not an old version of the model."""
+    old = _old_config(folder)
+    if old is not None and old.get("model_type") != config.model_type:
+        raise ValueError(
+            f"save_directory must be new or hold an AuxiliaryForCausalLM, {folder} holds a model of type "
+            f"{old.get('model_type')!r}"
+        )
+    base, inside = config.base_name_or_path, os.path.realpath(os.path.join(folder, BASE_FOLDER))
+    if base and os.path.isdir(base):
+        base = os.path.realpath(base)
+        if base == os.path.realpath(folder) or base == inside or base.startswith(inside + os.sep):
+            raise ValueError(f"save_directory must be apart from the base's own folder {base}, got {folder}")
+    if save_base and os.path.lexists(inside) and not (old or {}).get("base_is_saved"):
+        raise ValueError(f"save_directory must have no {BASE_FOLDER}/ of other origin with save_base, got {folder}")
+
+
 def _move_in(new: str, folder: str) -> None:
     """Replaces a folder's model: while its files are changed it has no configuration, and so does not load."""
-    config = os.path.join(folder, CONFIG_NAME)
-    if os.path.exists(config):
-        os.remove(config)
-    shutil.rmtree(os.path.join(folder, BASE_FOLDER), ignore_errors=True)
+    if not os.path.exists(os.path.join(new, CONFIG_NAME)):
+        raise RuntimeError(f"nothing was saved to {folder}: no {CONFIG_NAME} was written")
+    old = _old_config(folder)
+    if old is not None:
+        os.remove(os.path.join(folder, CONFIG_NAME))
+        if old.get("base_is_saved"):
+            shutil.rmtree(os.path.join(folder, BASE_FOLDER), ignore_errors=True)
     for name in os.listdir(folder):
         if name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")):
             os.remove(os.path.join(folder, name))
@@ -170,8 +244,9 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
         raise OSError(f"{folder} must hold the configuration of an AuxiliaryForCausalLM, found none")
     model_kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_FOLDER}
     base_model = _base_of(folder, config, base, {**model_kwargs, **(base_kwargs or {})}, where, base_kwargs)
-    known = config.base_fingerprint if check_base else None
-    if known is not None and not is_same_base(known, fingerprint(base_model)):
+    if check_base and config.base_fingerprint is None:
+        raise ValueError(f"{folder} must say which base it was saved with: pass check_base=False for any")
+    if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
         raise ValueError(
             "base must be the model that the auxiliary was saved with, got other weights or shapes: pass "
             "check_base=False if that is meant"
@@ -181,17 +256,43 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.aux_config)]
     options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
     aux, info = kind.from_pretrained(
-        None, config=config.aux_config, state_dict=own, output_loading_info=True, **options
+        None, config=config.aux_config, state_dict=dict(own), output_loading_info=True, **options
     )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for problem in PROBLEMS:
         if info[problem]:
             raise ValueError(f"{folder} must hold the auxiliary's weights, {problem}: {_some(map(str, info[problem]))}")
+    _keep_dtypes(aux, own, kwargs)
+    _point_to(config, base, check_base, base_kwargs)
     return config, base_model, aux, weights
+
+
+def _says_dtype(kwargs: dict) -> bool:
+    return kwargs.get("dtype", kwargs.get("torch_dtype")) is not None
+
+
+def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
+    """Weights that were saved in another dtype than the model's, as they were saved, unless a dtype is asked for."""
+    if _says_dtype(kwargs):
+        return
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in weights and parameter.dtype != weights[name].dtype:
+            parameter.data = weights[name].to(parameter.device)
+
+
+def _point_to(config: AuxiliaryConfig, base, check_base: bool, base_kwargs: dict | None) -> None:
+    """Makes the pointer that of a base given by name, or of an unchecked model, which may be another one."""
+    if isinstance(base, PreTrainedModel) and not check_base:
+        config.base_name_or_path, config.base_revision = pointer(base.config.name_or_path), None
+    elif isinstance(base, (str, os.PathLike)):
+        config.base_name_or_path = pointer(os.fspath(base))
+        config.base_revision = (base_kwargs or {}).get("revision")
 
 
 def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict | None) -> PreTrainedModel:
     if isinstance(base, PreTrainedModel):
         return causal_lm("base", base, base_kwargs or {})
+    if config.base_config.dtype is not None and not _says_dtype(kwargs):
+        kwargs = {**kwargs, "dtype": config.base_config.dtype}
     if base is None and config.base_is_saved:
         subfolder = os.path.join(where.get("subfolder", ""), BASE_FOLDER)
         if "revision" in where:
@@ -220,13 +321,16 @@ def _weights(folder, where: dict) -> dict[str, Tensor]:
     return weights
 
 
-def load_rest(model, weights: dict[str, Tensor]) -> None:
+def load_rest(model, weights: dict[str, Tensor], kwargs: dict) -> None:
     """The weights that are neither model's: the trunk projection."""
     expected = {key for key in model.state_dict() if not key.startswith(("base.", "aux."))}
     if expected != weights.keys():
         raise ValueError(f"weights must be {sorted(expected)} beside the auxiliary's, got {sorted(weights)}")
+    _keep_dtypes(model, weights, kwargs)
     model.load_state_dict(weights, strict=False)
 
 
 def load_generation_config(model, folder, kwargs: dict) -> None:
-    model.generation_config = GenerationConfig.from_pretrained(folder, **hub_options(kwargs))
+    """The folder's own; where it has none, the model keeps the base's."""
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder, **hub_options(kwargs))

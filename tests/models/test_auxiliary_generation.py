@@ -231,3 +231,65 @@ def test_cache_speaks_of_the_base():
     assert cache.get_mask_sizes(3, 0) == (3, 0)
     with pytest.raises(TypeError, match=r"update \.base or \.aux"):
         cache.update(None, None, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"aux_scale": torch.ones(2)},
+        {"aux_input_ids": PREFIX[:2]},
+        {"aux_input_ids": PREFIX, "aux_attention_mask": PREFIX_MASK, "attention_mask": torch.ones(3, 2)},
+        {"aux_input_ids": PREFIX, "aux_attention_mask": PREFIX_MASK[:, 1:]},
+    ],
+    ids=["scale", "prefix", "attention mask", "prefix mask"],
+)
+@pytest.mark.parametrize("past", [0, 5])
+def test_refused_arguments_leave_the_cache_as_it_was(wrong, past, tokens):
+    model = tiny_pair()
+    prefix = {"aux_input_ids": PREFIX, "aux_attention_mask": PREFIX_MASK}
+    cache = filled(model, tokens[:, :past]) if past else model.new_cache()
+    with pytest.raises(ValueError, match="must be"):
+        model(tokens[:, past:], past_key_values=cache, **wrong)
+    want = model(tokens, **prefix).logits[:, past:]
+    torch.testing.assert_close(model(tokens[:, past:], past_key_values=cache, **prefix).logits, want)
+
+
+@pytest.mark.parametrize(
+    "part", ["base.model.layers.0", "base.model.layers.1", "aux.transformer.h.0", "aux.transformer.h.1"]
+)
+@pytest.mark.parametrize("past", [0, 5])
+def test_a_cache_that_a_failed_call_left_half_filled_is_refused_until_it_is_reset(part, past, tokens):
+    model = tiny_pair("llama", "gpt2")
+    cache = filled(model, tokens[:, :past]) if past else model.new_cache()
+
+    def fail(*args):
+        raise MemoryError
+
+    prefix = {} if past else {"aux_input_ids": PREFIX, "aux_attention_mask": PREFIX_MASK}
+    hook = model.get_submodule(part).register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        model(tokens[:, past:], past_key_values=cache, **prefix)
+    hook.remove()
+    with pytest.raises(ValueError, match="a call with this cache failed, begin again"):
+        model(tokens[:, past:], past_key_values=cache, **prefix)
+    cache.reset()
+    torch.testing.assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits)
+
+
+def test_a_cache_that_one_model_alone_read_into_is_refused(tokens):
+    model = tiny_pair()
+    cache = filled(model, tokens)
+    model.base(tokens, past_key_values=cache.base)
+    with pytest.raises(ValueError, match="got 18 tokens for base and 13 for aux behind a prefix of 4"):
+        model(tokens, past_key_values=cache)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_scale_without_dimensions_is_a_number_in_generation(num_beams, tokens):
+    model = tiny_pair()
+    text, mask = padded(tokens, (9, 5, 2))
+    got, want = (
+        generate(model, text, mask, num_beams=num_beams, aux_scale=scale).sequences
+        for scale in (torch.tensor(0.5), 0.5)
+    )
+    assert torch.equal(got, want)

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from tiny import PAIRS, tiny_config, tiny_model, tiny_pair  # noqa: E402
 
 from auxkernels.models import AuxiliaryConfig, AuxiliaryForCausalLM  # noqa: E402
-from auxkernels.models.saving import fingerprint  # noqa: E402
+from auxkernels.models.saving import fingerprint, is_same_base  # noqa: E402
 
 
 @pytest.fixture
@@ -223,3 +223,177 @@ def test_tied_weights_are_known():
     assert model.all_tied_weights_keys == {} and not model.aux.config.tie_word_embeddings
     model.tie_weights()
     assert not model.aux.get_output_embeddings().weight.any()
+
+
+# -- a folder is never destroyed ---------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("inside", ["", "base", "base/deeper"])
+@pytest.mark.parametrize("save_base", [False, True])
+def test_saving_over_the_bases_own_folder_is_refused_and_changes_nothing(tmp_path, inside, save_base):
+    folder = tmp_path / "out" / inside
+    tiny_model("llama", seed=1).save_pretrained(folder)
+    model = AuxiliaryForCausalLM.from_base_and_aux(folder, tiny_config("gpt2"))
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=r"save_directory must be"):
+        model.save_pretrained(tmp_path / "out", save_base=save_base)
+    assert files_of(tmp_path) == before
+
+
+def test_a_base_folder_of_other_origin_stays(base_folder, tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path / "out" / "base")
+    model, before = joined(base_folder), files_of(tmp_path / "out" / "base")
+    with pytest.raises(ValueError, match="no base/ of other origin"):
+        model.save_pretrained(tmp_path / "out", save_base=True)
+    model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    assert files_of(tmp_path / "out" / "base") == before
+
+
+def test_a_base_that_was_saved_with_the_model_is_replaced_or_removed(base_folder, tmp_path):
+    model = joined(base_folder)
+    for save_base in (True, True, False):
+        model.save_pretrained(tmp_path / "out", save_base=save_base)
+        assert (tmp_path / "out" / "base").exists() == save_base
+        assert same_state(model, AuxiliaryForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def test_self_contained_folder_is_saved_over_itself(tmp_path):
+    tiny_pair().save_pretrained(tmp_path, save_base=True)
+    model = AuxiliaryForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_base=True)
+    assert same_state(model, AuxiliaryForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("text", [None, "{}", "no json"])
+def test_folder_of_another_model_is_refused(base_folder, tmp_path, text):
+    tiny_model("gpt2").save_pretrained(tmp_path / "other")
+    if text is not None:
+        (tmp_path / "other" / "config.json").write_text(text)
+    before = files_of(tmp_path / "other")
+    with pytest.raises(ValueError, match="save_directory must be new or hold an AuxiliaryForCausalLM"):
+        joined(base_folder).save_pretrained(tmp_path / "other")
+    assert files_of(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+def test_adapters_are_refused_and_the_old_folder_stays(base_folder, tmp_path, how):
+    peft = pytest.importorskip("peft")
+    model, folder = joined(base_folder), tmp_path / "saved"
+    model.save_pretrained(folder)
+    before = files_of(folder)
+    config = peft.LoraConfig(r=2, target_modules=r"aux\..*c_attn", fan_in_fan_out=True, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config) if how == "get_peft_model" else model.add_adapter(config)
+    with pytest.raises(ValueError, match="save the PeftModel, or merge_and_unload first"):
+        model.save_pretrained(folder)
+    assert files_of(folder) == before
+    if wrapped is not None:
+        merged = wrapped.merge_and_unload()
+        merged.save_pretrained(folder)
+        assert same_state(merged, AuxiliaryForCausalLM.from_pretrained(folder))
+
+
+def test_old_weights_stay_where_nothing_was_written(base_folder, tmp_path, monkeypatch):
+    model, folder = joined(base_folder), tmp_path / "saved"
+    model.save_pretrained(folder)
+    before = files_of(folder)
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match="nothing was saved"):
+        model.save_pretrained(folder)
+    assert files_of(folder) == before
+
+
+# -- which base --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, _ in tiny_model("llama").named_parameters()])
+def test_a_change_in_any_one_parameter_of_the_base_is_seen(base_folder, tmp_path, name):
+    joined(base_folder).save_pretrained(tmp_path / "saved")
+    other = tiny_model("llama", seed=1, width=24)
+    with torch.no_grad():
+        other.get_parameter(name).flatten()[5] += 1e-3
+    with pytest.raises(ValueError, match="base must be the model that the auxiliary was saved with"):
+        AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved", base=other)
+
+
+def test_sums_look_at_all_columns_of_a_large_parameter():
+    model = torch.nn.Linear(4096, 8, bias=False)
+    model.dtype = torch.float32
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.weight[:, 1::2] += 0.01
+    after = {**fingerprint(model), "values": before["values"]}
+    assert not is_same_base(before, after)
+
+
+def test_missing_fingerprint_is_an_error_unless_meant(base_folder, tmp_path):
+    joined(base_folder).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": None}))
+    with pytest.raises(ValueError, match="must say which base it was saved with: pass check_base=False"):
+        AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")
+    AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved", check_base=False)
+
+
+def test_pointer_to_a_relative_folder_is_absolute(base_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    joined("the-base").save_pretrained("saved")
+    monkeypatch.chdir("/")
+    loaded = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config.base_name_or_path == base_folder
+
+
+def test_pointer_is_that_of_the_base_it_was_loaded_with(base_folder, tmp_path):
+    joined(base_folder, base_revision="v1").save_pretrained(tmp_path / "saved")
+    os.rename(base_folder, base_folder + "-moved")
+    model = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved", base=tmp_path / "the-base-moved")
+    model.save_pretrained(tmp_path / "again")
+    again = AuxiliaryForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.config.base_name_or_path == base_folder + "-moved" and again.config.base_revision is None
+
+
+def test_unchecked_base_model_leaves_no_pointer_to_another(base_folder, tmp_path):
+    joined(base_folder).save_pretrained(tmp_path / "saved")
+    other = tiny_model("llama", seed=5, width=24)
+    model = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved", base=other, check_base=False)
+    with pytest.raises(ValueError, match="save_base must be True"):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_revision_of_a_base_model_is_recorded():
+    model = AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), tiny_config("gpt2"), base_revision="v2")
+    assert model.config.base_revision == "v2"
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_loading_info_is_returned_beside_the_model(base_folder, tmp_path):
+    joined(base_folder).save_pretrained(tmp_path / "saved")
+    model, info = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert isinstance(model, AuxiliaryForCausalLM)
+    assert info == {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+
+
+def test_missing_generation_config_falls_back_to_the_bases(base_folder, tmp_path):
+    joined(base_folder).save_pretrained(tmp_path / "saved")
+    os.remove(tmp_path / "saved" / "generation_config.json")
+    loaded = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.generation_config.to_dict() == loaded.base.generation_config.to_dict()
+    assert loaded.generation_config is not loaded.base.generation_config
+
+
+def test_dtypes_are_those_that_were_saved(base_folder, tmp_path):
+    model = joined(base_folder, trunk_layer=1, base_kwargs={"dtype": torch.bfloat16})
+    model.aux.bfloat16()
+    model.aux.transformer.ln_f.float()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")
+    assert same_state(model, loaded)
+    assert {name: p.dtype for name, p in model.named_parameters()} == {n: p.dtype for n, p in loaded.named_parameters()}
+    whole = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}

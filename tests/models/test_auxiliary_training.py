@@ -163,8 +163,9 @@ def test_checkpoint_holds_the_auxiliary_and_resumes_to_the_same_weights(base_fol
 
 def test_label_smoothing_of_trainer_is_an_error_that_names_the_models_own(base_folder, tmp_path):
     run = trainer(new_pair(base_folder), tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match=r"label_smoothing_factor .* set model\.config\.label_smoothing instead"):
-        run.train()
+    for call in (run.train, run.evaluate):
+        with pytest.raises(ValueError, match=r"label_smoothing_factor .* set model\.config\.label_smoothing instead"):
+            call()
 
 
 # -- PEFT --------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Which vocabularies may be added."""
 
+import pathlib
+
 import pytest
 
 transformers = pytest.importorskip("transformers")
@@ -24,11 +26,12 @@ WORDS = ["?", "a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("policy", ["strict", "pad"])
-def test_tokenizers_with_other_tokens_are_an_error(tmp_path, policy):
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_tokenizers_with_other_tokens_are_an_error(tmp_path, policy, kind):
     base = folder_of(tmp_path / "base", "llama", WORDS, 8)
     aux = folder_of(tmp_path / "aux", "gpt2", ["?", "a", "c", "b", "d"], 8)
     with pytest.raises(ValueError, match=r"got 'b' in .*base and 'c' in .*aux for token 2"):
-        AuxiliaryForCausalLM.from_base_and_aux(base, aux, vocab_policy=policy)
+        AuxiliaryForCausalLM.from_base_and_aux(kind(base), kind(aux), vocab_policy=policy)
 
 
 @pytest.mark.parametrize("words", [WORDS, [*WORDS, "extra"], None], ids=["equal", "longer", "no tokenizer"])
