@@ -166,6 +166,7 @@ def fit_codebook(embeddings: Tensor, num_labels: int, seed: int = 0, *, batch_si
     """
     try:
         from sklearn.cluster import KMeans, MiniBatchKMeans
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError("fit_codebook needs scikit-learn: pip install 'auxkernels[labels]'") from error
     points = torch.as_tensor(embeddings).detach().to("cpu", torch.float32)
@@ -175,7 +176,8 @@ def fit_codebook(embeddings: Tensor, num_labels: int, seed: int = 0, *, batch_si
         raise ValueError("embeddings must be finite")
     options = {"n_clusters": num_labels, "init": "k-means++", "random_state": seed, "n_init": 1}
     means = KMeans(**options) if batch_size is None else MiniBatchKMeans(**options, batch_size=batch_size)
-    return Codebook(torch.from_numpy(means.fit(points.numpy()).cluster_centers_).float())
+    with threadpool_limits(1):  # several threads add their sums up in the order in which they finish
+        return Codebook(torch.from_numpy(means.fit(points.numpy()).cluster_centers_).float())
 
 
 def nearest_labels(embeddings: Tensor, centroids: Tensor, chunk_size: int = 8192) -> Tensor:

@@ -34,13 +34,13 @@ def test_a_head_that_computes_something_else_is_refused_on_both_sides():
     assert other.lm_head.weight is head and head.any()
 
 
-def test_a_head_whose_logits_are_all_zero_is_refused_unless_it_is_zero_itself():
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.norm.weight.zero_()
-    with pytest.raises(ValueError, match="the logits of LlamaForCausalLM must not all be 0"):
-        AuxiliaryForCausalLM.from_base_and_aux(tiny_model("gpt2"), model)
-    model.lm_head.weight.data.zero_()
+def test_a_head_is_checked_also_where_all_hidden_states_are_zero():
+    model, other = tiny_model("llama"), OtherHead(tiny_config("llama"))
+    for silenced in (model, other):
+        with torch.no_grad():
+            silenced.model.norm.weight.zero_()
+    with pytest.raises(ValueError, match="the logits of OtherHead are not those of a linear head"):
+        AuxiliaryForCausalLM.from_base_and_aux(tiny_model("gpt2"), other, zero_init=False)
     AuxiliaryForCausalLM.from_base_and_aux(tiny_model("gpt2"), model, zero_init=False)
 
 
