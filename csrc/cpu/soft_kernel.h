@@ -281,8 +281,10 @@ class SoftKernel {
     const int64_t k = selection.k;
     const auto [largest, poisoned] = load_parts(n, b, threads, [&](RowPart<C>& part, int64_t begin, int64_t end) {
       part.kept.clear();
-      if (part.num_nan == 0) select(b.v, begin, end, k, &part.kept);
+      if (threads > 1 && part.num_nan == 0) select(b.v, begin, end, k, &part.kept);
     });
+    // one thread looks through the whole row: what is found early saves looking at most of the rest
+    if (threads == 1 && !poisoned) select(b.v, 0, p.K, k, &b.parts.front().kept);
     const C inverse = 1 / temperature(n);
     int64_t* labels = selection.labels + n * k;
     C* weights = selection.weights == nullptr ? b.p : static_cast<C*>(selection.weights) + n * k;
