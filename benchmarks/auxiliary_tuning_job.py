@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
-import json
-import shutil
-import time
 from dataclasses import dataclass
 
 import torch
-import transformers
 
-from benchmarks import machine
+from benchmarks import repro_job
 from benchmarks.auxiliary_tuning_methods import PREFIX_LENGTH, AuxiliaryTuning, PlainLM
 from benchmarks.auxiliary_tuning_report import make_report, plot_results, results_table
 from benchmarks.auxiliary_tuning_task import Task, contains, generated_text, load_task
 from benchmarks.demo_data import IGNORE_INDEX, Windows
 from benchmarks.repro_model import END_OF_TEXT_ID, build_gpt2, gpt2_config
-from benchmarks.repro_report import Terminal, share_error, write_results
-from benchmarks.repro_train import Recipe, settings_key, train
+from benchmarks.repro_report import Terminal, share_error
 
 EVALUATION_BATCH = 128
 
@@ -127,13 +120,16 @@ SCALES = {
 }
 
 
-class Job:
+class Job(repro_job.ReproJob):
     """One reproduction: its text, its base, and the folder that its checkpoints and measurements are kept in."""
 
-    def __init__(self, scale: Scale, seed: int, device: torch.device, checkpoints, terminal: Terminal):
-        self.scale, self.seed, self.device, self.terminal = scale, seed, device, terminal
-        settings = {"scale": dataclasses.asdict(scale), "seed": seed, "device": device.type, "torch": torch.__version__}
-        self.folder = checkpoints / settings_key(settings)
+    checkpoint_steps = 200
+
+    def __init__(
+        self, scale: Scale, seed: int, device: torch.device, checkpoints, terminal: Terminal, resume: bool = True
+    ):
+        super().__init__(scale, {"seed": seed}, device, checkpoints, terminal, resume)
+        self.seed = seed
         with terminal.stage("reading the text"):
             self.task: Task = load_task(scale, checkpoints)
         self.passages, self.tuning = (
@@ -141,9 +137,6 @@ class Job:
             for windows in (self.task.passages, self.task.tuning)
         )
         self.keyword_ids = {split: ids.to(device) for split, ids in self.task.keyword_ids.items()}
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.scale.dtype == "bfloat16")
 
     def new_lm(self, seed: int):
         scale = self.scale
@@ -164,34 +157,17 @@ class Job:
         """Trains a method for as many steps as `flops` allow; what it cost."""
         step_flops = self.scale.batch * method.training_flops(self.scale.length)
         steps = max(1, round(flops / step_flops))
-        warmup = min(100, max(1, steps // 10))
-        recipe = Recipe(steps, self.scale.batch, rate, warmup, self.seed, checkpoint_steps=200)
 
         def loss_of(rows):
-            with self.autocast():
-                return method.loss(windows[rows], None if keyword_ids is None else keyword_ids[rows])
+            return method.loss(windows[rows], None if keyword_ids is None else keyword_ids[rows])
 
-        with self.terminal.stage(f"{name}, {steps} steps", total=steps) as advance:
-            path = self.folder / f"{name}.safetensors"
-            progress = train(method.model, loss_of, len(windows), recipe, path, advance)
+        cost = self.train(name, method.model, loss_of, len(windows), steps, self.scale.batch, rate, self.seed)
         return {
-            "steps": steps,
+            **cost,
             "flops": steps * step_flops,
             "flops_per_passage": step_flops / self.scale.batch,
-            "epochs": steps * self.scale.batch / len(windows),
-            "trained_parameters": sum(p.numel() for p in method.model.parameters() if p.requires_grad),
-            "train_loss": sum(progress.losses[-50:]) / len(progress.losses[-50:]),
-            "seconds": progress.seconds,
+            "epochs": cost["examples"] / len(windows),
         }
-
-    def measured(self, name: str, measure) -> dict:
-        """What `measure()` returns, or what it returned when it was called under this name before."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            start = time.perf_counter()
-            result = {**measure(), "measuring_seconds": time.perf_counter() - start}
-            write_results(self.folder, {path.name: json.dumps(result)})
-        return json.loads(path.read_text())
 
     @torch.no_grad()
     def mean_loss(self, method, windows: Windows, keyword_ids=None) -> float:
@@ -267,38 +243,25 @@ def train_and_measure(job: Job) -> dict:
             result = job.measured(run_name, lambda method=method: job.measure(method, base))
         runs.append({"method": name, "budget": budget, "learning_rate": rate, **cost, **result})
         job.terminal.say(f"  control {result['control']:.2f}, {result['loss']:.3f} nats")
-    if not all(torch.equal(value, original[name]) for name, value in base.state_dict().items()):
-        raise RuntimeError("the base's weights must be the same after tuning, but they changed")
+    repro_job.check_unchanged(base, original)
     windows = {split: {"passages": len(w), "with_keyword": len(job.tuning[split])} for split, w in job.passages.items()}
     return {
-        "machine": {**machine.describe(job.device), "transformers": transformers.__version__},
+        **job.describe(),
         "seed": job.seed,
-        "scale": dataclasses.asdict(scale),
         "text": {"splits": windows, "keyword_candidates": job.task.num_candidates},
         "base": base_result,
         "runs": runs,
-        "seconds": sum(part["seconds"] + part["measuring_seconds"] for part in (base_result, *runs)),
     }
 
 
 def run(arguments) -> int:
     """Run the reproduction and write its results; returns the exit status."""
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.set_verbosity_error()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    terminal = Terminal()
-    job = Job(SCALES[arguments.scale], arguments.seed, device, arguments.checkpoints, terminal)
-    if not arguments.resume:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(job.folder)
-    results = {"scale_name": arguments.scale, **train_and_measure(job)}
-    terminal.say(results_table(results))
-    contents = {
-        "results.json": json.dumps(results, indent=1) + "\n",
-        "curves.png": plot_results(results),
-        "report.md": make_report(results),
-    }
-    for path in write_results(arguments.output / arguments.scale, contents):
-        terminal.say(f"wrote {path}")
-    return 0
+
+    def new_job(device, terminal):
+        scale = SCALES[arguments.scale]
+        return Job(scale, arguments.seed, device, arguments.checkpoints, terminal, arguments.resume)
+
+    def files(results):
+        return {"curves.png": plot_results(results), "report.md": make_report(results)}
+
+    return repro_job.run(arguments, new_job, train_and_measure, results_table, files)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import json
 import math
-import shutil
 import time
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks import repro_job
 from benchmarks.demo_data import IGNORE_INDEX
 from benchmarks.planner_methods import (
     ARMS,
@@ -28,11 +24,9 @@ from benchmarks.planner_methods import (
 from benchmarks.planner_report import make_report, plot_results, results_table
 from benchmarks.planner_task import Labels, Task, load_labels, load_task
 from benchmarks.repro_model import build_gpt2, gpt2_config, lm_loss
-from benchmarks.repro_report import Terminal, write_results
-from benchmarks.repro_train import Recipe, settings_key, train
+from benchmarks.repro_report import Terminal
 
 EVALUATION_BATCH = 64
-CHECKPOINT_STEPS = 100
 SECOND_STAGE = 1000  # added to the seed of the order of the windows, so that it is not the first stage's again
 
 
@@ -141,17 +135,11 @@ SCALES = {
 }
 
 
-class Job:
+class Job(repro_job.ReproJob):
     """One reproduction: its text, labels and base, and the folder that its checkpoints and measurements are kept in."""
 
     def __init__(self, scale: Scale, device: torch.device, checkpoints, terminal: Terminal, resume: bool = True):
-        self.scale, self.device, self.terminal = scale, device, terminal
-        settings = {"scale": dataclasses.asdict(scale), "device": device.type, "torch": torch.__version__}
-        self.folder = checkpoints / settings_key(settings)
-        self.seconds: dict[str, float] = {}  # of every training and measurement, each once
-        if not resume:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self.folder)
+        super().__init__(scale, {}, device, checkpoints, terminal, resume)
         with terminal.stage("reading the text"):
             task = load_task(scale.vocab_size, scale.length, scale.context, scale.max_chapters, checkpoints)
         with terminal.stage("labels of the verses"):
@@ -162,46 +150,12 @@ class Job:
         config = gpt2_config(scale.vocab_size, scale.length, scale.width, scale.layers, scale.dropout)
         self.base = build_gpt2(config, seed=0).to(device)
 
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.scale.dtype == "bfloat16")
-
-    def fit(self, name: str, model, loss_of, num_examples: int, steps: int, batch: int, rate: float, seed: int) -> dict:
-        """Trains what of `model` requires a gradient; what it cost."""
-        recipe = Recipe(steps, batch, rate, min(100, max(1, steps // 10)), seed, checkpoint_steps=CHECKPOINT_STEPS)
-
-        def loss_in_dtype(rows):
-            with self.autocast():
-                return loss_of(rows.to(self.device))
-
-        with self.terminal.stage(f"{name}, {steps} steps", total=steps) as advance:
-            path = self.folder / f"{name}.safetensors"
-            progress = train(model, loss_in_dtype, num_examples, recipe, path, advance)
-        self.seconds[f"training {name}"] = progress.seconds
-        return {
-            "steps": steps,
-            "examples": steps * batch,
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "train_loss": sum(progress.losses[-50:]) / len(progress.losses[-50:]),
-            "seconds": progress.seconds,
-        }
-
-    def measured(self, name: str, measure) -> dict:
-        """What `measure()` returns, or what it returned when it was called under this name before."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            start = time.perf_counter()
-            result = {**measure(), "measuring_seconds": time.perf_counter() - start}
-            write_results(self.folder, {path.name: json.dumps(result)})
-        result = json.loads(path.read_text())
-        self.seconds[f"measuring {name}"] = result["measuring_seconds"]
-        return result
-
     # -- training ------------------------------------------------------------------------------------------------------
 
     def fit_base(self) -> dict:
         """Trains the language model that all seeds share, and freezes it."""
         scale, windows = self.scale, self.task.windows["train"]
-        cost = self.fit(
+        cost = self.train(
             "base",
             self.base,
             lambda rows: lm_loss(self.base, windows.tokens[rows], windows.targets[rows]),
@@ -230,7 +184,7 @@ class Job:
 
         count = train_verses.stop - train_verses.start
         name = f"planner, seed {seed}"
-        return self.fit(
+        return self.train(
             name, planner, loss_of, count, scale.planner_steps, scale.planner_batch, scale.planner_rate, seed
         )
 
@@ -266,7 +220,7 @@ class Job:
             inputs = conditioned_inputs(ARMS[arm], batch, self.task, self.labels)
             return model(**inputs, shift_labels=batch.targets).loss
 
-        return self.fit(run_name, model, loss_of, len(windows), steps, self.scale.batch, rate, seed)
+        return self.train(run_name, model, loss_of, len(windows), steps, self.scale.batch, rate, seed)
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -357,35 +311,24 @@ def train_and_measure(job: Job, num_seeds: int) -> dict:
         for name in ARMS:
             runs.append(job.fit_arm(name, planner, seed))
             job.terminal.say(f"  perplexity {math.exp(runs[-1]['loss']):.3f}")
-    if not all(torch.equal(value, original[name]) for name, value in job.base.state_dict().items()):
-        raise RuntimeError("the base's weights must be the same after conditioning, but they changed")
+    repro_job.check_unchanged(job.base, original)
     return {
-        "machine": {**machine.describe(job.device), "transformers": transformers.__version__},
-        "scale": dataclasses.asdict(job.scale),
+        **job.describe(),
         "text": job.describe_text(),
         "base": base,
         "planners": planners,
         "runs": runs,
-        "seconds": sum(job.seconds.values()),
         "wall_seconds": time.perf_counter() - start,
     }
 
 
 def run(arguments) -> int:
     """Run the reproduction and write its results; returns the exit status."""
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.set_verbosity_error()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    terminal = Terminal()
-    job = Job(SCALES[arguments.scale], device, arguments.checkpoints, terminal, arguments.resume)
-    results = {"scale_name": arguments.scale, **train_and_measure(job, arguments.seeds)}
-    terminal.say(results_table(results))
-    contents = {
-        "results.json": json.dumps(results, indent=1) + "\n",
-        "perplexity.png": plot_results(results),
-        "report.md": make_report(results),
-    }
-    for path in write_results(arguments.output / arguments.scale, contents):
-        terminal.say(f"wrote {path}")
-    return 0
+
+    def new_job(device, terminal):
+        return Job(SCALES[arguments.scale], device, arguments.checkpoints, terminal, arguments.resume)
+
+    def files(results):
+        return {"perplexity.png": plot_results(results), "report.md": make_report(results)}
+
+    return repro_job.run(arguments, new_job, lambda job: train_and_measure(job, arguments.seeds), results_table, files)

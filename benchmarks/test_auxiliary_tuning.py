@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 
 import pytest
@@ -21,6 +20,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.auxiliary_tuning_methods import AuxiliaryTuning, PlainLM  # noqa: E402
 from benchmarks.demo_data import IGNORE_INDEX, Windows  # noqa: E402
 from benchmarks.repro_report import Terminal, share_error  # noqa: E402
+from benchmarks.repro_testing import whole_and_interrupted, without_times  # noqa: E402
 
 TINY = auxiliary_tuning_job.SCALES["tiny"]
 
@@ -275,42 +275,11 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # -- job and report ----------------------------------------------------------------------------------------------------
 
 
-def without_times(value):
-    """Results without what differs from one run to the next."""
-    if isinstance(value, dict):
-        timed = ("seconds", "measuring_seconds", "machine")
-        return {key: without_times(entry) for key, entry in value.items() if key not in timed}
-    return [without_times(entry) for entry in value] if isinstance(value, list) else value
-
-
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
     """Results of a whole run at the tiny scale, and of one that is interrupted in a training and goes on."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("miniature")
-    arguments = [
-        *("--scale", "tiny", "--threads", "1", "--device", "cpu"),
-        *("--output", str(folder / "results"), "--checkpoints", str(folder / "whole")),
-    ]
-    assert auxiliary_tuning.main(arguments) == 0
-    whole = json.loads((folder / "results" / "tiny" / "results.json").read_text())
-
-    calls = []
-    original = repro_train.save_checkpoint
-
-    def interrupting(*arguments):
-        original(*arguments)
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-
-    arguments[-1] = str(folder / "parts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repro_train, "save_checkpoint", interrupting)
-        assert auxiliary_tuning.main(arguments) == 130
-    assert auxiliary_tuning.main(arguments) == 0
-    parts = json.loads((folder / "results" / "tiny" / "results.json").read_text())
-    return whole, parts, folder / "results" / "tiny"
+    return whole_and_interrupted(auxiliary_tuning.main, folder, [], 4)
 
 
 def test_interrupted_reproduction_gives_the_same_results(miniature):

