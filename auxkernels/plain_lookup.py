@@ -96,18 +96,15 @@ def _general_backward(scores, table, state, temperature, grad, needs_scores: boo
     return [next(made) if need else None for need in (needs_scores, needs_table)]
 
 
-def _is_tiny(scores: Tensor, table: Tensor) -> bool:
-    return scores.numel() * table.shape[1] <= SMALL and scores.dtype == table.dtype == torch.float32
-
-
-def _is_small_forward(scores: Tensor, table: Tensor) -> bool:
-    num_products = scores.numel() * table.shape[1]
-    if num_products <= SMALL:
-        return scores.dtype == table.dtype == torch.float32
-    if num_products > SMALL_FORWARD or table.numel() > SMALL_FORWARD_TABLE:
+def _is_small(scores: Tensor, table: Tensor, is_forward: bool) -> bool:
+    """Whether one compiled call is the faster road."""
+    if not scores.dtype == table.dtype == torch.float32:
         return False
+    num_products = scores.numel() * table.shape[1]
+    if num_products <= SMALL or not is_forward:
+        return num_products <= SMALL
     has_tiles = scores.numel() >= SMALL_FORWARD_ROWS * table.shape[0]
-    return has_tiles and scores.dtype == table.dtype == torch.float32
+    return has_tiles and num_products <= SMALL_FORWARD and table.numel() <= SMALL_FORWARD_TABLE
 
 
 def _chunks(scores: Tensor, table: Tensor, num_matrices: int, num_bytes: int) -> tuple[list[tuple[int, int]], int]:
@@ -131,7 +128,7 @@ def _forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | 
     """state [2, N]: max and log_denom of each row, written if wanted."""
     width = table.shape[1]
     mixture = table.new_empty((*scores.shape[:-1], width))  # not a view, which could not be changed in place
-    if _is_small_forward(scores, table):
+    if _is_small(scores, table, is_forward=True):
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
     chunks, most = _chunks(scores, table, 1, FORWARD_BYTES)
@@ -152,7 +149,7 @@ def _backward(scores, table, state, temperature, grad, needs_scores: bool, needs
     scores, table, state = _plain(scores), _plain(table), _plain(state)
     num_labels, width = table.shape
     grad_scores = brought_in(torch.empty_like(scores)) if needs_scores else None
-    if _is_tiny(scores, table):
+    if _is_small(scores, table, is_forward=False):
         grad_table = torch.empty_like(table) if needs_table else None
         kernels.small_lookup_backward(scores, table, temperature, state, grad.contiguous(), grad_scores, grad_table)
         return [grad_scores, grad_table]

@@ -71,6 +71,15 @@ def native():
 
 
 @pytest.fixture
+def compiled(monkeypatch):
+    """A function of (target name, call): the Triton kernels that the call would launch there, in their order."""
+    from triton_compile import compiler  # here, since it needs Triton
+
+    with compiler(monkeypatch) as kernels_of:
+        yield kernels_of
+
+
+@pytest.fixture
 def general_road(monkeypatch):
     """soft_embedding without its short road, whose bits are its own: equal bits are a promise of each road alone."""
     monkeypatch.setattr(plain_lookup, "serves", lambda *_: False)

@@ -18,6 +18,8 @@ from auxkernels import ops
 
 triton = pytest.importorskip("triton")
 
+from triton_compile import nvidia_spills  # noqa: E402
+
 from auxkernels.triton import cross_entropy, heads, launch  # noqa: E402
 from auxkernels.triton.heads import Head, Schedule, Tile, fits, scan, schedule_of  # noqa: E402
 
@@ -355,34 +357,6 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 FEW_BYTES = 64  # of a thread's stack: numbers that wait there while the products of a tile are formed
 
 
-@pytest.fixture
-def compiled_scan(monkeypatch):
-    """A function of (target, variant, rows): the scan's kernels as a launch on that device would compile them."""
-    from test_triton_compile import MULTIPROCESSORS, TARGETS, NamesATarget
-
-    made = []
-
-    def warm_up(kernel, num_programs, *args, **options):
-        made.append(kernel.warmup(*args, grid=(num_programs,), **options, enable_fp_fusion=False))
-
-    def kernels_of(name, variant, rows=8192):
-        target = TARGETS[name]
-        triton.runtime.driver.set_active(NamesATarget(target))
-        device = launch.Device(target.backend, MULTIPROCESSORS, target.warp_size)
-        monkeypatch.setattr(launch, "device_of", lambda _: device)
-        monkeypatch.setattr(heads, "architecture_of", lambda _: target.arch)
-        made.clear()
-        args = VARIANTS[variant](rows)
-        assert fits(*args[:2], args[-1]) is None
-        scan(*args)
-        return list(made)
-
-    monkeypatch.setattr(launch, "run", warm_up)
-    before = dict(vars(triton.runtime.driver))  # its own reset looks for a GPU
-    yield kernels_of
-    vars(triton.runtime.driver).update(before)
-
-
 CLASSES = 128256
 STATISTICS = ops.mask_of("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax")
 
@@ -417,6 +391,16 @@ COMPILED = [
 ]
 
 
+def the_scan(variant, rows=8192):
+    args = VARIANTS[variant](rows)
+
+    def run():
+        assert fits(*args[:2], args[-1]) is None
+        scan(*args)
+
+    return run
+
+
 def loops_of_products(kernel, tmp_path) -> list[str]:
     """The machine code of the innermost loops with a matrix instruction."""
     cubin = tmp_path / "kernel.cubin"
@@ -433,10 +417,8 @@ def loops_of_products(kernel, tmp_path) -> list[str]:
 
 @compiles
 @pytest.mark.parametrize("target, variant", COMPILED)
-def test_the_scan_compiles_to_matrix_instructions_and_keeps_its_registers(compiled_scan, tmp_path, target, variant):
-    from test_triton_compile import nvidia_spills
-
-    over_tiles, finish = compiled_scan(target, variant)
+def test_the_scan_compiles_to_matrix_instructions_and_keeps_its_registers(compiled, tmp_path, target, variant):
+    over_tiles, finish = compiled(target, the_scan(variant))
     assert INSTRUCTION[target] in over_tiles.asm["ptx"]
     assert over_tiles.metadata.shared <= SHARED_LIMIT[target]
     assert nvidia_spills(over_tiles, tmp_path)["LOCAL"] == 0
@@ -450,7 +432,8 @@ def test_the_scan_compiles_to_matrix_instructions_and_keeps_its_registers(compil
 
 
 @compiles
-def test_the_number_of_rows_starts_no_compilation(compiled_scan):
-    first = compiled_scan("sm_90", "plain")
+def test_the_number_of_rows_starts_no_compilation(compiled):
+    first = compiled("sm_90", the_scan("plain"))
     for rows in (1, 100, 4097, 65536):
-        assert [id(kernel) for kernel in compiled_scan("sm_90", "plain", rows)] == [id(kernel) for kernel in first]
+        again = compiled("sm_90", the_scan("plain", rows))
+        assert [id(kernel) for kernel in again] == [id(kernel) for kernel in first]

@@ -21,6 +21,7 @@ from auxkernels.soft_rows import ROW_FIELDS, SoftRows, Upstream
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from triton_compile import SHARED_LIMIT, amd_spills, nvidia_spills, wide_loads  # noqa: E402
 
 from auxkernels.triton import launch, soft_kernels, soft_state  # noqa: E402
 from auxkernels.triton import soft_embedding as on_triton  # noqa: E402
@@ -383,35 +384,7 @@ def test_soft_embedding_and_its_gradients_match_the_reference(name, form):
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
-SHARED_LIMIT = 48 * 1024
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """A function of (target, call): the kernels that the call would launch there, in their order."""
-    from test_triton_compile import MULTIPROCESSORS, TARGETS, NamesATarget
-
-    made = []
-
-    def warm_up(kernel, num_programs, *args, **options):
-        if num_programs:
-            made.append(kernel.warmup(*args, grid=(num_programs,), **options, enable_fp_fusion=False))
-
-    def kernels_of(name, call):
-        target = TARGETS[name]
-        triton.runtime.driver.set_active(NamesATarget(target))
-        device = launch.Device(target.backend, MULTIPROCESSORS, target.warp_size)
-        monkeypatch.setattr(launch, "device_of", lambda _: device)
-        made.clear()
-        call()
-        return list(made)
-
-    monkeypatch.setattr(launch, "run", warm_up)
-    monkeypatch.setattr(launch, "check_device", lambda _: None)
-    before = dict(vars(triton.runtime.driver))  # its own reset looks for a GPU
-    yield kernels_of
-    vars(triton.runtime.driver).update(before)
 
 
 def empty(*shape, dtype=F32):
@@ -467,8 +440,6 @@ CALLS = [
 def test_kernels_compile_without_spills_or_atomics(
     compiled, tmp_path, target, function, num_labels, dtype, has_options
 ):
-    from test_triton_compile import amd_spills, nvidia_spills, wide_loads
-
     kernels = compiled(target, on_meta(function, num_labels, dtype, has_options))
     assert kernels
     for kernel in kernels:

@@ -30,7 +30,8 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     logits          [batch, kept, V], V the base's width; None where they were skipped
     past_key_values `PairedCache`, with use_cache
     hidden_states   the base's, with output_hidden_states
-    base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained
+    base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained, but
+                    not in training with config.label_smoothing, which smooths the loss alone
     token_accuracy, entropy           means over the counted tokens; entropy of the summed softmax, nats
     num_valid_tokens, num_correct_tokens, entropy_sum   what those are means of
     """
