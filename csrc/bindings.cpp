@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/add.h"
 #include "cpu/block_ops.h"
 #include "cpu/cross_entropy.h"
@@ -19,41 +20,9 @@ namespace py = pybind11;
 namespace auxk {
 namespace {
 
-void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); }
-
-// values, dtype, width, num_inner, stride_outer, stride_inner, scale, scale_stride
-using SourceArguments = std::array<int64_t, 8>;
-// scale (where no pointer is given), softcap
-using SourceNumbers = std::array<double, 2>;
-
-Source source_of(const SourceArguments& a, const SourceNumbers& numbers) {
-  if (a[1] < 0 || a[1] > 3) throw py::value_error("dtype code must be in [0, 3], got " + std::to_string(a[1]));
-  Source source;
-  source.values = pointer(a[0]);
-  source.dtype = static_cast<DType>(a[1]);
-  source.width = a[2];
-  source.num_inner = a[3], source.stride_outer = a[4], source.stride_inner = a[5];
-  source.scale = pointer(a[6]);
-  source.scale_stride = a[7];
-  source.scale_value = numbers[0];
-  source.softcap = numbers[1];
-  return source;
-}
-
-// num_rows, V, target, target_is_int32, ignore_index, weight, threads, is_double
-using ProblemArguments = std::array<int64_t, 8>;
-
-Problem problem_of(const ProblemArguments& a, const Source& base, const Source& aux) {
-  Problem p;
-  p.base = base, p.aux = aux;
-  p.num_rows = a[0], p.V = a[1];
-  p.target = pointer(a[2]);
-  p.target_is_int32 = a[3] != 0;
-  p.ignore_index = a[4];
-  p.weight = pointer(a[5]);
+Problem threaded_problem_of(const ProblemArguments& a, const Source& base, const Source& aux) {
+  Problem p = problem_of(a, base, aux);
   p.threads = static_cast<int>(a[6] < 1 ? 1 : a[6]);
-  if (p.num_rows < 0 || p.V < 1 || p.V > base.width || (aux.values != nullptr && p.V > aux.width))
-    throw py::value_error("V must be in [1, width of each source], got V=" + std::to_string(p.V));
   return p;
 }
 
@@ -65,22 +34,9 @@ int64_t check_targets(const Problem& p) {
   return num_kept;
 }
 
-// one pointer for each field, then for each gradient: base, aux, base scale, aux scale
-using OutputArguments = std::array<int64_t, kNumFields + 4>;
-
-Outputs outputs_of(const OutputArguments& a) {
-  Outputs out;
-  for (int f = 0; f < kNumFields; ++f) out.fields[f] = pointer(a[static_cast<size_t>(f)]);
-  out.grad_base = pointer(a[kNumFields]);
-  out.grad_aux = pointer(a[kNumFields + 1]);
-  out.grad_base_scale = pointer(a[kNumFields + 2]);
-  out.grad_aux_scale = pointer(a[kNumFields + 3]);
-  return out;
-}
-
 void py_scan(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs) {
-  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+  const Problem p = threaded_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
   py::gil_scoped_release release;
   check_targets(p);
@@ -91,7 +47,7 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, const So
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
              int64_t loss_out, bool has_normalizer, double normalizer, double label_smoothing, double z_loss,
              bool mean) {
-  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+  const Problem p = threaded_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   // an empty tensor has no address
   if (p.target == nullptr && p.num_rows > 0) throw py::value_error("target must be given for a loss, got none");
   const Outputs out = outputs_of(outputs);
@@ -106,16 +62,12 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, const So
     *static_cast<float*>(pointer(loss_out)) = static_cast<float>(loss<float>(p, options, out, num_kept));
 }
 
-// state: max, log_denom, nll, base_max, base_log_denom
 void py_backward(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
                  const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
-                 const std::array<int64_t, 5>& state, const std::array<int64_t, kNumCoefficients>& coefficients) {
-  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+                 const StateArguments& state, const CoefficientArguments& coefficients) {
+  const Problem p = threaded_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
-  BackwardInputs in;
-  in.max = pointer(state[0]), in.log_denom = pointer(state[1]), in.nll = pointer(state[2]);
-  in.base_max = pointer(state[3]), in.base_log_denom = pointer(state[4]);
-  for (size_t c = 0; c < kNumCoefficients; ++c) in.coefficients[c] = pointer(coefficients[c]);
+  const BackwardInputs in = backward_inputs_of(state, coefficients);
   py::gil_scoped_release release;
   check_targets(p);
   args[7] != 0 ? backward<double>(p, in, out) : backward<float>(p, in, out);

@@ -7,12 +7,11 @@
 #include <cstring>
 #include <limits>
 
+#include "dtype.h"
+
 #define AUXK_INLINE inline __attribute__((always_inline))
 
 namespace auxk {
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 struct bfloat16 {
   uint16_t bits;
