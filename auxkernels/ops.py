@@ -159,14 +159,17 @@ def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
 
 
 @functools.cache
-def implementation(backend: str, stem: str = "cross_entropy"):
+def implementation(backend: str, stem: str = "cross_entropy", is_cuda: bool = False):
+    """The module that serves an op. `is_cuda`: on tensors of a CUDA device, which are another compiled module's."""
     if backend not in ("native", "triton"):
         raise ValueError(f"the backend of an op must be 'native' or 'triton', got {backend!r}")
+    if backend == "native" and is_cuda:
+        stem = f"cuda_{stem}"
     return importlib.import_module(f".{backend}.{stem}", __package__)
 
 
 def is_direct(tensors, backend: str) -> bool:
-    """Whether a CPU call may skip the dispatcher, a fifth of a small call (6 of 30 us).
+    """Whether a call of a compiled module may skip the dispatcher, a fifth of a small call (6 of 30 us).
 
     Nothing may be tracing or transforming, and every tensor must be a plain one that lies in memory as it is read:
     subclasses, functorch's wrappers and lazily negated tensors are the dispatcher's to resolve.
@@ -206,14 +209,14 @@ def _with_tensors(args: tuple, positions: tuple[int, ...]) -> list:
 def cross_entropy_scan(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales may be numbers."""
     if is_direct(args[:6], args[-1]):
-        return implementation("native").scan(*args[:-1])
+        return implementation("native", is_cuda=args[0].is_cuda).scan(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_scan.default(*_with_tensors(args, (4, 5)))
 
 
 def cross_entropy_loss(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales and normalizer may be numbers."""
     if is_direct(args[:6], args[-1]):
-        return implementation("native").loss(*args[:-1])
+        return implementation("native", is_cuda=args[0].is_cuda).loss(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_loss.default(*_with_tensors(args, (4, 5, 10)))
 
 
@@ -240,10 +243,10 @@ def check_coefficients(coefficients, nll, base_max, base_log_denom, target: Tens
 
 def _checked(args: tuple):
     """The implementation that the last argument names, after the checks that all ops share: anyone may call an op."""
-    kernels = implementation(args[-1])
+    kernels = implementation(args[-1], is_cuda=args[0].is_cuda)
     checks.op_arguments(*args[:10])
-    if args[-1] == "native" and args[0].device.type != "cpu":
-        raise RuntimeError(f"base must be a CPU tensor for backend='native', got {args[0].device}")
+    if args[-1] == "native" and args[0].device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"base must be a CPU or CUDA tensor for backend='native', got {args[0].device}")
     return kernels
 
 
@@ -271,7 +274,7 @@ def _backward(*args):
 
 def _rescale_(grad, factor, target, ignore_index, backend):
     checks.rescaled(grad, factor, target)
-    implementation(backend).rescale_(grad, factor, target, ignore_index)
+    implementation(backend, is_cuda=grad.is_cuda).rescale_(grad, factor, target, ignore_index)
 
 
 def _scan_fake(*args):

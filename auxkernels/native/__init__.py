@@ -11,30 +11,46 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+_SPOKEN = {"cpu": "CPU", "cuda": "CUDA"}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load(kind: str) -> tuple[ModuleType | None, str | None]:
+    """The module of that kind, "cpu" or "cuda", or why there is none."""
     try:
-        return importlib.import_module("._cpu", __package__), None
+        return importlib.import_module(f"._{kind}", __package__), None
     except ModuleNotFoundError:
-        return None, build_record().get("cpu", "the CPU module was not built")
+        return None, build_record().get(kind, f"the {_SPOKEN[kind]} module was not built")
     except ImportError as error:  # built for another Python, or a library that it needs is missing
-        return None, f"the CPU module does not load: {error}"
+        return None, f"the {_SPOKEN[kind]} module does not load: {error}"
 
 
-def cpu() -> ModuleType:
-    """The compiled CPU module. Raises RuntimeError with the reason where there is none."""
-    module, reason = _load()
+def _loaded(kind: str) -> ModuleType:
+    module, reason = _load(kind)
     if module is None:
         raise RuntimeError(reason)
     return module
 
 
+def cpu() -> ModuleType:
+    """The compiled CPU module. Raises RuntimeError with the reason where there is none."""
+    return _loaded("cpu")
+
+
+def cuda() -> ModuleType:
+    """The compiled CUDA module, likewise."""
+    return _loaded("cuda")
+
+
 def missing() -> str | None:
     """Why there is no compiled CPU module here; None if there is one."""
-    return _load()[1]
+    return _load("cpu")[1]
+
+
+def cuda_missing() -> str | None:
+    """Why there is no compiled CUDA module here; None if there is one."""
+    return _load("cuda")[1]
 
 
 def build_record() -> dict[str, str]:
@@ -44,7 +60,7 @@ def build_record() -> dict[str, str]:
 
 
 def describe() -> str:
-    module, reason = _load()
+    module, reason = _load("cpu")
     if module is None:
         return f"unavailable: {reason}"
     return f"available (C++, CPU, instruction set {module.instruction_set()} of {', '.join(module.instruction_sets())})"
@@ -57,7 +73,7 @@ def add(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def can_add(*tensors: Tensor) -> bool:
-    return _load()[0] is not None and all(
+    return _load("cpu")[0] is not None and all(
         t.device.type == "cpu"
         and t.is_contiguous()
         and t.dtype in DTYPE_CODES
@@ -69,7 +85,7 @@ def can_add(*tensors: Tensor) -> bool:
 
 def brought_in(tensor: Tensor) -> Tensor:
     """A fresh tensor, the pages of a large CPU one brought in: a GEMM that has to do it takes three times as long."""
-    module = _load()[0]
+    module = _load("cpu")[0]
     if module is not None and tensor.device.type == "cpu":
         module.bring_in(tensor.data_ptr(), tensor.numel() * tensor.element_size(), torch.get_num_threads())
     return tensor

@@ -1,0 +1,274 @@
+// The columns of one row: where they lie, how a lane reads and writes its eight of a tile.
+#pragma once
+
+#include "cross_entropy.h"
+#include "row_state.cuh"
+
+namespace auxk {
+
+constexpr int kAny = -1;  // a dtype that is known when the kernel runs
+
+// The dtypes of both sources, or kAny for both, and how many neighbouring columns a lane has: 16 bytes of the wider
+// source, or 1 where V is no multiple of that.
+template <int kBaseType, int kAuxType, int kColumnsOfPiece>
+struct Kind {
+  static constexpr int kBase = kBaseType, kAux = kAuxType, kPiece = kColumnsOfPiece;
+};
+template <int kPiece>
+using BFloat16s = Kind<static_cast<int>(DType::kBFloat16), static_cast<int>(DType::kBFloat16), kPiece>;
+template <int kPiece>
+using Float16s = Kind<static_cast<int>(DType::kFloat16), static_cast<int>(DType::kFloat16), kPiece>;
+template <int kPiece>
+using Float32s = Kind<static_cast<int>(DType::kFloat32), static_cast<int>(DType::kFloat32), kPiece>;
+template <int kPiece>
+using AnyTypes = Kind<kAny, kAny, kPiece>;
+
+AUXK_DEVICE int bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+template <int kType>
+AUXK_DEVICE DType type_of(DType dtype) {
+  return kType == kAny ? dtype : static_cast<DType>(kType);
+}
+
+// Which columns of a tile a lane has: column(0) < column(1) < ..., in pieces of neighbours.
+template <int kPiece>
+struct Lane {
+  int first, jump;
+
+  AUXK_DEVICE Lane(const Cut& cut, int t) : first(t * kPiece), jump(kPiece * cut.threads) {}
+  AUXK_DEVICE int column(int i) const { return first + (i / kPiece) * jump + i % kPiece; }
+};
+
+// A row of one source, or of its gradient. Tiles begin at multiples of 64 columns, so that all of them, and their copies
+// in shared memory, are aligned as the row is.
+struct RowOf {
+  char* first;  // column 0
+  DType dtype;
+
+  AUXK_DEVICE char* at(int64_t column) const { return first + column * bytes_of(dtype); }
+};
+
+AUXK_DEVICE int64_t row_start(const Source& source, int64_t n) {
+  if (n < source.num_inner) return n * source.stride_inner;
+  return (n / source.num_inner) * source.stride_outer + (n % source.num_inner) * source.stride_inner;
+}
+
+AUXK_DEVICE RowOf row_of(const Source& source, int64_t n) {
+  char* first = const_cast<char*>(static_cast<const char*>(source.values));
+  return {first == nullptr ? nullptr : first + row_start(source, n) * bytes_of(source.dtype), source.dtype};
+}
+
+AUXK_DEVICE RowOf gradient_row(void* grad, const Source& source, int64_t n) {
+  return {grad == nullptr ? nullptr : static_cast<char*>(grad) + n * source.width * bytes_of(source.dtype),
+          source.dtype};
+}
+
+AUXK_DEVICE uint32_t misalignment(const void* p, uint32_t unit) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & (unit - 1));
+}
+
+// -- one element ------------------------------------------------------------------------------------------------------
+
+template <class C, int kType>
+AUXK_DEVICE C element(const char* p, DType dtype) {
+  switch (type_of<kType>(dtype)) {
+    case DType::kBFloat16:
+      return hw::from_bfloat16(*reinterpret_cast<const uint16_t*>(p));
+    case DType::kFloat16:
+      return hw::from_float16(*reinterpret_cast<const uint16_t*>(p));
+    case DType::kFloat32:
+      return *reinterpret_cast<const float*>(p);
+    default:
+      return static_cast<C>(*reinterpret_cast<const double*>(p));
+  }
+}
+
+template <class C, int kType>
+AUXK_DEVICE void store_element(char* p, DType dtype, C x) {
+  switch (type_of<kType>(dtype)) {
+    case DType::kBFloat16:
+      *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(hw::to_bfloat16(static_cast<float>(x), 0.0f));
+      break;
+    case DType::kFloat16:
+      *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(hw::to_float16(static_cast<float>(x), 0.0f));
+      break;
+    case DType::kFloat32:
+      *reinterpret_cast<float*>(p) = static_cast<float>(x);
+      break;
+    default:
+      *reinterpret_cast<double*>(p) = static_cast<double>(x);
+  }
+}
+
+// -- pieces -----------------------------------------------------------------------------------------------------------
+
+// How tiles are read: from shared memory, or from global memory with a second read to come or not.
+enum Memory { kShared, kGlobalKept, kGlobalLast };
+
+template <int kMemory, class Words>
+AUXK_DEVICE Words words_at(const char* p) {
+  const Words* q = reinterpret_cast<const Words*>(p);
+  return kMemory == kShared ? *q : hw::load(q, kMemory == kGlobalKept);
+}
+
+// 16-bit numbers, two in each word
+template <int kType, class C, class Words>
+AUXK_DEVICE void unpack(const Words& words, DType dtype, C* out) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Words) / 4); ++i) {
+    const uint16_t low = static_cast<uint16_t>(words.w[i]), high = static_cast<uint16_t>(words.w[i] >> 16);
+    if (type_of<kType>(dtype) == DType::kBFloat16) {
+      out[2 * i] = hw::from_bfloat16(low);
+      out[2 * i + 1] = hw::from_bfloat16(high);
+    } else {
+      out[2 * i] = hw::from_float16(low);
+      out[2 * i + 1] = hw::from_float16(high);
+    }
+  }
+}
+
+template <class C, int kType, int kPiece, int kMemory>
+AUXK_DEVICE void load_piece(const char* p, DType dtype, C* out) {
+  const DType type = type_of<kType>(dtype);
+  if (type == DType::kFloat32) {
+    const hw::Words4 words = words_at<kMemory, hw::Words4>(p);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = hw::float_of(words.w[i]);
+  } else if (type == DType::kFloat64) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const hw::Words4 words = words_at<kMemory, hw::Words4>(p + 8 * i);
+      for (int j = 0; j < 2; ++j)
+        out[i + j] = static_cast<C>(hw::double_of(words.w[2 * j] | static_cast<uint64_t>(words.w[2 * j + 1]) << 32));
+    }
+  } else if (kPiece == 8) {
+    unpack<kType>(words_at<kMemory, hw::Words4>(p), dtype, out);
+  } else {
+    unpack<kType>(words_at<kMemory, hw::Words2>(p), dtype, out);
+  }
+}
+
+template <class Words, class C>
+AUXK_DEVICE void store_half_piece(char* p, bool is_bfloat16, const C* x) {
+  Words words;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Words) / 4); ++i) {
+    const float first = static_cast<float>(x[2 * i]), second = static_cast<float>(x[2 * i + 1]);
+    words.w[i] = is_bfloat16 ? hw::to_bfloat16(first, second) : hw::to_float16(first, second);
+  }
+  hw::store(reinterpret_cast<Words*>(p), words);
+}
+
+template <class C, int kType, int kPiece>
+AUXK_DEVICE void store_piece(char* p, DType dtype, const C* x) {
+  const DType type = type_of<kType>(dtype);
+  if (type == DType::kFloat32) {
+    hw::Words4 words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words.w[i] = hw::bits_of(static_cast<float>(x[i]));
+    hw::store(reinterpret_cast<hw::Words4*>(p), words);
+  } else if (type == DType::kFloat64) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      hw::Words4 words;
+      for (int j = 0; j < 2; ++j) {
+        const uint64_t bits = hw::bits_of(static_cast<double>(x[i + j]));
+        words.w[2 * j] = static_cast<uint32_t>(bits), words.w[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+      }
+      hw::store(reinterpret_cast<hw::Words4*>(p + 8 * i), words);
+    }
+  } else if (kPiece == 8) {
+    store_half_piece<hw::Words4>(p, type == DType::kBFloat16, x);
+  } else {
+    store_half_piece<hw::Words2>(p, type == DType::kBFloat16, x);
+  }
+}
+
+// -- a lane's columns of a tile ---------------------------------------------------------------------------------------
+
+// whether a row's pieces can be read at once: 16 bytes, or 8 of a narrow source beside a wide one
+template <int kType, int kPiece>
+AUXK_DEVICE bool has_pieces(const RowOf& row) {
+  return kPiece > 1 && misalignment(row.first, bytes_of(type_of<kType>(row.dtype)) * kPiece >= 16 ? 16 : 8) == 0;
+}
+
+// `tile` is its column 0 of `num` there are; columns beyond give 0.
+template <class C, int kType, int kPiece, int kMemory>
+AUXK_DEVICE void load_columns(const char* tile, DType dtype, bool has_pieces, const Lane<kPiece>& lane, int num,
+                              C* out) {
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) out[i] = 0;
+  if (kPiece > 1 && has_pieces) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kPiece) {
+      if (lane.column(i) < num)
+        load_piece<C, kType, kPiece, kMemory>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype, out + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      if (lane.column(i) < num)
+        out[i] = element<C, kType>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype);
+    }
+  }
+}
+
+template <class C, int kType, int kPiece>
+AUXK_DEVICE void store_columns(char* tile, DType dtype, bool has_pieces, const Lane<kPiece>& lane, int num,
+                               const C* x) {
+  if (kPiece > 1 && has_pieces) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kPiece) {
+      if (lane.column(i) < num)
+        store_piece<C, kType, kPiece>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype, x + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      if (lane.column(i) < num)
+        store_element<C, kType>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype, x[i]);
+    }
+  }
+}
+
+// Zeros in [start, stop) of a row of 16-bit or wider numbers, by `count` threads of which this is number `t`.
+AUXK_DEVICE void fill_zero(const RowOf& row, int64_t start, int64_t stop, int t, int count) {
+  if (row.first == nullptr) return;
+  char *first = row.at(start), *last = row.at(stop);
+  char* body = first + ((16 - misalignment(first, 16)) & 15);
+  if (body > last) body = last;
+  char* tail = last - misalignment(last, 16);
+  if (tail < body) tail = body;
+  const hw::Words4 zeros = {{0, 0, 0, 0}};
+  for (char* p = first + 2 * t; p < body; p += 2 * count) *reinterpret_cast<uint16_t*>(p) = 0;
+  for (char* p = body + 16 * int64_t{t}; p < tail; p += 16 * int64_t{count}) {
+    hw::store(reinterpret_cast<hw::Words4*>(p), zeros);
+  }
+  for (char* p = tail + 2 * t; p < last; p += 2 * count) *reinterpret_cast<uint16_t*>(p) = 0;
+}
+
+// -- from what is stored to logits ------------------------------------------------------------------------------------
+
+// scale * softcap(.) of one source in one row
+template <class C>
+struct Bend {
+  C scale = 1, cap = 0;  // 0: none
+
+  // the logit; `bent` receives softcap(value), `slope` its derivative
+  AUXK_DEVICE C operator()(C value, C* bent, C* slope) const {
+    *slope = C(1);
+    *bent = cap == C(0) ? value : soft_cap(value, cap, slope);
+    return *bent * scale;
+  }
+};
+
+template <class C>
+AUXK_DEVICE Bend<C> bend_of(const Source& source, int64_t n) {
+  Bend<C> bend;
+  bend.scale = source.scale == nullptr ? static_cast<C>(source.scale_value)
+                                       : static_cast<const C*>(source.scale)[n * source.scale_stride];
+  bend.cap = static_cast<C>(source.softcap);
+  return bend;
+}
+
+}  // namespace auxk

@@ -1,0 +1,171 @@
+// From a call to a kernel and its launch.
+#include "cross_entropy.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "kernels.h"
+#include "row_state.cuh"
+
+namespace auxk {
+namespace cuda {
+namespace {
+
+bool is_bent(const Source& source) {
+  return source.values != nullptr && (source.scale != nullptr || source.scale_value != 1 || source.softcap != 0);
+}
+
+Types types_of(const Problem& p, bool is_double) {
+  if (is_double) return kWithDoubles;
+  if (p.aux.values != nullptr && p.aux.dtype != p.base.dtype) return kAnyTypes;
+  return p.base.dtype == DType::kBFloat16 ? kBFloat16s : p.base.dtype == DType::kFloat16 ? kFloat16s : kFloat32s;
+}
+
+bool sums_row(const Outputs& out) { return out.grad_base_scale != nullptr || out.grad_aux_scale != nullptr; }
+
+Mode mode_of(const Problem& p, const Outputs& out, const LossTerms& terms, Types types) {
+  const bool is_weighted = p.weight != nullptr || terms.share != 0 || terms.z_loss != 0 || terms.kept != 1;
+  if (types == kAnyTypes || types == kWithDoubles || is_bent(p.base) || is_bent(p.aux) || is_weighted ||
+      sums_row(out) || out.fields[kWeightedSum] != nullptr)
+    return kGeneral;
+  for (int field = 0; field < kNumFields; ++field) {
+    const bool is_plain = field == kMax || field == kLogDenom || field == kNll || field == kLse || field == kLogProb;
+    if (!is_plain && out.fields[field] != nullptr) return kStatistics;
+  }
+  return kPlain;
+}
+
+// the bits of a result depend on this, and so on the mode
+Cut cut_of(const Problem& p, Mode mode, Types types) {
+  const bool is_narrow = mode != kGeneral && (types == kBFloat16s || types == kFloat16s);
+  return auxk::cut_of(p.V, is_narrow ? 8 : 4, mode == kGeneral ? kGeneralThreads : kMaxThreads);
+}
+
+int state_bytes_of(Mode mode, Types types) {
+  if (types == kWithDoubles) return sizeof(FullState<double>);
+  return mode == kPlain ? sizeof(PlainState<float>) : sizeof(FullState<float>);
+}
+
+// What is asked of the driver once for each kernel, device and way to launch it.
+const char* blocks_at_once(ForwardKernel kernel, const hw::Launch& how, int device, int multiprocessors, int* found) {
+  using Key = std::tuple<ForwardKernel, int, int, int64_t>;
+  static std::mutex mutex;
+  static std::map<Key, int> known;
+  const std::lock_guard<std::mutex> guard(mutex);
+  const Key key = {kernel, device, how.cluster, how.shared_bytes};
+  const auto it = known.find(key);
+  if (it != known.end()) {
+    *found = it->second;
+    return nullptr;
+  }
+  const char* error = hw::prepare(kernel, how, multiprocessors, found);
+  if (error == nullptr) known[key] = *found;
+  return error;
+}
+
+struct Choice {
+  Mode mode;
+  Types types;
+  PlanInputs inputs;
+};
+
+Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Room& room) {
+  Choice choice = {};
+  choice.types = types_of(p, is_double);
+  choice.mode = mode_of(p, out, terms, choice.types);
+  PlanInputs& in = choice.inputs;
+  in.cut = cut_of(p, choice.mode, choice.types);
+  in.most_threads = choice.mode == kGeneral ? kGeneralThreads : kMaxThreads;
+  in.num_rows = p.num_rows;
+  in.base_bytes = static_cast<int32_t>(size_of(p.base.dtype));
+  in.aux_bytes = p.aux.values == nullptr ? 0 : static_cast<int32_t>(size_of(p.aux.dtype));
+  in.state_bytes = state_bytes_of(choice.mode, choice.types);
+  in.has_gradient = out.grad_base != nullptr || out.grad_aux != nullptr;
+  in.room = room;
+  // a scale's gradient is a sum over the row, which one block then has for itself
+  if (choice.types == kWithDoubles || sums_row(out)) in.room.has_clusters = false;
+  return choice;
+}
+
+const char* room_of(int device, Room* room) {
+  static std::mutex mutex;
+  static std::map<int, Room> known;
+  const std::lock_guard<std::mutex> guard(mutex);
+  const auto it = known.find(device);
+  if (it != known.end()) {
+    *room = it->second;
+    return nullptr;
+  }
+  const char* error = hw::describe_device(device, &room->multiprocessors, &room->shared_bytes, &room->has_clusters);
+  if (error == nullptr) known[device] = *room;
+  return error;
+}
+
+constexpr int64_t kMostBlocks = 2147483647 / 16 * 16;
+
+}  // namespace
+
+Planned plan_of_call(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Room& room) {
+  const PlanInputs inputs = choose(p, out, terms, is_double, room).inputs;
+  return {inputs.cut, plan_of(inputs)};
+}
+
+const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, void* stream) {
+  int device = 0, at_once = 0;
+  Room room = {};
+  if (const char* error = hw::current_device(&device)) return error;
+  if (const char* error = room_of(device, &room)) return error;
+  Choice choice = choose(p, out, terms, is_double, room);
+  Plan plan = plan_of(choice.inputs);
+  ForwardKernel kernel = nullptr;
+  hw::Launch how = {};
+  if (plan.is_resident) {
+    kernel = resident_kernel(choice.mode, choice.types, choice.inputs.cut.piece);
+    how = {0, plan.cluster, choice.inputs.cut.threads + hw::kWarp, plan.layout.bytes, stream};
+    if (const char* error = blocks_at_once(kernel, how, device, room.multiprocessors, &at_once)) return error;
+  }
+  if (at_once == 0) {  // no clusters, or none of this size here
+    choice.inputs.room.has_clusters = false;
+    plan = plan_of(choice.inputs);
+    kernel = reread_kernel(choice.mode, choice.types, choice.inputs.cut.piece);
+    how = {0, 0, choice.inputs.cut.threads, plan.layout.bytes, stream};
+    if (const char* error = blocks_at_once(kernel, how, device, room.multiprocessors, &at_once)) return error;
+    if (at_once == 0) return "a block of this kernel does not fit on the device";
+  }
+  // as many blocks as run at once, each with many rows; one cluster at least, because it writes the loss
+  const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(p.num_rows, at_once / plan.cluster));
+  if (p.num_rows == 0 && terms.row_loss == nullptr) return nullptr;
+  how.num_blocks = static_cast<int>(clusters * plan.cluster);
+  Parameters parameters = {};
+  parameters.problem = p, parameters.out = out, parameters.terms = terms;
+  parameters.cut = choice.inputs.cut, parameters.layout = plan.layout, parameters.cluster = plan.cluster;
+  return hw::launch(kernel, how, parameters);
+}
+
+const char* backward(const Problem& p, const Outputs& out, const BackwardInputs& in, bool is_double, void* stream) {
+  const bool wants_any = out.grad_base != nullptr || out.grad_aux != nullptr || sums_row(out);
+  if (p.num_rows == 0 || !wants_any) return nullptr;
+  const Types types = types_of(p, is_double);
+  bool is_plain = types != kAnyTypes && types != kWithDoubles && !is_bent(p.base) && !is_bent(p.aux) && !sums_row(out);
+  for (int c = 0; c < kNumCoefficients; ++c) is_plain &= c == kA || c == kG || in.coefficients[c] == nullptr;
+  const Mode mode = is_plain ? kPlain : kGeneral;
+  BackwardParameters parameters = {};
+  parameters.problem = p, parameters.out = out, parameters.in = in;
+  parameters.cut = cut_of(p, mode, types);
+  const int64_t units = p.num_rows * (sums_row(out) ? 1 : parameters.cut.num_segments);
+  const int num_blocks = static_cast<int>(std::min(units, kMostBlocks));
+  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kMaxThreads / hw::kWarp, stream};
+  return hw::launch(backward_kernel(mode, types, parameters.cut.piece), how, parameters);
+}
+
+const char* rescale(const RescaleParameters& p, void* stream) {
+  const int64_t units = p.problem.num_rows * ((p.problem.V + kRescaleColumns - 1) / kRescaleColumns);
+  if (units == 0) return nullptr;
+  const hw::Launch how = {static_cast<int>(std::min(units, kMostBlocks)), 0, kRescaleThreads, 0, stream};
+  const bool is_double = p.dtype == DType::kFloat64 || p.factor_dtype == DType::kFloat64;
+  return hw::launch(rescale_kernel(is_double, p.problem.V % 4 == 0 ? 4 : 1), how, p);
+}
+
+}  // namespace cuda
+}  // namespace auxk

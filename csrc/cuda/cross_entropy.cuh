@@ -1,0 +1,524 @@
+// Fields, loss and gradients of rows. A row's columns are cut into segments, a segment into tiles (plan.h); a block, or
+// the blocks of a cluster between them, scan the segments, merge their states and then write the gradient.
+//
+// Resident: one warp more, the producer, copies tiles into a ring of slots in shared memory, ahead of the others, across
+// the end of the row. A row waits there for its second use, so global memory is read once. Otherwise the columns are
+// read again, last tiles first because those are still in L2.
+#pragma once
+
+#include "rows.cuh"
+
+namespace auxk {
+
+// A place in the ring: slots are taken in turn, `parity` changes with every round.
+struct Place {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  AUXK_DEVICE void advance(int num_slots) {
+    if (++slot == num_slots) slot = 0, parity ^= 1;
+  }
+};
+
+// A block's shared memory.
+struct Shared {
+  const Layout& layout;
+  char* memory;
+
+  AUXK_DEVICE hw::Barrier* full(int slot) const { return reinterpret_cast<hw::Barrier*>(memory) + slot; }
+  AUXK_DEVICE hw::Barrier* empty(int slot) const { return full(layout.num_slots + slot); }
+  AUXK_DEVICE hw::Barrier* exchanged(int parity) const { return full(2 * layout.num_slots + parity); }
+  template <class S>
+  AUXK_DEVICE S* exchange(int parity, int segment) const {
+    return reinterpret_cast<S*>(memory + layout.exchange) + parity * kMaxSegments + segment;
+  }
+  template <class S>
+  AUXK_DEVICE S* partial(int segment, int warp) const {
+    return reinterpret_cast<S*>(memory + layout.partials) + segment * kMaxSegments + warp;
+  }
+  AUXK_DEVICE double* sums() const { return reinterpret_cast<double*>(memory + layout.sums); }
+  AUXK_DEVICE int* flag() const { return reinterpret_cast<int*>(sums() + kMaxSegments); }
+  AUXK_DEVICE char* base_slot(int slot) const { return memory + layout.slots + slot * layout.slot_bytes; }
+  AUXK_DEVICE char* aux_slot(int slot) const { return base_slot(slot) + layout.aux_offset; }
+};
+
+// Which rows and which of their segments a block works on.
+struct Share {
+  int64_t first_row, row_step;
+  int rank, segments, first_segment;
+
+  AUXK_DEVICE explicit Share(const cuda::Parameters& p)
+      : first_row(hw::block() / p.cluster),
+        row_step(hw::num_blocks() / p.cluster),
+        rank(p.cluster > 1 ? hw::cluster_rank() : 0),
+        segments(p.cut.num_segments / p.cluster),
+        first_segment(rank * segments) {}
+};
+
+// A tile's columns in the row: [first, first + num), num < 1 where the row is over.
+struct Tile {
+  int64_t first;
+  int num;
+
+  AUXK_DEVICE Tile(const Problem& p, const Cut& cut, int segment, int tile) {
+    first = segment * cut.segment() + int64_t{tile} * cut.tile;
+    const int64_t left = p.V - first;
+    num = static_cast<int>(left < cut.tile ? left : cut.tile);
+  }
+};
+
+// -- the producer -----------------------------------------------------------------------------------------------------
+
+// Brings a tile of one source to `slot`, in its place relative to 16 bytes. Whole 16 bytes within the row are copied by
+// the machine, which may be a few of the columns beside the tile too; what is left at the row's ends by the lanes.
+struct TileCopy {
+  const char *tile, *end;  // of the tile's columns
+  const char *from, *to;   // what the machine copies
+  char* slot;
+  int size;  // of an element
+
+  AUXK_DEVICE TileCopy(const RowOf& row, int64_t V, const Tile& t, char* slot_of_source)
+      : tile(row.at(t.first)), end(row.at(t.first + t.num)), slot(slot_of_source) {
+    size = bytes_of(row.dtype);
+    const char *row_from = up(row.first), *row_to = down(row.at(V));
+    from = larger_of(down(tile), row_from);
+    to = smaller_of(up(end), row_to);
+    if (to <= from) from = to = end;
+  }
+  AUXK_DEVICE uint32_t bytes() const { return static_cast<uint32_t>(to - from); }
+  AUXK_DEVICE char* place_of(const char* p) const { return slot + misalignment(tile, 16) + (p - tile); }
+
+  AUXK_DEVICE void start(hw::Barrier* barrier) const {
+    if (bytes() > 0) hw::copy_in(place_of(from), from, bytes(), barrier);
+  }
+  AUXK_DEVICE void copy_ends(int lane) const {
+    const int before = from > tile ? static_cast<int>(from - tile) / size : 0;
+    const int after = end > to ? static_cast<int>(end - to) / size : 0;
+    if (before + after == 0) return;
+    for (int i = lane; i < before + after; i += hw::kWarp) {
+      const char* p = i < before ? tile + i * size : to + (i - before) * size;
+      if (size == 2)
+        *reinterpret_cast<uint16_t*>(place_of(p)) = *reinterpret_cast<const uint16_t*>(p);
+      else
+        *reinterpret_cast<uint32_t*>(place_of(p)) = *reinterpret_cast<const uint32_t*>(p);
+    }
+    hw::before_copies();
+  }
+
+ private:
+  AUXK_DEVICE static const char* down(const char* p) { return p - misalignment(p, 16); }
+  AUXK_DEVICE static const char* up(const char* p) { return p + ((16 - misalignment(p, 16)) & 15); }
+  AUXK_DEVICE static const char* larger_of(const char* a, const char* b) { return a < b ? b : a; }
+  AUXK_DEVICE static const char* smaller_of(const char* a, const char* b) { return a < b ? a : b; }
+};
+
+AUXK_DEVICE void produce(const cuda::Parameters& p, const Shared& shared, const Share& share) {
+  const int lane = hw::thread() % hw::kWarp;
+  const bool has_aux = p.problem.aux.values != nullptr;
+  Place place;
+  for (int64_t n = share.first_row; n < p.problem.num_rows; n += share.row_step) {
+    if (target_of(p.problem, n).is_ignored) continue;
+    const RowOf base = row_of(p.problem.base, n), aux = row_of(p.problem.aux, n);
+    for (int segment = 0; segment < share.segments; ++segment) {
+      for (int i = 0; i < p.cut.num_tiles; ++i) {
+        const Tile tile(p.problem, p.cut, share.first_segment + segment, i);
+        if (tile.num < 1) break;
+        hw::Barrier* full = shared.full(place.slot);
+        const TileCopy base_copy(base, p.problem.V, tile, shared.base_slot(place.slot));
+        const TileCopy aux_copy(has_aux ? aux : base, p.problem.V, tile, shared.aux_slot(place.slot));
+        hw::wait(shared.empty(place.slot), place.parity ^ 1);
+        const uint32_t bytes = base_copy.bytes() + (has_aux ? aux_copy.bytes() : 0);
+        if (lane == 0 && bytes > 0) {
+          hw::expect_bytes(full, bytes);
+          base_copy.start(full);
+          if (has_aux) aux_copy.start(full);
+        }
+        base_copy.copy_ends(lane);
+        if (has_aux) aux_copy.copy_ends(lane);
+        hw::sync_warp();
+        if (lane == 0) hw::arrive(full);
+        place.advance(p.layout.num_slots);
+      }
+    }
+  }
+}
+
+// -- those who work on columns ----------------------------------------------------------------------------------------
+
+template <class C, int kMode, class K, bool kResident>
+class Worker {
+  using S = State<C, kMode>;
+  static constexpr int kScanned = kResident ? kShared : kGlobalKept, kLast = kResident ? kShared : kGlobalLast;
+
+ public:
+  AUXK_DEVICE Worker(const cuda::Parameters& p, const Shared& shared, const Share& share)
+      : p(p), shared(shared), share(share), lane(p.cut, hw::thread()) {}
+
+  AUXK_DEVICE void run() {
+    const Outputs& out = p.out;
+    has_gradient = out.grad_base != nullptr || out.grad_aux != nullptr || out.grad_base_scale != nullptr ||
+                   out.grad_aux_scale != nullptr;
+    const bool divides = has_gradient && p.terms.row_loss != nullptr;
+    const double divisor = divides ? divisor_of<C>(p.problem, p.terms, shared.sums(), p.cut) : 1;
+    int64_t n = share.first_row;
+    // a row's target is asked for while the row before it is worked on
+    RowTarget next = n < p.problem.num_rows ? target_of(p.problem, n) : RowTarget{-1, true, false};
+    for (; n < p.problem.num_rows; n += share.row_step) {
+      const RowTarget target = next;
+      if (n + share.row_step < p.problem.num_rows) next = target_of(p.problem, n + share.row_step);
+      if (target.is_ignored)
+        ignore(n);
+      else
+        work_on(n, target, static_cast<C>(divisor));
+    }
+    if (p.terms.row_loss != nullptr) reduce(divides, divisor);
+  }
+
+ private:
+  const cuda::Parameters& p;
+  const Shared& shared;
+  const Share& share;
+  const Lane<K::kPiece> lane;
+  Place place;
+  uint32_t num_worked = 0;
+  bool has_gradient = false;
+
+  AUXK_DEVICE bool has_aux() const { return p.problem.aux.values != nullptr; }
+  AUXK_DEVICE int warp() const { return hw::thread() / hw::kWarp; }
+  AUXK_DEVICE int lane_of_warp() const { return hw::thread() % hw::kWarp; }
+  AUXK_DEVICE bool is_first() const { return share.rank == 0 && hw::thread() == 0; }
+
+  // a row's sources, and its target's logits: asked for early, needed late
+  struct Row {
+    int64_t n;
+    RowOf base, aux;
+    bool base_has_pieces, aux_has_pieces;
+    Bend<C> base_bend, aux_bend;
+    Target<C> target;
+  };
+
+  AUXK_DEVICE Row row_at(int64_t n, const RowTarget& at) const {
+    Row row;
+    row.n = n;
+    row.base = row_of(p.problem.base, n), row.aux = row_of(p.problem.aux, n);
+    row.base_has_pieces = has_pieces<K::kBase, K::kPiece>(row.base);
+    row.aux_has_pieces = has_pieces<K::kAux, K::kPiece>(row.aux);
+    if constexpr (kMode == kGeneral) {
+      row.base_bend = bend_of<C>(p.problem.base, n);
+      if (has_aux()) row.aux_bend = bend_of<C>(p.problem.aux, n);
+    }
+    if (at.y >= 0) {
+      row.target.column = static_cast<int>(at.y);
+      row.target.z = element<C, K::kBase>(row.base.at(at.y), row.base.dtype);
+      C aux = has_aux() ? element<C, K::kAux>(row.aux.at(at.y), row.aux.dtype) : C(0);
+      if constexpr (kMode == kGeneral) {
+        C bent, slope;
+        row.target.z = row.base_bend(row.target.z, &bent, &slope);
+        aux = has_aux() ? row.aux_bend(aux, &bent, &slope) : C(0);
+      }
+      row.target.s = row.target.z + aux;
+      row.target.weight = weight_of<C>(p.problem, at.y);
+    }
+    return row;
+  }
+
+  // the sources' values of this lane's columns
+  template <int kMemory>
+  AUXK_DEVICE void load(const Row& row, const Tile& tile, int slot, C (&base)[kColumns], C (&aux)[kColumns]) const {
+    const char* base_tile =
+        kResident ? shared.base_slot(slot) + misalignment(row.base.first, 16) : row.base.at(tile.first);
+    load_columns<C, K::kBase, K::kPiece, kMemory>(base_tile, row.base.dtype, row.base_has_pieces, lane, tile.num, base);
+    if (has_aux()) {
+      const char* aux_tile =
+          kResident ? shared.aux_slot(slot) + misalignment(row.aux.first, 16) : row.aux.at(tile.first);
+      load_columns<C, K::kAux, K::kPiece, kMemory>(aux_tile, row.aux.dtype, row.aux_has_pieces, lane, tile.num, aux);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) aux[i] = 0;
+    }
+  }
+
+  AUXK_DEVICE void scan(const Row& row, const Tile& tile, const C (&base)[kColumns], const C (&aux)[kColumns],
+                        S* state) const {
+    Columns<C> x;
+    x.counted = 0;
+    const int64_t y = row.target.exists() ? row.target.column - tile.first : -1;
+    const bool is_weighted = kMode == kGeneral && (p.out.fields[kWeightedSum] != nullptr || p.terms.share != 0);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      x.z[i] = base[i], x.s[i] = base[i] + aux[i];
+      if constexpr (kMode == kGeneral) {
+        C bent, slope;
+        x.z[i] = row.base_bend(base[i], &bent, &slope);
+        x.s[i] = x.z[i] + (has_aux() ? row.aux_bend(aux[i], &bent, &slope) : C(0));
+      }
+      x.w[i] = is_weighted && lane.column(i) < tile.num ? weight_of<C>(p.problem, tile.first + lane.column(i)) : C(0);
+    }
+    if (y >= 0 && y < tile.num) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) drop_unless(lane.column(i) != y, &x, i);
+    }
+    if (lane.column(kColumns - 1) >= tile.num) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) drop_unless(lane.column(i) < tile.num, &x, i);
+    }
+    if constexpr (kMode == kGeneral) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i)
+        x.counted |= static_cast<uint32_t>(lane.column(i) < tile.num && lane.column(i) != y) << i;
+    }
+    absorb(*state, x, is_weighted, [&](int i) { return static_cast<int>(tile.first) + lane.column(i); });
+  }
+
+  AUXK_DEVICE static void drop_unless(bool stays, Columns<C>* x, int i) {
+    x->s[i] = stays ? x->s[i] : -Limit<C>::kInf;
+    x->z[i] = stays ? x->z[i] : -Limit<C>::kInf;
+  }
+
+  AUXK_DEVICE void release(int slot) const {
+    hw::sync_warp();
+    if (lane_of_warp() == 0) hw::arrive(shared.empty(slot));
+  }
+
+  AUXK_DEVICE void scan_segments(const Row& row) {
+    for (int segment = 0; segment < share.segments; ++segment) {
+      S state;
+      for (int i = 0; i < p.cut.num_tiles; ++i) {
+        const Tile tile(p.problem, p.cut, share.first_segment + segment, i);
+        if (tile.num < 1) break;
+        if (kResident) hw::wait(shared.full(place.slot), place.parity);
+        if (lane.first < tile.num) {
+          C base[kColumns], aux[kColumns];
+          load<kScanned>(row, tile, place.slot, base, aux);
+          scan(row, tile, base, aux, &state);
+        }
+        if (kResident) {
+          if (!has_gradient) release(place.slot);
+          place.advance(p.layout.num_slots);
+        }
+      }
+      state = merged(state, hw::kWarp);
+      if (lane_of_warp() == 0) *shared.template partial<S>(segment, warp()) = state;
+    }
+  }
+
+  // The row's state, without its target: segments' states of all blocks, given to all. Every thread gets it.
+  AUXK_DEVICE S merge_segments() {
+    const int num_warps = p.cut.threads / hw::kWarp, parity = static_cast<int>(num_worked & 1);
+    hw::sync_group(p.cut.threads);
+    for (int segment = warp(); segment < share.segments; segment += num_warps) {
+      S state;
+      if (lane_of_warp() < num_warps) state = *shared.template partial<S>(segment, lane_of_warp());
+      state = merged(state, kMaxSegments);
+      S* place_of_segment = shared.template exchange<S>(parity, share.first_segment + segment);
+      if (kResident) {
+        // double-buffered: who is two rows ahead has heard from every block that it is done with the row between
+        if (lane_of_warp() < p.cluster) {
+          give(state, place_of_segment, lane_of_warp());
+          hw::arrive_at(shared.exchanged(parity), lane_of_warp());
+        }
+      } else if (lane_of_warp() == 0) {
+        *place_of_segment = state;
+      }
+    }
+    if (kResident)
+      hw::wait_for_cluster(shared.exchanged(parity), num_worked >> 1 & 1);
+    else
+      hw::sync_group(p.cut.threads);
+    ++num_worked;
+    const int segment = lane_of_warp() % kMaxSegments;
+    S state;
+    if (segment < p.cut.num_segments) state = *shared.template exchange<S>(parity, segment);
+    return merged(state, kMaxSegments);
+  }
+
+  AUXK_DEVICE static void give(const S& state, S* place_of_segment, int rank) {
+    uint32_t words[sizeof(S) / 4];
+    memcpy(words, &state, sizeof(S));
+    auto* to = reinterpret_cast<uint32_t*>(place_of_segment);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(S) / 4); ++i) hw::store_at(to + i, rank, words[i]);
+  }
+
+  AUXK_DEVICE void work_on(int64_t n, const RowTarget& at, C divisor) {
+    const Row row = row_at(n, at);
+    const Place first = place;
+    scan_segments(row);
+    S whole = merge_segments();
+    C rest = 0, base_rest = 0;
+    const C weight = kMode == kGeneral && p.terms.row_loss != nullptr && at.y >= 0 ? row.target.weight : C(1);
+    if constexpr (kMode == kPlain)
+      join(whole, row.target, &rest);
+    else
+      join(whole, row.target, &rest, &base_rest);
+    if (is_first()) store_row(row, at.is_poisoned, whole, rest, base_rest, weight);
+    if (has_gradient) write_gradients(row, at.is_poisoned, whole, rest, weight, divisor, first);
+  }
+
+  // -- what a row leaves ----------------------------------------------------------------------------------------------
+
+  AUXK_DEVICE void put(Field field, int64_t n, C value) const {
+    if (p.out.fields[field] != nullptr) static_cast<C*>(p.out.fields[field])[n] = value;
+  }
+  AUXK_DEVICE void put_column(Field field, int64_t n, int column) const {
+    if (p.out.fields[field] != nullptr) static_cast<int64_t*>(p.out.fields[field])[n] = column == kNowhere ? 0 : column;
+  }
+
+  // by one thread: the fields, and the row's loss. A target that names no class makes all but the argmaxes NaN.
+  AUXK_DEVICE void store_row(const Row& row, bool is_poisoned, const S& whole, C rest, C base_rest, C weight) const {
+    const C bad = is_poisoned ? Limit<C>::kNaN : C(0);
+    const C log_denom = log(whole.denom), lse = whole.max + log_denom;
+    const C nll = row.target.exists() ? nll_of(row.target.s, whole.max, rest, whole.denom) : C(0);
+    const int64_t n = row.n;
+    put(kMax, n, whole.max + bad);
+    put(kLogDenom, n, log_denom + bad);
+    put(kNll, n, nll + bad);
+    put(kLse, n, lse + bad);
+    put(kLogProb, n, (C(0) - nll) + bad);
+    C loss = weight * nll;
+    if constexpr (kMode != kPlain) {
+      const C mean_sum = whole.mean_sum / whole.denom, mean_base = whole.mean_base / whole.denom;
+      const C base_log_denom = log(whole.base_denom);
+      const C base_nll = row.target.exists() ? nll_of(row.target.z, whole.base_max, base_rest, whole.base_denom) : C(0);
+      put(kMeanSum, n, mean_sum + bad);
+      put(kMeanBase, n, mean_base + bad);
+      put(kBaseMax, n, whole.base_max + bad);
+      put(kBaseLogDenom, n, base_log_denom + bad);
+      put(kBaseNll, n, base_nll + bad);
+      put(kWeightedSum, n, whole.weighted_sum + bad);
+      put(kEntropy, n, (log_denom - mean_sum) + bad);
+      put(kKlToBase, n, ((mean_sum - mean_base) + (base_log_denom - log_denom)) + bad);
+      put(kBaseLogProb, n, (C(0) - base_nll) + bad);
+      put_column(kArgmax, n, whole.argmax.column);
+      put_column(kBaseArgmax, n, whole.base_argmax.column);
+      if constexpr (kMode == kGeneral) {
+        loss = static_cast<C>(p.terms.kept) * loss;
+        if (p.terms.share != 0) loss += static_cast<C>(p.terms.share) * (whole.weight * log_denom - whole.weighted_sum);
+        if (p.terms.z_loss != 0) loss += static_cast<C>(p.terms.z_loss) * lse * lse;
+      }
+    }
+    if (p.terms.row_loss != nullptr) static_cast<C*>(p.terms.row_loss)[n] = loss + bad;
+  }
+
+  AUXK_DEVICE RowGradient<C> gradient_of(const S& whole, C rest, C weight, C divisor) const {
+    RowGradient<C> k;
+    k.max = whole.max;
+    k.p_factor = C(1) / whole.denom;
+    k.G = weight / divisor;
+    k.residual = rest / whole.denom;
+    if constexpr (kMode == kGeneral) {
+      k.G = static_cast<C>(p.terms.kept) * weight / divisor;
+      if (p.terms.share != 0) {
+        k.A = static_cast<C>(p.terms.share) * whole.weight / divisor;
+        k.S = -static_cast<C>(p.terms.share) / divisor;
+      }
+      if (p.terms.z_loss != 0) k.A += C(2) * static_cast<C>(p.terms.z_loss) * (whole.max + log(whole.denom)) / divisor;
+    }
+    return k;
+  }
+
+  AUXK_DEVICE void write_gradients(const Row& row, bool is_poisoned, const S& whole, C rest, C weight, C divisor,
+                                   Place at) {
+    RowGradient<C> k = gradient_of(whole, rest, weight, divisor);
+    if (is_poisoned) k.A = Limit<C>::kNaN;
+    const GradientRows grads = gradient_rows<K>(p.problem, p.out, row.n);
+    ScaleSums<C> scale_sums;
+    const int num = share.segments * p.cut.num_tiles;
+    for (int step = 0; step < num; ++step) {
+      const int i = kResident ? step : num - 1 - step;
+      const Tile tile(p.problem, p.cut, share.first_segment + i / p.cut.num_tiles, i % p.cut.num_tiles);
+      if (tile.num < 1) continue;
+      C base[kColumns], aux[kColumns];
+      const bool has_columns = lane.first < tile.num;
+      if (has_columns) load<kLast>(row, tile, at.slot, base, aux);
+      if (kResident) {
+        release(at.slot);
+        at.advance(p.layout.num_slots);
+      }
+      const int64_t y = row.target.exists() ? row.target.column - tile.first : -1;
+      if (has_columns)
+        write_gradient<C, kMode, K>(p.problem, lane, tile.first, tile.num, y, k, row.base_bend, row.aux_bend, grads,
+                                    base, aux, &scale_sums);
+    }
+    if (kMode == kGeneral && !kResident) store_scale_gradients(row.n, scale_sums);
+    // columns from V on belong to nobody
+    if (share.rank == p.cluster - 1) {
+      fill_zero(grads.base, p.problem.V, p.problem.base.width, hw::thread(), p.cut.threads);
+      fill_zero(grads.aux, p.problem.V, p.problem.aux.width, hw::thread(), p.cut.threads);
+    }
+  }
+
+  AUXK_DEVICE void store_scale_gradients(int64_t n, const ScaleSums<C>& sums) const {
+    for (int i = 0; i < 2; ++i) {
+      void* grad = i == 0 ? p.out.grad_base_scale : p.out.grad_aux_scale;
+      if (grad == nullptr) continue;
+      const double sum = sum_of_group(static_cast<double>(i == 0 ? sums.base : sums.aux), shared.sums(), p.cut);
+      if (hw::thread() == 0) static_cast<C*>(grad)[n] = static_cast<C>(sum);
+    }
+  }
+
+  AUXK_DEVICE void ignore(int64_t n) const {
+    const int t = share.rank * p.cut.threads + hw::thread(), count = p.cluster * p.cut.threads;
+    fill_zero(gradient_row(p.out.grad_base, p.problem.base, n), 0, p.problem.base.width, t, count);
+    fill_zero(gradient_row(p.out.grad_aux, p.problem.aux, n), 0, p.problem.aux.width, t, count);
+    if (!is_first()) return;
+    for (int field = 0; field < kNumFloatFields; ++field) put(static_cast<Field>(field), n, C(0));
+    put_column(kArgmax, n, -1);
+    put_column(kBaseArgmax, n, -1);
+    for (void* grad : {p.out.grad_base_scale, p.out.grad_aux_scale})
+      if (grad != nullptr) static_cast<C*>(grad)[n] = C(0);
+    if (p.terms.row_loss != nullptr) static_cast<C*>(p.terms.row_loss)[n] = C(0);
+  }
+
+  // The loss, by the first block of the cluster that is done last: a sum in float64, in an order that depends on the
+  // number of rows and threads alone.
+  AUXK_DEVICE void reduce(bool has_divisor, double divisor) const {
+    if (share.rank != 0) return;
+    if (hw::thread() == 0) *shared.flag() = hw::is_last(p.terms.ticket, static_cast<unsigned>(share.row_step));
+    hw::sync_group(p.cut.threads);
+    if (*shared.flag() == 0) return;
+    double sum = 0;
+    for (int64_t n = hw::thread(); n < p.problem.num_rows; n += p.cut.threads)
+      sum += static_cast<double>(static_cast<const volatile C*>(p.terms.row_loss)[n]);
+    sum = sum_of_group(sum, shared.sums(), p.cut);
+    if (!has_divisor) divisor = divisor_of<C>(p.problem, p.terms, shared.sums(), p.cut);
+    if (hw::thread() == 0) *static_cast<C*>(p.terms.loss) = static_cast<C>(sum / divisor);
+  }
+};
+
+// -- the kernels ------------------------------------------------------------------------------------------------------
+
+template <int kMode>
+constexpr int kThreads = kMode == kGeneral ? kGeneralThreads : kMaxThreads;
+
+template <class C, int kMode, class K>
+__global__ void __launch_bounds__(kThreads<kMode> + hw::kWarp, 1)
+    cross_entropy_resident_kernel(const __grid_constant__ cuda::Parameters p) {
+  if (!hw::kHasClusters) return;
+  const Shared shared = {p.layout, hw::shared_memory()};
+  const Share share(p);
+  if (hw::thread() == 0) {
+    for (int slot = 0; slot < p.layout.num_slots; ++slot) {
+      hw::init(shared.full(slot), 1);
+      hw::init(shared.empty(slot), p.cut.threads / hw::kWarp);
+    }
+    for (int parity = 0; parity < 2; ++parity) hw::init(shared.exchanged(parity), p.cut.num_segments);
+    hw::publish_barriers();
+  }
+  hw::sync_cluster();
+  if (hw::thread() < p.cut.threads)
+    Worker<C, kMode, K, true>(p, shared, share).run();
+  else
+    produce(p, shared, share);
+  hw::sync_cluster();  // a block's shared memory stays until no other writes to it
+}
+
+template <class C, int kMode, class K>
+__global__ void __launch_bounds__(kThreads<kMode>, 1)
+    cross_entropy_reread_kernel(const __grid_constant__ cuda::Parameters p) {
+  const Shared shared = {p.layout, hw::shared_memory()};
+  const Share share(p);
+  Worker<C, kMode, K, false>(p, shared, share).run();
+}
+
+}  // namespace auxk

@@ -1,0 +1,60 @@
+// Cross-entropy and row statistics of softmax(base + aux) on CUDA devices. The mathematics is in auxkernels/ops.py.
+#pragma once
+
+#include "plan.h"
+#include "problem.h"
+
+namespace auxk {
+namespace cuda {
+
+enum Divisor : int32_t { kByOne, kByNumber, kByTensor, kByKeptRows };
+
+struct LossTerms {
+  double kept = 1, share = 0, z_loss = 0;  // 1 - label_smoothing, label_smoothing / V
+  Divisor divisor = kByOne;
+  double number = 1;
+  const double* tensor = nullptr;  // on the device
+  void* row_loss = nullptr;        // compute dtype, one for each row; null: only fields are wanted
+  void* loss = nullptr;            // compute dtype
+  unsigned* ticket = nullptr;      // 0 before and after
+};
+
+// What a kernel over rows is given.
+struct Parameters {
+  Problem problem;
+  Outputs out;
+  LossTerms terms;
+  Cut cut;
+  Layout layout;
+  int32_t cluster;
+};
+
+struct BackwardParameters {
+  Problem problem;
+  Outputs out;
+  BackwardInputs in;
+  Cut cut;
+};
+
+struct RescaleParameters {
+  Problem problem;  // V: the gradient's width
+  void* grad;
+  DType dtype;
+  const void* factor;
+  DType factor_dtype;
+};
+
+// Each starts its kernel on `stream` of the current device and returns null, or what the driver said.
+const char* forward(const Problem&, const Outputs&, const LossTerms&, bool is_double, void* stream);
+const char* backward(const Problem&, const Outputs&, const BackwardInputs&, bool is_double, void* stream);
+const char* rescale(const RescaleParameters&, void* stream);
+
+// What `forward` would do on a device of that room.
+struct Planned {
+  Cut cut;
+  Plan plan;
+};
+Planned plan_of_call(const Problem&, const Outputs&, const LossTerms&, bool is_double, const Room& room);
+
+}  // namespace cuda
+}  // namespace auxk

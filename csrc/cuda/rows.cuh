@@ -1,0 +1,173 @@
+// What all kernels over rows do alike: targets, the divisor, gradients by coefficients.
+#pragma once
+
+#include "columns.cuh"
+
+namespace auxk {
+
+struct RowTarget {
+  int64_t y;
+  bool is_ignored, is_poisoned;  // poisoned: a target that names no class
+};
+
+AUXK_DEVICE RowTarget target_of(const Problem& p, int64_t n) {
+  if (p.target == nullptr) return {-1, false, false};
+  const int64_t y =
+      p.target_is_int32 ? static_cast<const int32_t*>(p.target)[n] : static_cast<const int64_t*>(p.target)[n];
+  const bool in_range = static_cast<uint64_t>(y) < static_cast<uint64_t>(p.V);
+  const bool is_ignored = y == p.ignore_index;
+  return {in_range ? y : -1, is_ignored, !in_range && !is_ignored};
+}
+
+template <class C>
+AUXK_DEVICE C weight_of(const Problem& p, int64_t column) {
+  return p.weight == nullptr ? C(1) : static_cast<const C*>(p.weight)[column];
+}
+
+// Over the first `cut.threads` threads of a block, which all call it: in an order that depends on their number alone.
+AUXK_DEVICE double sum_of_group(double value, double* shared, const Cut& cut) {
+  value = sum_over(value, hw::kWarp);
+  hw::sync_group(cut.threads);  // earlier readers of `shared`
+  if (hw::thread() % hw::kWarp == 0) shared[hw::thread() / hw::kWarp] = value;
+  hw::sync_group(cut.threads);
+  double total = 0;
+  for (int i = 0; i < cut.threads / hw::kWarp; ++i) total += shared[i];
+  return total;
+}
+
+// the number of rows that count, or the sum of their targets' weights
+template <class C>
+AUXK_DEVICE double kept_rows(const Problem& p, double* shared, const Cut& cut) {
+  double kept = 0;
+#pragma unroll 4
+  for (int64_t n = hw::thread(); n < p.num_rows; n += cut.threads) {
+    const RowTarget target = target_of(p, n);
+    if (!target.is_ignored && (p.weight == nullptr || target.y >= 0))
+      kept += static_cast<double>(weight_of<C>(p, target.y));
+  }
+  return sum_of_group(kept, shared, cut);
+}
+
+template <class C>
+AUXK_DEVICE double divisor_of(const Problem& p, const cuda::LossTerms& terms, double* shared, const Cut& cut) {
+  switch (terms.divisor) {
+    case cuda::kByNumber:
+      return terms.number;
+    case cuda::kByTensor:
+      return *terms.tensor;
+    case cuda::kByKeptRows:
+      return kept_rows<C>(p, shared, cut);
+    default:
+      return 1;
+  }
+}
+
+// -- gradients --------------------------------------------------------------------------------------------------------
+
+// What a row's gradient is made of, see ops.py; p = exp(s - max - log_denom) * p_factor.
+template <class C>
+struct RowGradient {
+  C max = 0, log_denom = 0, p_factor = 1;
+  C A = 0, C_ = 0, D = 0, Q = 0, G = 0, S = 0, Q_b = 0, B_b = 0;
+  C residual = 0;  // 1 - p of the target
+  C base_max = 0, base_log_denom = 0;
+};
+
+// The row's gradients of the values: null where not wanted.
+struct GradientRows {
+  RowOf base, aux;
+  bool base_has_pieces, aux_has_pieces;
+};
+
+template <class K>
+AUXK_DEVICE GradientRows gradient_rows(const Problem& p, const Outputs& out, int64_t n) {
+  const RowOf base = gradient_row(out.grad_base, p.base, n), aux = gradient_row(out.grad_aux, p.aux, n);
+  return {base, aux, has_pieces<K::kBase, K::kPiece>(base), has_pieces<K::kAux, K::kPiece>(aux)};
+}
+
+template <class C>
+struct ScaleSums {
+  C base = 0, aux = 0;
+};
+
+// The gradient of eight columns with respect to the sum: p (A + G), and at the target A p - G (1 - p).
+template <class C>
+AUXK_DEVICE void plain_gradient(const RowGradient<C>& k, C (&s)[kColumns]) {
+  const C factor = k.p_factor * (k.A + k.G);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) s[i] = factor * exp_of(s[i] - k.max);
+}
+
+// One column of the general form: ds, and what the base's gets on top.
+template <class C>
+AUXK_DEVICE C general_gradient(const RowGradient<C>& k, C s, C z, C w, bool is_target, C* extra) {
+  const C x = s - k.max, p = exp_of(x - k.log_denom) * k.p_factor;
+  C dz = is_target ? -k.G * k.residual : k.G * p;
+  dz += k.A * p + k.S * w;
+  *extra = is_target ? k.B_b : C(0);
+  if (k.C_ != C(0)) dz += k.C_ * p * finite(x);
+  if (k.D != C(0) || k.Q != C(0) || k.Q_b != C(0)) {
+    const C z_relative = z - k.base_max, q = exp_of(z_relative - k.base_log_denom);
+    if (k.D != C(0)) dz += k.D * p * finite(z_relative), *extra += k.D * p;
+    if (k.Q != C(0)) dz += k.Q * q;
+    if (k.Q_b != C(0)) *extra += k.Q_b * q;
+  }
+  return dz;
+}
+
+// Writes eight columns' gradients. v_base, v_aux: the sources' values; `first`: column 0 of the tile; y: the target's
+// column in the tile, or one that no lane has.
+template <class C, int kMode, class K>
+AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, int64_t first, int num, int64_t y,
+                                const RowGradient<C>& k, const Bend<C>& base_bend, const Bend<C>& aux_bend,
+                                const GradientRows& grads, C (&v_base)[kColumns], C (&v_aux)[kColumns],
+                                ScaleSums<C>* scale_sums) {
+  if constexpr (kMode != kGeneral) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) v_base[i] += v_aux[i];
+    const bool has_target = y >= 0 && y < num;
+    C at_target = 0;
+    if (has_target) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        if (lane.column(i) == y) at_target = k.A * k.p_factor * exp_of(v_base[i] - k.max) - k.G * k.residual;
+      }
+    }
+    plain_gradient(k, v_base);
+    if (has_target) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) v_base[i] = lane.column(i) == y ? at_target : v_base[i];
+    }
+    if (grads.base.first != nullptr)
+      store_columns<C, K::kBase, K::kPiece>(grads.base.at(first), grads.base.dtype, grads.base_has_pieces, lane, num,
+                                            v_base);
+    if (grads.aux.first != nullptr)
+      store_columns<C, K::kAux, K::kPiece>(grads.aux.at(first), grads.aux.dtype, grads.aux_has_pieces, lane, num,
+                                           v_base);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int column = lane.column(i);
+      C bent_base, bent_aux, slope_base, slope_aux, extra;
+      const C z = base_bend(v_base[i], &bent_base, &slope_base);
+      const C s = z + aux_bend(v_aux[i], &bent_aux, &slope_aux);
+      const C w = k.S != C(0) && column < num ? weight_of<C>(p, first + column) : C(0);
+      const C dz = general_gradient(k, s, z, w, column == y, &extra);
+      if (column < num) {
+        // a masked class, 0 * (-inf), counts nothing
+        scale_sums->base += (dz + extra) * finite(bent_base);
+        scale_sums->aux += dz * finite(bent_aux);
+      }
+      v_base[i] = (dz + extra) * base_bend.scale * slope_base;
+      v_aux[i] = dz * aux_bend.scale * slope_aux;
+    }
+    if (grads.base.first != nullptr)
+      store_columns<C, K::kBase, K::kPiece>(grads.base.at(first), grads.base.dtype, grads.base_has_pieces, lane, num,
+                                            v_base);
+    if (grads.aux.first != nullptr)
+      store_columns<C, K::kAux, K::kPiece>(grads.aux.at(first), grads.aux.dtype, grads.aux_has_pieces, lane, num,
+                                           v_aux);
+  }
+}
+
+}  // namespace auxk
