@@ -1,10 +1,11 @@
 """Builds the native modules with ninja and records the outcome in auxkernels/native/_build.json, for show_config().
 
-AUXKERNELS_BUILD     auto (default): whatever this machine can build; cpu, cuda: that one, or fail; none: nothing
-AUXKERNELS_WERROR    1: compiler warnings are errors
-AUXKERNELS_SANITIZE  sanitizers for the CPU module, for example address,undefined
-CXX, CUDACXX         compilers, by default g++ or clang++, and nvcc, from PATH
-MAX_JOBS             parallel compile jobs, by default 2
+AUXKERNELS_BUILD       auto (default): whatever this machine can build; cpu, cuda: that one, or fail; none: nothing
+AUXKERNELS_CUDA_ARCHS  of 80, 90a, 100, with commas; by default those of this machine's GPUs, all where it has none
+AUXKERNELS_WERROR      1: compiler warnings are errors
+AUXKERNELS_SANITIZE    sanitizers for the CPU module, for example address,undefined
+CXX, CUDACXX           compilers, by default g++ or clang++, and nvcc, from PATH
+MAX_JOBS               parallel compile jobs, by default 2
 """
 
 import json
@@ -31,7 +32,10 @@ MODULES = [
 # no -ffast-math: linked in, it flips flush-to-zero for the whole process. no -march: kernels choose at run time.
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 CXX_FLAGS = ["-O3", "-std=c++17", *HOST_FLAGS]
-CUDA_FLAGS = ["-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", ",".join(HOST_FLAGS)]
+# without contraction a row has the same bits from every kernel, whatever else the kernel does
+CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", ",".join(HOST_FLAGS)]
+# 80 serves all of 8.x; 100 carries PTX for what comes after it
+ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "[sm_100,compute_100]"}
 LINK_FLAGS = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
 if os.environ.get("AUXKERNELS_WERROR") == "1":
     CXX_FLAGS += ["-Werror"]
@@ -54,12 +58,25 @@ def find_compiler(variable, *defaults):
     raise CompileError(f"no working compiler: {' or '.join(names)} not found; {variable} can name another")
 
 
+def architectures():
+    """nvcc's flags for the architectures that AUXKERNELS_CUDA_ARCHS or this machine's GPUs ask for."""
+    names = os.environ.get("AUXKERNELS_CUDA_ARCHS")
+    if names is None and shutil.which("nvidia-smi"):
+        found = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).stdout
+        majors = {int(major) for major in re.findall(r"^(\d+)\.\d+$", found, flags=re.MULTILINE)}
+        names = ",".join(sorted({{8: "80", 9: "90a"}.get(major, "100") for major in majors if major >= 8}))
+    names = [name.strip() for name in (names or ",".join(ARCHITECTURES)).split(",")]
+    if unknown := [name for name in names if name not in ARCHITECTURES]:
+        sys.exit(f"AUXKERNELS_CUDA_ARCHS must be of {', '.join(ARCHITECTURES)}, got {unknown[0]!r}")
+    return [f"-gencode=arch=compute_{name},code={ARCHITECTURES[name]}" for name in names]
+
+
 def toolchain(kind):
     """Returns the command that compiles and links, and the compiler's name and version."""
     cxx, how = find_compiler("CXX", "g++", "clang++")
     if kind == "cuda":
         nvcc, how = find_compiler("CUDACXX", "nvcc")
-        return [*nvcc, "-ccbin", cxx[-1], *CUDA_FLAGS], how
+        return [*nvcc, "-ccbin", cxx[-1], *CUDA_FLAGS, *architectures()], how
     probe = [*cxx, "-fopenmp", "-fPIC", "-shared", "-x", "c++", "-", "-o", os.devnull]
     if run(probe, input="#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n").returncode:
         return [*cxx, *CXX_FLAGS, "-fopenmp-simd"], f"{how}, without OpenMP"

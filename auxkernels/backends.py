@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import native
+from . import choices, native
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -24,12 +24,18 @@ def _is_installed(module: str) -> bool:
 # Found out once, at import: to torch.compile these are constants, and the compiled module must be loaded before a fork
 # to know a forked child as one.
 _NATIVE_MISSING = native.missing()
+_CUDA_MISSING = native.cuda_missing()
 _HAS_TRITON = _is_installed("triton")
 
 
 def native_missing() -> str | None:
     """Why the compiled CPU module cannot be used; None if it can."""
     return _NATIVE_MISSING
+
+
+def cuda_missing() -> str | None:
+    """Why the compiled CUDA module cannot be used; None if it can."""
+    return _CUDA_MISSING
 
 
 def triton_missing() -> str | None:
@@ -41,11 +47,15 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _why_not(backend: str, device: torch.device, compute: torch.dtype) -> str | None:
+def _why_not(backend: str, device: torch.device, compute: torch.dtype, has_cuda_kernels: bool) -> str | None:
     """Why `backend` cannot serve tensors on `device`; None if it can."""
     if backend == "native":
+        if device.type == "cuda":
+            if not has_cuda_kernels:
+                return "the compiled CUDA module has aux_cross_entropy and logit_stats alone, use 'triton'"
+            return cuda_missing()
         if device.type != "cpu":
-            return f"the compiled module serves CPU tensors, these are on {device}"
+            return f"the compiled modules serve CPU and CUDA tensors, these are on {device}"
         return native_missing()
     if backend == "triton":
         if compute == torch.float64:
@@ -56,17 +66,36 @@ def _why_not(backend: str, device: torch.device, compute: torch.dtype) -> str | 
     return None
 
 
-def resolve(backend: str, device: torch.device, compute: torch.dtype) -> str:
-    """The implementation that serves a call: the one named, or an error that says why it cannot; "auto" chooses."""
+def resolve(
+    backend: str,
+    device: torch.device,
+    compute: torch.dtype,
+    has_cuda_kernels: bool = False,
+    workload: choices.Workload | None = None,
+) -> str:
+    """The implementation that serves a call: the one named, or an error that says why it cannot; "auto" chooses.
+
+    has_cuda_kernels   whether the compiled CUDA module has this operator
+    workload           what "auto" looks up in the table of measured sizes, on CUDA devices
+    """
     if backend == "auto":
-        preferred = "native" if device.type == "cpu" else "triton"
-        return preferred if _why_not(preferred, device, compute) is None else "reference"
+        preferred = ["native"] if device.type == "cpu" else ["triton"]
+        if workload is not None and choices.prefers_cuda(device, workload):
+            preferred.insert(0, "native")
+        return next((b for b in preferred if _why_not(b, device, compute, has_cuda_kernels) is None), "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    reason = _why_not(backend, device, compute)
+    reason = _why_not(backend, device, compute, has_cuda_kernels)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot be used: {reason}")
     return backend
+
+
+def _describe_cuda() -> str:
+    if cuda_missing() is not None:
+        return f"unavailable: {cuda_missing()}"
+    said = "available (CUDA C++: aux_cross_entropy, logit_stats)"
+    return said if torch.cuda.is_available() else f"{said}, but there is no CUDA device"
 
 
 def show_config() -> str:
@@ -81,6 +110,7 @@ def show_config() -> str:
         f"auxkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, CUDA: {cuda}",
         "reference   available (plain PyTorch)",
         f"native      {native.describe()}",
+        f"native CUDA {_describe_cuda()}",
         f"triton      {'available' if triton is None else 'unavailable: ' + triton}",
     ]
     lines += [f"build       {name}: {said}" for name, said in native.build_record().items()]

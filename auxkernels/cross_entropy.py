@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops, reference
+from . import backends, checks, choices, ops, reference
 from .cross_entropy_functions import Call, Chunks, Matrices
 from .sources import Head, Logits, Source, SourceLike, as_sources
 
@@ -78,7 +78,8 @@ def aux_cross_entropy(
     checks.reduction(reduction, normalizer)
     checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
     checks.real_number("z_loss", z_loss, minimum=0.0)
-    problem = _problem(base, aux, target, ignore_index, vocab_size, backend)
+    has_options = not (weight is None and not label_smoothing and not z_loss and reduction != "none" and not recompute)
+    problem = _problem(base, aux, target, ignore_index, vocab_size, backend, return_stats, has_options)
     if weight is not None:
         checks.class_weight(weight, problem.vocab_size, target.device)
     normalizer = _number(normalizer, torch.float64, target.device)
@@ -114,7 +115,7 @@ def logit_stats(
     """
     if target is not None:
         checks.classes(target)
-    return _statistics(_problem(base, aux, target, ignore_index, vocab_size, backend))
+    return _statistics(_problem(base, aux, target, ignore_index, vocab_size, backend, True, False))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class _Problem(NamedTuple):
     backend: str
 
 
-def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:
+def _problem(base, aux, target, ignore_index, vocab_size, backend, has_statistics, has_options) -> _Problem:
     checks.int64("ignore_index", ignore_index)
     base = as_sources("base", base)
     aux = [] if aux is None else as_sources("aux", aux)
@@ -152,7 +153,10 @@ def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:
             if dtype == torch.float64:
                 compute = dtype
     vocab_size = checks.common_width(widths, vocab_size)
-    backend = backends.resolve(backend, device, compute)
+    workload = None
+    if device.type == "cuda" and backend == "auto" and not has_options:
+        workload = choices.workload_of(base, aux, vocab_size, has_statistics)
+    backend = backends.resolve(backend, device, compute, has_cuda_kernels=True, workload=workload)
     return _Problem(base, aux, target, ignore_index, vocab_size, compute, autocast, backend)
 
 

@@ -53,6 +53,11 @@ class Measure:
         found = self.times(pass_name, dtype, name, rows).values()
         return min((100 * row["share_of_floor"] for row in found if row["share_of_floor"]), default=None)
 
+    def of_floor(self, pass_name: str, dtype: str, name: str, rows: list[dict]) -> float | None:
+        """Time as a multiple of the floor's, in the case where that is most."""
+        share = self.share_of_floor(pass_name, dtype, name, rows)
+        return None if share is None else 100 / share
+
     def relative_time(self, pass_name: str, dtype: str, name: str, to: str, rows: list[dict]) -> float | None:
         """Time of one implementation in percent of another's in the same case."""
         own, other = (self.times(pass_name, dtype, n, rows) for n in (name, to))

@@ -5,12 +5,17 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+import torch
+
+from . import cross_entropy, cross_entropy_heads, soft_embedding
 from .harness import shape_text
-from .report import FLOORS, case_key, write_atomically
+from .report import case_key, floor_text, write_atomically
 
 # colours of Okabe and Ito, told apart by colour-blind readers too; a marker of its own where a colour comes twice
 STYLES = {
     "auxkernels": ("#009E73", "o"),
+    "auxkernels (triton)": ("#0072B2", "o"),
+    "auxkernels (cuda)": ("#CC79A7", "D"),
     "auxkernels kernel alone": ("#56B4E9", "D"),
     "auxkernels, stored logits": ("#56B4E9", "d"),
     "auxkernels logit_stats": ("#0072B2", "P"),
@@ -29,7 +34,11 @@ STYLES = {
     "Liger": ("#D55E00", "*"),
     "Cut Cross Entropy": ("#F0E442", "h"),
     "QuACK": ("#000000", "+"),
+    "QuACK, gradient in forward": ("#0072B2", "3"),
 }
+MAX_CASES = 80
+# drawn as rings around the one that "auxkernels" has chosen
+OPEN = ("auxkernels (triton)", "auxkernels (cuda)")
 PASS_LABELS = {
     "forward": "forward",
     "training": "training",
@@ -62,6 +71,17 @@ def newest_cases(rows: list[dict]) -> dict[tuple, list[dict]]:
     return {key: cases[key] for key in order}
 
 
+def shown_cases(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """The timed ones of `newest_cases`; of hundreds, as a GPU's full grid has, those of the quick grid."""
+    cases = {key: group for key, group in newest_cases(rows).items() if any(row["time_us"] for row in group)}
+    if len(cases) <= MAX_CASES or "capability" not in rows[-1]:
+        return cases
+    device = torch.device("cuda")
+    ops = (cross_entropy, cross_entropy_heads, soft_embedding)
+    quick = {(op.OP, *spec[:4]) for op in ops for spec in op.quick_specs(device)}  # in the order of a case's key
+    return {key: group for key, group in cases.items() if key in quick}
+
+
 def draw(rows: list[dict], path: Path) -> bool:
     """Writes the chart, a row of panels for each operator; False where no case has a time."""
     import matplotlib
@@ -69,7 +89,7 @@ def draw(rows: list[dict], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = {key: group for key, group in newest_cases(rows).items() if any(row["time_us"] for row in group)}
+    cases = shown_cases(rows)
     if not cases:
         return False
     by_op = {op: [cases[key] for key in keys] for op, keys in groupby(cases, key=lambda key: key[0])}
@@ -78,13 +98,14 @@ def draw(rows: list[dict], path: Path) -> bool:
     layout = {"height_ratios": [count + 1 for count in counts], "layout": "constrained", "squeeze": False}
     figure, panels = pyplot.subplots(len(by_op), 2, figsize=size, sharey="row", **layout)
     shown = {}
-    for (op, groups), (left, right) in zip(by_op.items(), panels, strict=True):
+    for groups, (left, right) in zip(by_op.values(), panels, strict=True):
         for position, group in enumerate(groups):
             shown |= _draw_case(left, right, position, group)
-        _finish_axes(left, right, op, [_label(group[0]) for group in groups])
+        _finish_axes(left, right, groups)
     commits = sorted({f"{row['commit']}{' (changed)' if row['is_dirty'] else ''}" for g in cases.values() for row in g})
-    device, threads = rows[-1]["device"], rows[-1]["threads"]
-    figure.suptitle(f"auxkernels on {device}, {threads} threads; commit {', '.join(commits)}", fontsize=11)
+    device, is_cpu = rows[-1]["device"], "capability" not in rows[-1]
+    threads = f", {rows[-1]['threads']} threads" if is_cpu else ""
+    figure.suptitle(f"auxkernels on {device}{threads}; commit {', '.join(commits)}", fontsize=11)
     names = [name for name in STYLES if name in shown]
     handles = [shown[name] for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
@@ -105,6 +126,8 @@ def _draw_case(left, right, position: int, group: list[dict]) -> dict:
             continue
         colour, marker = STYLES[row["implementation"]]
         style = {"color": colour, "marker": marker, "markersize": 7, "linestyle": "none", "clip_on": False}
+        if row["implementation"] in OPEN:
+            style |= {"markersize": 11, "fillstyle": "none"}
         if row["share_of_floor"]:
             (shown[row["implementation"]],) = left.plot(100 * row["share_of_floor"], position, **style)
         if own_us:
@@ -112,13 +135,14 @@ def _draw_case(left, right, position: int, group: list[dict]) -> dict:
     return shown
 
 
-def _finish_axes(left, right, op: str, labels: list[str]) -> None:
-    left.set_title(op, loc="left", fontsize=10, fontweight="bold")
+def _finish_axes(left, right, groups: list[list[dict]]) -> None:
+    row, labels = groups[0][0], [_label(group[0]) for group in groups]
+    left.set_title(row["op"], loc="left", fontsize=10, fontweight="bold")
     left.set_yticks(range(len(labels)), labels, fontsize=9)
     left.set_ylim(len(labels) - 0.5, -0.5)
     left.set_xlim(left=0)
     left.axvline(100, color="#888888", linewidth=1)
-    left.set_xlabel(f"share of the floor, % (100 = {FLOORS[op]})")
+    left.set_xlabel(f"share of the floor, % (100 = {floor_text(row)})")
     right.set_xscale("log")
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if _is_inside(tick, right.get_xlim())]
     right.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from .bars import Measure, at_least, at_most
-from .cross_entropy_oracle import Oracle
-from .harness import Accuracy, Case, Implementation, Outputs, Unavailable, copy_floor
+from .cross_entropy_oracle import CHUNK_ELEMENTS, Oracle
+from .cross_entropy_peers import COMPOSITES
+from .harness import Accuracy, Case, Implementation, Outputs, Unavailable, copy_floor, launch_floor
 from .report import Bar
 
 OP = "cross_entropy"
@@ -26,19 +29,30 @@ FLOOR_UNITS = {"forward": 2, "training": 3, "both": 4, "stats": 2, "stats_traini
 SHAPE_FORM = "NxV"
 OVERHEAD_SHAPE = (1, 32)
 MAIN_SHAPE = (1024, 50257)
+GPU_SHAPE = (8192, 128256)
+GPU_NARROW_SHAPES = ((8192, 32000), (8192, 50257))
+GPU_WIDE_SHAPES = ((8192, 151936), (4096, 262144))
+GPU_DECODE_SHAPES = tuple((rows, columns) for columns in (32000, 128256) for rows in (1, 8, 64))
+# what is timed beside auxkernels and the copy, each level with those before it; other packages are for GPUs
+BASELINES = ("eager", "compiled", "all")
+# ours on GPUs, beside "auxkernels", which is whichever of them is chosen without a word
+OWN_BACKENDS = {"auxkernels (triton)": "triton", "auxkernels (cuda)": "native"}
 
 
 class Spec(NamedTuple):
-    """Names one case without building it."""
+    """Names one case without building it; `baselines` is one of BASELINES."""
 
     pass_name: str
     shape: tuple[int, int]
     dtype: str
     inputs: str
+    baselines: str = "all"
 
 
 def quick_specs(device: torch.device) -> list[Spec]:
     """One case or two for every bar and every regime of the width, in a few minutes on two cores."""
+    if device.type == "cuda":
+        return _quick_specs_cuda()
     main = product_specs(PASSES[:-1], [MAIN_SHAPE], ["bf16"], ["flat"])
     main += product_specs(["forward", "training", "stats", "stats_training"], [MAIN_SHAPE], ["fp32"], ["flat"])
     main += [Spec("training", MAIN_SHAPE, dtype, "peaked") for dtype in ("bf16", "fp32")]
@@ -49,22 +63,58 @@ def quick_specs(device: torch.device) -> list[Spec]:
     return [*main, _overhead_spec()]
 
 
+def _quick_specs_cuda() -> list[Spec]:
+    """Every bar, in a minute that compiling takes most of: torch.compile at two shapes, other packages at one."""
+    narrow, odd = GPU_NARROW_SHAPES
+    return [
+        Spec("training", GPU_SHAPE, "bf16", "flat", "all"),
+        *product_specs(["stats", "stats_training"], [GPU_SHAPE], ["bf16"], ["flat"], "eager"),
+        Spec("training", GPU_SHAPE, "bf16", "peaked", "eager"),
+        Spec("training", GPU_SHAPE, "fp32", "flat", "eager"),
+        Spec("training", narrow, "bf16", "flat", "compiled"),
+        *product_specs(["training"], [odd, *GPU_WIDE_SHAPES], ["bf16"], ["flat"], "eager"),
+        *product_specs(["forward"], GPU_DECODE_SHAPES, ["bf16"], ["flat"], "eager"),
+        *product_specs(["forward"], GPU_DECODE_SHAPES[::5], ["fp32"], ["flat"], "eager"),
+        Spec("training", GPU_DECODE_SHAPES[-1], "bf16", "flat", "eager"),
+        _overhead_spec(),
+    ]
+
+
+def _full_specs_cuda() -> list[Spec]:
+    """The quick grid's shapes with every baseline, and a lattice of sizes for the choice between implementations."""
+    named = [GPU_SHAPE, *GPU_NARROW_SHAPES, *GPU_WIDE_SHAPES]
+    rows, columns = (1, 8, 64, 1024, 8192), (4096, 16384, 32000, 50257, 65536, 128256, 151936, 262144)
+    lattice = [
+        shape for shape in itertools.product(rows, columns) if math.prod(shape) <= 1 << 30 and shape not in named
+    ]
+    odd = [(4096, 4096), (1023, 4095), (8191, 50257), (65536, 1023)]
+    specs = product_specs(PASSES[:-1], named, ("bf16", "fp32"), INPUTS, "all")
+    specs += product_specs(("forward", "training", "stats"), lattice, ("bf16", "fp32"), INPUTS, "eager")
+    return [
+        *specs,
+        *product_specs(("forward", "training"), odd, ("bf16", "fp32"), INPUTS, "compiled"),
+        _overhead_spec(),
+    ]
+
+
 def full_specs(device: torch.device) -> list[Spec]:
     """Every pass, dtype and kind of input over the widths of common vocabularies and some odd ones."""
+    if device.type == "cuda":
+        return _full_specs_cuda()
     shapes = [MAIN_SHAPE, (512, 128256), (256, 262144), (4096, 4096), (64, 32000)]
     shapes += [(512, 151936), (2048, 32000), (1023, 50257), (4097, 4095), (8192, 1023), (1, 128256)]
     return product_specs(PASSES, shapes, ("bf16", "fp32"), INPUTS)
 
 
-def product_specs(passes, shapes, dtypes, inputs) -> list[Spec]:
+def product_specs(passes, shapes, dtypes, inputs, baselines: str = "all") -> list[Spec]:
     """Shapes outermost and passes innermost, so that cases on the same inputs follow each other and share them."""
     large = [name for name in passes if name != "overhead"]
-    specs = [Spec(p, s, d, i) for s, d, i, p in itertools.product(shapes, dtypes, inputs, large)]
+    specs = [Spec(p, s, d, i, baselines) for s, d, i, p in itertools.product(shapes, dtypes, inputs, large)]
     return specs + [_overhead_spec()] * ("overhead" in passes)
 
 
 def _overhead_spec() -> Spec:
-    return Spec("overhead", OVERHEAD_SHAPE, "fp32", "flat")
+    return Spec("overhead", OVERHEAD_SHAPE, "fp32", "flat", "eager")
 
 
 def build(spec: Spec, device: torch.device, seed: int, with_reference: bool = False) -> Case:
@@ -74,8 +124,10 @@ def build(spec: Spec, device: torch.device, seed: int, with_reference: bool = Fa
     if spec.pass_name == "overhead":
         implementations, check = _overhead_implementations(base, aux, target, oracle)
     else:
-        implementations, check = _implementations(spec, base, aux, target, with_reference), oracle.check
+        implementations, check = _implementations(spec, base, aux, target, device, with_reference), oracle.check
         implementations.append(copy_floor(floor_bytes, device))
+        if device.type == "cuda":
+            implementations.append(launch_floor(device))
     calls_per_sample = 100 if spec.pass_name == "overhead" else 1
     place = (OP, spec.pass_name, spec.shape, spec.dtype, spec.inputs, device)
     return Case(*place, floor_bytes, implementations, check, calls_per_sample)
@@ -100,13 +152,17 @@ def make_inputs(shape, dtype: torch.dtype, inputs: str, device: torch.device, se
     target = torch.randint(num_columns, (num_rows,), generator=generator, device=device)
     base, aux = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     scale = 0.1 if inputs == "flat" else 10 / math.sqrt(2)
-    for row in range(num_rows):
-        base[row] = scale * draw(num_columns)
-        aux[row] = scale * draw(num_columns)
-        if inputs == "peaked" and row % 4:
-            margin = 2.3 + 25 * torch.rand((), generator=generator, device=device)
-            s_max = (base[row].float() + aux[row].float()).amax()
-            aux[row, target[row]] = (s_max + margin - base[row, target[row]].float()).to(dtype)
+    margin = 2.3 + 25 * torch.rand(num_rows, generator=generator, device=device)
+    for rows in torch.arange(num_rows, device=device).split(max(1, CHUNK_ELEMENTS[device.type] // num_columns)):
+        some = slice(int(rows[0]), int(rows[-1]) + 1)
+        for source in (base, aux):
+            source[some] = draw(len(rows), num_columns).mul_(scale)
+        if inputs == "peaked":
+            s_max = (base[some].float() + aux[some].float()).amax(1)
+            confident = rows % 4 > 0
+            rows, s_max = rows[confident], s_max[confident]
+            lead = s_max + margin[rows] - base[rows, target[rows]].float()
+            aux[rows, target[rows]] = lead.to(dtype)
     return base, aux, target
 
 
@@ -134,6 +190,26 @@ def ours(base, aux, target):
 
 def ours_with_statistics(base, aux, target):
     return ours_package().aux_cross_entropy(base, aux, target, return_stats=True)
+
+
+def ours_on(backend: str, pass_name: str, base, aux, target):
+    """A pass by the named implementation: statistics without a loss, a loss with statistics, or the plain loss."""
+    package = ours_package()
+    options = {"return_stats": True} if pass_name == "stats_training" else {}
+    function = package.logit_stats if pass_name == "stats" else package.aux_cross_entropy
+    with unusable_is_unavailable():
+        return function(base, aux, target, backend=backend, **options)
+
+
+@contextlib.contextmanager
+def unusable_is_unavailable():
+    """A backend that "cannot be used" here is no failure."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "cannot be used" in str(error):
+            raise Unavailable(str(error)) from error
+        raise
 
 
 def reference(base, aux, target):
@@ -170,31 +246,36 @@ def compiled(function: Callable) -> Callable[[], Callable]:
     return prepare
 
 
-def _implementations(spec: Spec, base, aux, target, with_reference: bool) -> list[Implementation]:
+def _implementations(spec: Spec, base, aux, target, device, with_reference: bool) -> list[Implementation]:
     """The yardstick comes first: the checks of ours compare with its error."""
-    is_half = spec.dtype != "fp32"
+    is_cuda, is_stats = device.type == "cuda", spec.pass_name == "stats"
+    has = {name: BASELINES.index(spec.baselines) >= level for level, name in enumerate(BASELINES)}
 
-    def entry(name: str, function: Callable, role: str = "baseline", get_function: Callable | None = None):
+    def entry(name: str, function: Callable | None, role: str = "baseline", get_function: Callable | None = None):
         get_function = get_function or (lambda: function)
         return Implementation(name, lambda: loss_call(get_function(), spec.pass_name, base, aux, target), role)
 
-    if spec.pass_name == "stats":
-        entries = [entry("eager", eager_statistics, "yardstick")]
-        entries.append(entry("compile upcast", None, get_function=compiled(eager_upcast_statistics)))
-        entries.append(entry("auxkernels logit_stats", lambda *xs: ours_package().logit_stats(*xs), "ours"))
-        entries.append(entry("auxkernels return_stats", ours_with_statistics, "ours"))
-        return [*entries, entry("auxkernels", ours, "ours")]
-    entries = [entry("eager", eager, "yardstick")]
-    if is_half:
+    entries = [entry("eager", eager_statistics if is_stats else eager, "yardstick")]
+    if spec.dtype != "fp32" and not is_stats:
         entries.append(entry("eager upcast", eager_upcast))
-    entries.append(entry("compile upcast", None, get_function=compiled(eager_upcast)))
-    if with_reference:
+    if has["compiled"]:
+        function = eager_upcast_statistics if is_stats else eager_upcast
+        entries.append(entry("compile upcast", None, get_function=compiled(function)))
+    if has["all"] and is_cuda and spec.pass_name in ("forward", "training", "both"):
+        # their losses are float32, made of a sum in the inputs' dtype
+        composites = (entry(name, None, get_function=getter) for name, getter in COMPOSITES.items())
+        entries += [replace(composite, arithmetic=base.dtype) for composite in composites]
+    if with_reference and not is_stats:
         entries.append(entry("auxkernels reference", reference, "ours"))
-    if spec.pass_name == "stats_training":
+    if is_stats:
+        entries.append(entry("auxkernels logit_stats", lambda *xs: ours_package().logit_stats(*xs), "ours"))
+    if spec.pass_name in ("stats", "stats_training"):
         entries.append(entry("auxkernels return_stats", ours_with_statistics, "ours"))
-    if spec.pass_name in ("forward", "training"):
+    if spec.pass_name in ("forward", "training") and not is_cuda:
         prepare_kernel = functools.partial(native_kernel_call, spec.pass_name, base, aux, target)
         entries.append(Implementation("auxkernels kernel alone", prepare_kernel, "ours"))
+    for name, backend in OWN_BACKENDS.items() if is_cuda else ():
+        entries.append(entry(name, functools.partial(ours_on, backend, spec.pass_name), "ours"))
     return [*entries, entry("auxkernels", ours, "ours")]
 
 
@@ -217,24 +298,22 @@ def loss_call(function: Callable, pass_name: str, base, aux, target) -> Callable
 
 
 def native_kernel_call(pass_name: str, base, aux, target) -> Callable[[], Outputs]:
-    """The compiled kernel itself, into buffers that already exist: no allocation, no page faults, no autograd."""
+    """The compiled kernel itself, into a gradient buffer that exists: no page faults, no autograd, no dispatch."""
     ours_package()
     from auxkernels import ops
-    from auxkernels.native import cpu, cross_entropy, missing
+    from auxkernels.native import cross_entropy, missing
 
     if base.device.type != "cpu" or missing():
         raise Unavailable(missing() or f"the compiled module serves CPU tensors, these are on {base.device}")
-    # NaN shows the check whatever the kernel leaves unwritten
-    loss, gradient = torch.full((), math.nan), torch.full_like(aux, math.nan)
-    needs, gradients = (ops.NEEDS_AUX, (gradient,)) if pass_name == "training" else (0, ())
-    no_options = [None] * 5
-    native_call = cross_entropy._Call(base, aux, target, *no_options, -100, base.shape[-1])
-    pointers = cross_entropy._output_pointers(0, needs, [], gradients)
-    normalizer, label_smoothing, z_loss, is_mean = (False, 1.0), 0.0, 0.0, True
+    needs, gradients = (ops.NEEDS_AUX, [torch.empty_like(aux)]) if pass_name == "training" else (0, [])
+    for gradient in gradients:
+        gradient.fill_(math.nan)  # shows the check whatever the kernel leaves unwritten
+    no_options, normalizer, label_smoothing, z_loss, is_mean, no_fields = [None] * 5, None, 0.0, 0.0, True, 0
+    arguments = (base, aux, target, *no_options, -100, base.shape[-1], normalizer, label_smoothing, z_loss, is_mean)
 
     def call() -> Outputs:
-        native_call.run(cpu().loss, pointers, loss.data_ptr(), *normalizer, label_smoothing, z_loss, is_mean)
-        return Outputs(loss, gradients)
+        loss, *_ = cross_entropy.loss(*arguments, no_fields, needs, gradients)
+        return Outputs(loss, tuple(gradients))
 
     return call
 
@@ -324,4 +403,36 @@ def _cpu_bars() -> list[Bar]:
     ]
 
 
-BARS = {"cpu": _cpu_bars()}
+def _over_best_composite(rows: list[dict]) -> float | None:
+    """Times faster than the fastest of eager, torch.compile and the other packages' kernels on a sum.
+
+    None where no other package was timed: the best of what is left says nothing of them.
+    """
+    measure = Measure(OP, (GPU_SHAPE,))
+    if measure.speed_up("training", "bf16", tuple(COMPOSITES), rows) is None:
+        return None
+    return measure.speed_up("training", "bf16", ("eager", "eager upcast", "compile upcast", *COMPOSITES), rows)
+
+
+def _cuda_bars() -> list[Bar]:
+    main, decode, own = Measure(OP, (GPU_SHAPE,)), Measure(OP, GPU_DECODE_SHAPES), "auxkernels"
+    in_loss, alone = "auxkernels return_stats", "auxkernels logit_stats"
+    composite = "bf16 training, times faster than the best composite of existing kernels"
+
+    def share(shape: tuple[int, int], bar: float) -> Bar:
+        text = f"bf16 training {shape[0]} x {shape[1]}, share of floor"
+        return at_least(text, bar, "%", Measure(OP, (shape,)).share_of_floor, "training", "bf16", own)
+
+    return [
+        share(GPU_SHAPE, 90),
+        at_least(composite, 1.6, "x", _over_best_composite),
+        *(share(shape, 85) for shape in GPU_NARROW_SHAPES),
+        at_most("bf16 all statistics over plain forward", 5, "%", main.extra_cost, "stats", "bf16", in_loss, own),
+        at_most("bf16 logit_stats over plain forward", 5, "%", main.extra_cost, "stats", "bf16", alone, own),
+        at_most("bf16 all statistics, training", 5, "%", main.extra_cost, "stats_training", "bf16", in_loss, own),
+        at_most("bf16 decode, 1 to 64 rows, of the floor's time", 1.1, "x", decode.of_floor, "forward", "bf16", own),
+        at_most("fp32 decode, 1 to 64 rows, of the floor's time", 1.1, "x", decode.of_floor, "forward", "fp32", own),
+    ]
+
+
+BARS = {"cpu": _cpu_bars(), "cuda": _cuda_bars()}

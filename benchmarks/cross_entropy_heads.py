@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .bars import Measure, at_least, at_most
-from .cross_entropy import DTYPES, compiled, eager_statistics, ours_package
+from .cross_entropy import DTYPES, OWN_BACKENDS, compiled, eager_statistics, ours_package, unusable_is_unavailable
 from .cross_entropy_heads_fused import FUSED_LOSSES, TORCH_CHUNKED, TORCH_PLAIN, joined_call
 from .cross_entropy_heads_inputs import Heads, make_heads, with_half_ignored
 from .cross_entropy_heads_oracle import HeadsOracle
@@ -54,9 +54,13 @@ class Spec(NamedTuple):
 def quick_specs(device: torch.device) -> list[Spec]:
     """One case for every bar and pass, in a few minutes on two cores; larger shapes on a GPU."""
     if device.type == "cuda":
-        specs = product_specs(PASSES[:-1], [GPU_SHAPE], ["bf16"], ["flat"], "slow")
-        specs += product_specs(["lora"], [GPU_LORA_SHAPE], ["bf16"], ["flat"], "slow")
-        return [*specs, Spec("training", GPU_SHAPE, "bf16", "peaked", "slow")]
+        # the last takes half of the time: other packages compile and tune themselves
+        return [
+            Spec("training", GPU_SHAPE, "bf16", "peaked", "eager"),
+            *product_specs(["forward", "stats"], [GPU_SHAPE], ["bf16"], ["flat"], "eager"),
+            Spec("lora", GPU_LORA_SHAPE, "bf16", "flat", "eager"),
+            Spec("training", GPU_SHAPE, "bf16", "flat", "slow"),
+        ]
     return [
         Spec("training", MAIN_SHAPE, "bf16", "flat"),
         *product_specs(["forward", "both", "stats", "half_ignored"], [MAIN_SHAPE], ["bf16"], ["flat"], "eager"),
@@ -152,15 +156,21 @@ def ours(h_base, w_base, h_aux, w_aux, target, scale, **options):
     return ours_package().aux_cross_entropy(head(h_base, w_base), head(h_aux, w_aux, scale=scale), target, **options)
 
 
+def ours_on(backend: str, pass_name: str, *heads_and_target):
+    function = our_statistics if pass_name == "stats" else ours
+    with unusable_is_unavailable():
+        return function(*heads_and_target, backend=backend)
+
+
 def ours_on_stored_logits(h_base, w_base, h_aux, w_aux, target, scale):
     package = ours_package()
     aux = package.Logits(h_aux @ w_aux.T, scale=scale)
     return package.aux_cross_entropy(h_base @ w_base.T, aux, target)
 
 
-def our_statistics(h_base, w_base, h_aux, w_aux, target, scale):
+def our_statistics(h_base, w_base, h_aux, w_aux, target, scale, **options):
     head = _head_class()
-    return ours_package().logit_stats(head(h_base, w_base), head(h_aux, w_aux, scale=scale), target)
+    return ours_package().logit_stats(head(h_base, w_base), head(h_aux, w_aux, scale=scale), target, **options)
 
 
 def loss_call(function: Callable, pass_name: str, heads: Heads) -> Callable[[], Outputs]:
@@ -203,6 +213,8 @@ def _implementations(spec: Spec, heads: Heads, device: torch.device, with_refere
         entries.append(entry("auxkernels reference", functools.partial(ours, backend="reference"), "ours"))
     if is_stats:
         entries.append(entry("auxkernels logit_stats", our_statistics, "ours"))
+    for name, backend in OWN_BACKENDS.items() if is_cuda else ():
+        entries.append(entry(name, functools.partial(ours_on, backend, spec.pass_name), "ours"))
     return [*entries, entry("auxkernels", ours, "ours")]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from .cross_entropy_heads_inputs import Heads
 from .harness import Outputs, Unavailable
+from .peers import imported
 
 TORCH_PLAIN, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy chunked"
 
@@ -21,20 +21,13 @@ def _torch(is_chunked: bool) -> Callable:
     return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
 
 
-def _imported(module: str, name: str) -> Callable:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(str(error)) from error
-
-
 # each getter returns loss(hidden [N, D], weight [V, D], target [N]), a mean over the rows whose target is not -100
 FUSED_LOSSES: dict[str, Callable[[], Callable]] = {
     TORCH_PLAIN: lambda: _torch(False),
     TORCH_CHUNKED: lambda: _torch(True),
-    "Liger": lambda: _imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
-    "Cut Cross Entropy": lambda: _imported("cut_cross_entropy", "linear_cross_entropy"),
-    "QuACK": lambda: _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+    "Liger": lambda: imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+    "Cut Cross Entropy": lambda: imported("cut_cross_entropy", "linear_cross_entropy"),
+    "QuACK": lambda: imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
 }
 
 

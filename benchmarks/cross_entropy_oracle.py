@@ -19,7 +19,8 @@ import torch
 from .harness import Accuracy, Implementation, Outputs
 
 EPS = torch.finfo(torch.float32).eps
-CHUNK_ELEMENTS = 1 << 21
+# float64 numbers worked on at once: what a CPU's caches hold, or what keeps a GPU busy (2 GiB with temporaries)
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 SAMPLED_ROWS = 64
 # probabilities below this are compared as if they were this large: float32's exp underflows a little further down
 PROBABILITY_FLOOR = 1e-30
@@ -62,19 +63,21 @@ class Oracle:
         self.rows = torch.randperm(self.num_rows, generator=generator)[:SAMPLED_ROWS].sort().values.tolist()
         self.loss = self.loss_bound = self.magnitude = 0.0
         self.yardstick: dict[str, float] = {}
-        chunk = max(1, CHUNK_ELEMENTS // self.num_columns)
+        chunk = max(1, CHUNK_ELEMENTS[base.device.type] // self.num_columns)
         for start in range(0, self.num_rows, chunk):
             t = self._terms(slice(start, start + chunk))
-            self.loss += t.nll.sum().item() / self.num_rows
             bound = 4 * EPS * (1 + (t.s_target - t.s_max).abs() + t.log_sum) + EPS * t.magnitude
-            self.loss_bound += bound.sum().item() / self.num_rows
-            self.magnitude = max(self.magnitude, t.magnitude.max().item())
+            # one wait for the device, not three
+            loss, loss_bound, magnitude = torch.stack((t.nll.sum(), bound.sum(), t.magnitude.max())).tolist()
+            self.loss += loss / self.num_rows
+            self.loss_bound += loss_bound / self.num_rows
+            self.magnitude = max(self.magnitude, magnitude)
         self.loss_bound += (8 + math.sqrt(self.num_rows)) * EPS * self.loss
 
     def check(self, implementation: Implementation, outputs: Outputs) -> Accuracy:
         """Errors of one implementation, and the first bound it breaks."""
         ours = implementation.role == "ours"
-        unit = EPS if ours else arithmetic_eps(outputs, self.base.dtype)
+        unit = EPS if ours else arithmetic_eps(implementation, outputs, self.base.dtype)
         errors, problems = {}, []
         if outputs.loss is not None:
             self._check_loss(outputs.loss, ours, unit, errors, problems)
@@ -166,13 +169,13 @@ def _expected_statistics(t: Terms, b: Terms) -> dict[str, float]:
     return {name: value.item() for name, value in values.items()}
 
 
-def arithmetic_eps(outputs: Outputs, dtype: torch.dtype) -> float:
-    """Spacing of the coarser of the inputs' dtype and the dtype that a baseline's loss came back in.
+def arithmetic_eps(implementation: Implementation, outputs: Outputs, dtype: torch.dtype) -> float:
+    """Spacing of the dtype that a baseline computes in: its own word for it, else the dtype that its loss has.
 
     eager keeps the inputs' dtype in its loss; an upcast one returns float32, and is then held to float32.
     """
     reported = outputs.loss if outputs.loss is not None else getattr(outputs.statistics, "lse", None)
-    return torch.finfo(dtype if reported is None else reported.dtype).eps
+    return torch.finfo(implementation.arithmetic or (dtype if reported is None else reported.dtype)).eps
 
 
 def note(name: str, error: float, excess: float, errors: dict, problems: list) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,10 +19,14 @@ import torch
 from torch import Tensor
 
 import auxkernels as ak
+from auxkernels import backends
 
 NUM_ROWS = 37
 IGNORE_INDEX = -100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# of ours, those that are checked by name where they can be used
+BY_NAME = ("triton", "native")
+TIME_IS_OVER = "time is over"
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 4e-3}  # norm-relative, against the reference on the same inputs
 
 
@@ -30,6 +37,12 @@ class Case(NamedTuple):
     dtype: str
     make: Callable[[torch.device, torch.Generator], dict[str, Tensor]]
     call: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
+    backends: tuple[str, ...] = ("auto",)
+
+    def usable(self, device: torch.device) -> tuple[str, ...]:
+        """The implementations that are checked: on a GPU each that can be used there, by name."""
+        named = unusable(device) if device.type == "cuda" else {}
+        return tuple(name for name in self.backends if named.get(name, "") is None) or ("auto",)
 
     def inputs(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """The leaves; equal seeds give equal values on every device."""
@@ -48,10 +61,10 @@ class Case(NamedTuple):
         outputs = {f"output {i}": t.detach() for i, t in enumerate((first, *others))}
         return {**outputs, **{f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}}
 
-    def check(self, device: torch.device) -> str | None:
+    def check(self, device: torch.device, backend: str = "auto") -> str | None:
         """What differs from the reference, or None."""
         inputs = self.inputs(device)
-        got, want = self.run(inputs), self.run(inputs, "reference")
+        got, want = self.run(inputs, backend), self.run(inputs, "reference")
         for name, value in got.items():
             exact = want[name]
             if value.dtype == torch.int64:
@@ -62,6 +75,18 @@ class Case(NamedTuple):
             if not error <= TOLERANCE[self.dtype]:
                 return f"{name} is off by {error:.1e}, allowed {TOLERANCE[self.dtype]:.0e}"
         return None
+
+
+def unusable(device: torch.device) -> dict[str, str | None]:
+    """Why each of BY_NAME cannot be used on the device; None where it can."""
+    found = {}
+    for name in BY_NAME:
+        try:
+            backends.resolve(name, device, torch.float32)
+            found[name] = None
+        except RuntimeError as error:
+            found[name] = str(error)
+    return found
 
 
 def _draw(generator: torch.Generator, *shape: int, dtype: str, scale: float = 2.0) -> Tensor:
@@ -106,11 +131,13 @@ def _cross_entropy_cases() -> list[Case]:
     cases = []
     for dtype, V, reduction in itertools.product(DTYPES, (33, 1025, 4097, 50257), ("mean", "none")):
         call = functools.partial(_loss, reduction=reduction)
-        cases.append(Case(f"loss, {reduction}, V {V}", dtype, functools.partial(_make_logits, V, dtype), call))
+        make = functools.partial(_make_logits, V, dtype)
+        cases.append(Case(f"loss, {reduction}, V {V}", dtype, make, call, BY_NAME))
     forms = {"softcap and scale": _bent_loss, "weight, smoothing, z-loss": _weighted_loss, "statistics": _statistics}
     forms["one source"] = lambda t, backend: (ak.aux_cross_entropy(t["aux"], None, t["target"], backend=backend),)
     for dtype, (name, call) in itertools.product(DTYPES, forms.items()):
-        cases.append(Case(f"{name}, V 4097", dtype, functools.partial(_make_logits, 4097, dtype), call))
+        make = functools.partial(_make_logits, 4097, dtype)
+        cases.append(Case(f"{name}, V 4097", dtype, make, call, BY_NAME))
     return cases
 
 
@@ -198,16 +225,55 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cases", description=__doc__.partition(":")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--every", type=int, default=1, help="only every n-th case (1)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further call begins (none)")
+    parser.add_argument("--usable", action="store_true", help="only say, as JSON, why each implementation is unusable")
     options = parser.parse_args(arguments)
-    failed = 0
-    for case in all_cases()[:: options.every]:
-        problem = case.check(torch.device(options.device))
-        failed += problem is not None
-        print(
-            f"{'ok  ' if problem is None else 'FAIL'} {case.dtype} {case.name}{'' if problem is None else ': '}", end=""
-        )
-        print(problem or "")
-    return min(failed, 1)
+    device = torch.device(options.device)
+    if options.usable:
+        print(json.dumps(unusable(device)))
+        return 0
+    check = functools.partial(_checked, device)
+    findings = list(each(all_cases()[:: options.every], device, check, options.seconds, _print_line))
+    return int(any(problem is not None for _, problem in findings))
+
+
+def _checked(device: torch.device, case: Case, backend: str) -> str | None:
+    return case.check(device, backend)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def each(
+    cases: list[Case],
+    device: torch.device,
+    check: Callable[[Case, str], str | None],
+    seconds: float = math.inf,
+    say: Callable[[str], None] = lambda line: None,
+):
+    """Yields a line and the problem, if any, for each case and each implementation that serves it.
+
+    CUDA C++ comes first: it needs no compiling, and whatever guards its memory accesses was written by hand. After
+    `seconds` no further call begins, and the last line says so.
+    """
+    calls = [(case, backend) for case in cases for backend in case.usable(device)]
+    calls.sort(key=lambda call: call[1] != "native")
+    deadline = time.perf_counter() + seconds
+    for number, (case, backend) in enumerate(calls):
+        if time.perf_counter() > deadline:
+            say(f"{TIME_IS_OVER}: {number} of {len(calls)} calls")
+            return
+        try:
+            problem = check(case, backend)
+        except RuntimeError as error:  # a failed launch is this case's finding
+            if backend != "auto" and "cannot be used" in str(error):  # with this case's options
+                continue
+            problem = f"{type(error).__name__}: {error}"
+        name = f"{case.dtype} {case.name}{'' if backend == 'auto' else f' ({backend})'}"
+        line = f"ok   {name}" if problem is None else f"FAIL {name}: {problem}"
+        say(line)
+        yield line, problem
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """``python -m benchmarks.gpu_check``: everything that only a CUDA device can show, in one command of nine minutes.
 
 build       the native modules, where there is a compiler
-tests       the suite's GPU part (`pytest -m gpu`), more than 2**31 elements included
+tests       the suite's GPU part (`pytest -m gpu`), Triton and CUDA C++, more than 2**31 elements included
 repeats     250 runs of every third case give the same bits
 graphs      every third case captured in a CUDA graph, replayed on other inputs, and run on a side stream
 memcheck    the sixty cases under compute-sanitizer, without torch's caching allocator, which would hide overruns
 racecheck   every fourth of them
-benchmark   the quick grid with every baseline that is installed
+benchmark   the quick grid with every baseline that is installed, as many cases as the time allows
 
-Each part writes one JSON line, with device, driver, versions and commit, to benchmarks/results/<device>-check.jsonl;
-its whole output goes to <device>-check-<part>.log beside it. A part that outlives its share of the time is stopped.
+Each part writes one JSON line, with device, driver, versions, baselines and commit, to
+benchmarks/results/<device>-check.jsonl; its whole output goes to <device>-check-<part>.log beside it. A part that
+outlives its share of the time is stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -45,13 +47,18 @@ LIMITS = {
     "racecheck": 40,
     "benchmark": 130,
 }
+# a sanitizer's last call begins this long before its time is over, process start included
+SUMMARY_SECONDS = 25
+# the benchmark's last case begins this long before its time is over: it may have other packages to compile
+LAST_CASE_SECONDS = 40
 
 
 class Outcome(NamedTuple):
-    """What a part found. status: passed, failed, stopped (out of time) or skipped."""
+    """What a part found. status: passed, failed, stopped (out of time) or skipped; `found`: more for its row."""
 
     status: str
     detail: str
+    found: dict[str, dict] | None = None
 
 
 # -- parts in processes of their own -----------------------------------------------------------------------------------
@@ -92,8 +99,22 @@ def build(log: Path, seconds: float) -> Outcome:
 def tests(log: Path, seconds: float) -> Outcome:
     workers = str(min(8, os.cpu_count() or 1))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", workers, "tests"]
-    status, output = _run(command, log, seconds)
-    return _outcome(status, _last(r"^\d+ (?:passed|failed|skipped).*$", output))
+    start = time.perf_counter()
+    found = {"unusable": _unusable(log)}
+    status, output = _run(command, log, max(seconds - (time.perf_counter() - start), 5.0))
+    outcome = _outcome(status, _last(r"^\d+ (?:passed|failed|skipped|error|deselected).*$", output))
+    if outcome.status == "passed" and not re.search(r"\b[1-9]\d* passed", outcome.detail):
+        outcome = outcome._replace(status="skipped")  # nothing ran, so nothing was shown
+    return outcome._replace(found=found)
+
+
+def _unusable(log: Path) -> dict[str, str | None]:
+    """Why each implementation cannot be used (None: it can), asked in a process that sees what was just built."""
+    _, output = _run([sys.executable, "-m", "benchmarks.gpu_cases", "--usable"], log, 60.0)
+    try:
+        return json.loads(output.splitlines()[-1])
+    except (IndexError, ValueError):
+        return dict.fromkeys(gpu_cases.BY_NAME, f"not known: {_last(r'.+', output)}")
 
 
 def _sanitizer(tool: str, every: int) -> Callable[[Path, float], Outcome]:
@@ -103,40 +124,44 @@ def _sanitizer(tool: str, every: int) -> Callable[[Path, float], Outcome]:
             return Outcome("skipped", "compute-sanitizer is not installed")
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_cases"]
         variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        status, output = _run([*command, "--every", str(every)], log, seconds, **variables)
+        # it ends by itself, so that the tool gets to its summary of what did run
+        limits = ["--every", str(every), "--seconds", f"{max(seconds - SUMMARY_SECONDS, 1.0):.0f}"]
+        status, output = _run([*command, *limits], log, seconds, **variables)
         num_ok = len(re.findall(r"^ok ", output, flags=re.MULTILINE))
-        return _outcome(status, f"{num_ok} cases; {_last(r'(?:ERROR|RACECHECK) SUMMARY: .*', output)}")
+        outcome = _outcome(status, f"{num_ok} calls; {_last(r'(?:ERROR|RACECHECK) SUMMARY: .*', output)}")
+        is_over = status == 0 and gpu_cases.TIME_IS_OVER in output
+        return outcome._replace(status="stopped") if is_over else outcome
 
     return run
 
 
 def benchmark(log: Path, seconds: float) -> Outcome:
+    limit = max(seconds - LAST_CASE_SECONDS, 10.0)
     command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.5"]
-    status, output = _run(command, log, seconds)
-    num_cases = len(re.findall(r"^\d+/\d+ ", output, flags=re.MULTILINE))
-    return _outcome(status, f"{num_cases} cases; {_last(r'^rows: .*$', output)}")
+    status, output = _run([*command, "--time-limit", f"{limit:.0f}"], log, seconds)
+    done = re.findall(r"^(\d+)/(\d+) ", output, flags=re.MULTILINE)
+    num_done, num_cases = done[-1] if done else ("0", "?")
+    outcome = _outcome(status, f"{num_done} of {num_cases} cases; {_last(r'^rows: .*$', output)}")
+    return outcome._replace(status="stopped") if status == 0 and num_done != num_cases else outcome
 
 
 # -- parts in this process ---------------------------------------------------------------------------------------------
 
 
-def _each_case(check: Callable[[gpu_cases.Case], str | None], log: Path, seconds: float) -> Outcome:
-    """Every third case, until the time is over."""
-    start, lines, num_failed, chosen = time.perf_counter(), [], 0, gpu_cases.all_cases()[::3]
-    for case in chosen:
-        if time.perf_counter() - start > seconds:
-            break
-        try:
-            problem = check(case)
-        except RuntimeError as error:  # a failed launch is this case's finding
-            problem = f"{type(error).__name__}: {error}"
-        num_failed += problem is not None
-        lines.append(f"{'ok  ' if problem is None else 'FAIL'} {case.dtype} {case.name} {problem or ''}".rstrip())
+def _each_case(check: Callable[[gpu_cases.Case, str], str | None], log: Path, seconds: float) -> Outcome:
+    """Every third case by each implementation that serves it, until the time is over."""
+    lines: list[str] = []
+    findings = list(gpu_cases.each(gpu_cases.all_cases()[::3], _device(), check, seconds, lines.append))
     log.write_text("\n".join(lines) + "\n")
-    first = next((line for line in lines if line.startswith("FAIL")), "")
-    if num_failed:
-        return Outcome("failed", f"{num_failed} of {len(lines)} cases: {first[:120]}")
-    return Outcome("passed" if len(lines) == len(chosen) else "stopped", f"{len(lines)} of {len(chosen)} cases")
+    failed = [line for line, problem in findings if problem is not None]
+    if failed:
+        return Outcome("failed", f"{len(failed)} of {len(findings)} calls: {failed[0][:120]}")
+    is_over = bool(lines) and lines[-1].startswith(gpu_cases.TIME_IS_OVER)
+    return Outcome("stopped" if is_over else "passed", lines[-1] if is_over else f"{len(findings)} calls")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -145,28 +170,27 @@ def _same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> t
     return torch.stack(same).all()
 
 
-def _repeats_alike(case: gpu_cases.Case, num_repeats: int = NUM_REPEATS) -> str | None:
-    inputs = case.inputs(torch.device("cuda"))
-    first = case.run(inputs)
-    same = torch.stack([_same_bits(case.run(inputs), first) for _ in range(num_repeats)])
+def _repeats_alike(case: gpu_cases.Case, backend: str, num_repeats: int = NUM_REPEATS) -> str | None:
+    inputs = case.inputs(_device())
+    first = case.run(inputs, backend)
+    same = torch.stack([_same_bits(case.run(inputs, backend), first) for _ in range(num_repeats)])
     return None if same.all().item() else f"{int((~same).sum())} of {num_repeats} runs differ"
 
 
-def _works_in_graphs_and_streams(case: gpu_cases.Case) -> str | None:
-    device = torch.device("cuda")
-    inputs, others = case.inputs(device, seed=0), case.inputs(device, seed=1)
-    want = case.run(others)
+def _works_in_graphs_and_streams(case: gpu_cases.Case, backend: str) -> str | None:
+    inputs, others = case.inputs(_device(), seed=0), case.inputs(_device(), seed=1)
+    want = case.run(others, backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        on_side = case.run(others)
-        case.run(inputs)  # compiles what a capture may not
+        on_side = case.run(others, backend)
+        case.run(inputs, backend)  # compiles what a capture may not
     torch.cuda.current_stream().wait_stream(stream)
     if not _same_bits(on_side, want).item():
         return "another result on a side stream"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = case.run(inputs)
+        captured = case.run(inputs, backend)
     with torch.no_grad():
         for name, tensor in inputs.items():
             tensor.copy_(others[name])
@@ -196,14 +220,6 @@ PARTS: dict[str, Callable[[Path, float], Outcome]] = {
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
 def run_parts(names: list[str], output: Path, environment: dict, console: Console) -> list[dict]:
     """One row for each part, written as it ends. What a part leaves of its time goes to those that follow."""
     rows, slug, deadline = [], environment["device_slug"], time.perf_counter()
@@ -213,7 +229,8 @@ def run_parts(names: list[str], output: Path, environment: dict, console: Consol
         start = time.perf_counter()
         outcome = PARTS[name](output / f"{slug}-check-{name}.log", max(deadline - start, 5.0))
         seconds = round(time.perf_counter() - start, 1)
-        row = {"part": name, **outcome._asdict(), "seconds": seconds, **environment}
+        said = {"status": outcome.status, "detail": outcome.detail, **(outcome.found or {})}
+        row = {"part": name, **said, "seconds": seconds, **environment}
         report.append_rows(output / f"{slug}-check.jsonl", [row])
         console.print(f"[dim]{name}: {outcome.status}, {seconds} s", soft_wrap=True)
         rows.append(row)
@@ -242,9 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         console.print("there is no CUDA device here: nothing was checked")
         return 2
-    environment = {**machine.describe(torch.device("cuda")), "driver": _driver(), "cuda": torch.version.cuda}
-    rows = run_parts(options.parts, options.output, environment, console)
+    rows = run_parts(options.parts, options.output, machine.describe(torch.device("cuda")), console)
     console.print(table_of(rows))
+    console.print("baselines: " + "; ".join(f"{name} {said}" for name, said in rows[0]["peers"].items()))
     return int(any(row["status"] in ("failed", "stopped") for row in rows))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import random
 import re
 import statistics
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+# of the buffer that flushes L2, before a timed call on a GPU
+MAX_FILLS = 40
 
 
 class Unavailable(Exception):
@@ -48,12 +52,14 @@ class Implementation:
                 inputs' dtype, "baseline" need only be the same mathematics, "floor" does the floor's work and is not
                 checked.
     max_rounds  a slow baseline takes part in the first rounds alone; None: in all.
+    arithmetic  the coarsest dtype that a baseline computes in, where its loss comes back in a finer one.
     """
 
     name: str
     prepare: Callable[[], Callable[[], Any]]
     role: str = "baseline"
     max_rounds: int | None = None
+    arithmetic: torch.dtype | None = None
 
 
 @dataclass
@@ -192,12 +198,9 @@ def _cuda_timer(case: Case) -> Callable[[Callable], float]:
     l2_bytes = torch.cuda.get_device_properties(case.device).L2_cache_size
     flush_buffer = torch.empty(max(2 * l2_bytes, 256 << 20), dtype=torch.uint8, device=case.device)
 
-    def time_call(call: Callable) -> float:
-        call()
+    def elapsed_us(call: Callable, num_fills: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # several fills leave L2 cold and keep the device busy while the host queues the call, so that the events do
-        # not time the host
-        for _ in range(4):
+        for _ in range(num_fills):
             flush_buffer.zero_()
         start.record()
         call()
@@ -205,7 +208,25 @@ def _cuda_timer(case: Case) -> Callable[[Callable], float]:
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
+    fill_us = max(1.0, min(elapsed_us(flush_buffer.zero_, 1) for _ in range(3)))
+
+    def time_call(call: Callable) -> float:
+        begun = time.perf_counter()
+        call()
+        host_us = (time.perf_counter() - begun) * 1e6
+        return elapsed_us(call, fills_to_cover(host_us, fill_us))
+
     return time_call
+
+
+def fills_to_cover(host_us: float, fill_us: float) -> int:
+    """How many fills of the flush buffer precede a timed call.
+
+    Two leave L2 cold. More keep the device busy for twice as long as the host needs to queue the call, so that the
+    events time the device and not the host; a call that waits for the device itself gains nothing from that, which
+    the limit is for.
+    """
+    return max(2, min(math.ceil(2 * host_us / fill_us), MAX_FILLS))
 
 
 def _fill_times(case: Case, rows: dict[str, dict], times_us: dict[str, list[float]]) -> None:
@@ -238,6 +259,16 @@ def copy_floor(floor_bytes: int, device: torch.device) -> Implementation:
         return lambda: destination.copy_(source)
 
     return Implementation("copy (floor)", prepare, role="floor")
+
+
+def launch_floor(device: torch.device) -> Implementation:
+    """Writes one element: what a kernel costs that does nothing, the floor of calls that are bound by their launch."""
+
+    def prepare():
+        element = torch.zeros(1, device=device)
+        return element.zero_
+
+    return Implementation("launch (floor)", prepare, role="floor")
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:

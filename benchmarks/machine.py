@@ -14,9 +14,14 @@ from pathlib import Path
 
 import torch
 
+from . import peers
+
 
 def describe(device: torch.device) -> dict:
-    """The part of every row that does not depend on the case. Holds no host name, user name or path."""
+    """The part of every row that does not depend on the case. Holds no host name, user name or path.
+
+    Rows of GPUs also say the compute capability ("9.0"), the driver and torch's CUDA; that tells them from a CPU's.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     threads = torch.get_num_threads()
     commit, is_dirty = _git_commit()
@@ -31,6 +36,8 @@ def describe(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        **(_cuda_versions(device) if device.type == "cuda" else {}),
+        "peers": peers.installed(),
         "auxkernels": getattr(_auxkernels(), "__version__", None),
         "commit": commit,
         "is_dirty": is_dirty,
@@ -38,6 +45,20 @@ def describe(device: torch.device) -> dict:
         "copy_gbps": round(copy_gbps(device), 2),
         "gemm_gflops": {name: round(gemm_gflops(device, name)) for name in ("float32", "bfloat16")},
     }
+
+
+def _cuda_versions(device: torch.device) -> dict:
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return {"capability": capability, "driver": driver(), "cuda": torch.version.cuda or torch.version.hip}
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def slug(name: str) -> str:

@@ -23,6 +23,12 @@ FLOORS = {
 }
 
 
+def floor_text(row: dict) -> str:
+    """What the floor of a row's operator is on its device; rows of GPUs say their compute capability."""
+    is_gpu = "capability" in row
+    return FLOORS[row["op"]] + (", at least a launch" if is_gpu and row["op"] == "cross_entropy" else "")
+
+
 class Bar(NamedTuple):
     """A number that an operator promises; `measure(rows)` returns it in `unit`, or None where it was not run."""
 
@@ -71,7 +77,8 @@ def case_key(row: dict) -> tuple:
 
 def results_table(op: str, rows: list[dict]) -> Table:
     """One section per case of an operator; the speed-up is over eager in the inputs' dtype."""
-    title = f"{op}: median and quartiles; rate of the floor's work; share of the floor ({FLOORS[op]}); "
+    floor = floor_text(rows[0])
+    title = f"{op}: median and quartiles; rate of the floor's work; share of the floor ({floor}); "
     table = Table(title=title + "errors relative to float64; peak memory beyond the inputs")
     table.add_column("case / implementation", no_wrap=True)
     for name in ("time", "quartiles", "over eager", "rate", "share", "fp64 error", "peak MiB"):

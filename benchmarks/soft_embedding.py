@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .bars import Measure, at_least, at_most, worst_speed_up
-from .cross_entropy import DTYPES, compiled, ours_package
+from .cross_entropy import DTYPES, OWN_BACKENDS, compiled, ours_package, unusable_is_unavailable
 from .harness import Case, Implementation, Unavailable, copy_floor
 from .report import Bar
 from .soft_embedding_inputs import MODES, SEED, TEMPERATURE, TOP_K, Inputs, Mode, make_inputs
@@ -69,13 +69,14 @@ def quick_specs(device: torch.device) -> list[Spec]:
 
 
 def _quick_specs_cuda() -> list[Spec]:
-    wide = [GPU_SHAPE, *GPU_WIDE_SHAPES]
+    """Every bar, in half a minute: torch.compile where a bar asks for it."""
     return [
-        *product_specs(["forward", "training", "autocast"], wide, ["bf16"], ["flat"], "compiled"),
-        *product_specs(["gumbel", "gumbel_training", "straight_through"], [GPU_SHAPE], ["bf16"], ["flat"], "compiled"),
-        *product_specs(["planner", "planner_training"], [PLANNER_SHAPE], ["bf16"], ["flat"], "compiled"),
-        *product_specs(["decode", "decode_top_k"], [GPU_DECODE_SHAPE], ["bf16"], ["peaked"], "compiled"),
-        *product_specs(["forward", "training"], [(64, 32, 16), (512, 8192, 64)], ["bf16", "fp32"], ["flat"]),
+        Spec("training", GPU_SHAPE, "bf16", "flat", "compiled"),
+        *product_specs(["forward", "gumbel", "straight_through"], [GPU_SHAPE], ["bf16"], ["flat"]),
+        *product_specs(["training", "autocast"], GPU_WIDE_SHAPES, ["bf16"], ["flat"]),
+        Spec("planner", PLANNER_SHAPE, "bf16", "flat"),
+        *product_specs(["decode", "decode_top_k"], [GPU_DECODE_SHAPE], ["bf16"], ["peaked"]),
+        *product_specs(["training"], [(64, 32, 16), (512, 8192, 64)], ["bf16"], ["flat"]),
     ]
 
 
@@ -107,7 +108,7 @@ def build(spec: Spec, device: torch.device, seed: int, with_reference: bool = Fa
     drawn = Mode(is_autocast=mode.is_autocast, is_planner=mode.is_planner, top_k=mode.top_k)
     inputs = _inputs(spec.shape, spec.dtype, spec.inputs, drawn, str(device), seed)
     oracle = LookupOracle(inputs, mode)
-    implementations = _implementations(spec, mode, inputs, with_reference)
+    implementations = _implementations(spec, mode, inputs, device, with_reference)
     floor_bytes, floor_flops = _floor_bytes(inputs, mode), _floor_flops(inputs, mode)
     if mode.has_products():
         implementations.append(bare_products(inputs, mode))
@@ -159,14 +160,16 @@ def ours(mode: Mode, backend: str, scores, table, segment_ids):
     if not hasattr(ours_package(), "soft_embedding"):
         raise Unavailable("this auxkernels has no soft_embedding")
     options = {"temperature": TEMPERATURE, "hard": mode.hard, "gumbel": mode.gumbel, "top_k": mode.top_k}
-    return ours_package().soft_embedding(scores, table, **options, seed=SEED, backend=backend)
+    with unusable_is_unavailable():
+        return ours_package().soft_embedding(scores, table, **options, seed=SEED, backend=backend)
 
 
 def our_planner(backend: str, scores, tables, segment_ids):
-    return _planner_module(tables, backend)(scores, segment_ids=segment_ids)
+    with unusable_is_unavailable():
+        return _planner_module(tables, backend)(scores, segment_ids=segment_ids)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)  # a module for each backend that is timed in turn
 def _planner_module(tables: nn.Parameter, backend: str) -> nn.Module:
     """The module around tables that exist."""
     ours_package()
@@ -216,7 +219,7 @@ def yardstick_name(pass_name: str) -> str:
     return next(iter(_eager_forms(MODES[pass_name])))
 
 
-def _implementations(spec: Spec, mode: Mode, inputs: Inputs, with_reference: bool) -> list[Implementation]:
+def _implementations(spec: Spec, mode: Mode, inputs: Inputs, device, with_reference: bool) -> list[Implementation]:
     def entry(name: str, get_function: Callable, role: str = "baseline"):
         return Implementation(name, lambda: lookup_call(get_function(), mode, inputs), role)
 
@@ -232,6 +235,8 @@ def _implementations(spec: Spec, mode: Mode, inputs: Inputs, with_reference: boo
         entries.append(entry("compile", compiled(list(forms.values())[-1])))
     if with_reference:
         entries.append(entry("auxkernels reference", lambda: own("reference"), "ours"))
+    for name, backend in OWN_BACKENDS.items() if device.type == "cuda" else ():
+        entries.append(entry(name, lambda backend=backend: own(backend), "ours"))
     return [*entries, entry("auxkernels", lambda: own("auto"), "ours")]
 
 

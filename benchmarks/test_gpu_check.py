@@ -1,12 +1,13 @@
 """The GPU check without a GPU: its cases, its bookkeeping, and that a defect is seen."""
 
 import json
+import time
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_cases, gpu_check
+from benchmarks import cross_entropy, cross_entropy_heads, gpu_cases, gpu_check, machine, peers, soft_embedding
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "d", "device_slug": "d", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
@@ -27,12 +28,13 @@ def test_a_wrong_gradient_is_a_finding(monkeypatch):
 
     def wrong(self, inputs, backend="auto"):
         found = run(self, inputs, backend)
-        if backend == "auto":
+        if backend != "reference":
             found["grad aux"] = found["grad aux"] * 1.001
         return found
 
     monkeypatch.setattr(gpu_cases.Case, "run", wrong)
     assert "grad aux is off by 1.0e-03" in case.check(CPU)
+    assert "grad aux is off by 1.0e-03" in case.check(CPU, "native")
 
 
 def test_equal_seeds_give_equal_inputs_and_others_do_not():
@@ -72,9 +74,10 @@ def test_a_process_that_outlives_its_time_is_stopped(tmp_path):
 
 
 def test_a_case_that_fails_is_named(monkeypatch, tmp_path):
-    outcome = gpu_check._each_case(lambda case: "differs" if "V 33" in case.name else None, tmp_path / "log", 60.0)
+    check = lambda case, backend: "differs" if "V 33" in case.name else None  # noqa: E731
+    outcome = gpu_check._each_case(check, tmp_path / "log", 60.0)
     assert outcome.status == "failed" and "V 33" in outcome.detail
-    assert "FAIL fp32 loss, mean, V 33 differs" in (tmp_path / "log").read_text()
+    assert "FAIL fp32 loss, mean, V 33: differs" in (tmp_path / "log").read_text()
 
 
 def test_equal_bits_count_nan_as_equal():
@@ -90,6 +93,132 @@ def test_without_a_device_nothing_is_claimed(capsys):
 
 def test_repeats_of_a_call_are_compared(monkeypatch):
     case = gpu_cases.all_cases()[0]
-    inputs = case.inputs
-    monkeypatch.setattr(gpu_cases.Case, "inputs", lambda self, device, seed=0: inputs(CPU, seed))
-    assert gpu_check._repeats_alike(case, num_repeats=3) is None
+    monkeypatch.setattr(gpu_check, "_device", lambda: CPU)
+    assert gpu_check._repeats_alike(case, "auto", num_repeats=3) is None
+    run, calls = gpu_cases.Case.run, []
+
+    def drifting(self, inputs, backend="auto"):
+        calls.append(backend)
+        return {name: t + (len(calls) == 3) for name, t in run(self, inputs, backend).items()}
+
+    monkeypatch.setattr(gpu_cases.Case, "run", drifting)
+    assert gpu_check._repeats_alike(case, "reference", num_repeats=3) == "1 of 3 runs differ"
+    assert set(calls) == {"reference"}
+
+
+CUDA = torch.device("cuda")
+
+
+def named_usable(monkeypatch, **reasons):
+    monkeypatch.setattr(gpu_cases, "unusable", lambda device: {"triton": None, "native": None} | reasons)
+
+
+def test_on_a_gpu_both_implementations_of_logits_are_checked_by_name(monkeypatch):
+    named_usable(monkeypatch)
+    cases = gpu_cases.all_cases()
+    both = [case for case in cases if case.usable(CUDA) == ("triton", "native")]
+    assert len(both) == 36 and {case.usable(CUDA) for case in cases if case not in both} == {("auto",)}
+    assert {case.usable(CPU) for case in cases} == {("auto",)}
+    named_usable(monkeypatch, native="was not built")
+    assert both[0].usable(CUDA) == ("triton",)
+    named_usable(monkeypatch, native="was not built", triton="is not installed")
+    assert both[0].usable(CUDA) == ("auto",)
+
+
+def test_an_option_that_an_implementation_lacks_is_no_finding_and_a_failed_launch_is(monkeypatch):
+    named_usable(monkeypatch)
+
+    def check(case, backend):
+        if backend == "native":
+            raise RuntimeError("backend='native' cannot be used: no softcap")
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    (finding,) = gpu_cases.each(gpu_cases.all_cases()[:1], CUDA, check)
+    assert finding[0].startswith("FAIL fp32 loss, mean, V 33 (triton): RuntimeError: CUDA error")
+    lines = [line for line, _ in gpu_cases.each(gpu_cases.all_cases()[:1], CUDA, lambda case, backend: None)]
+    assert lines == [f"ok   fp32 loss, mean, V 33 ({name})" for name in ("native", "triton")]
+
+
+def test_calls_end_with_their_time_and_say_so(tmp_path):
+    outcome = gpu_check._each_case(lambda case, backend: time.sleep(0.05), tmp_path / "log", 0.2)
+    assert outcome.status == "stopped" and outcome.detail.startswith("time is over: ")
+    num_done = int(outcome.detail.split()[3])
+    assert 1 <= num_done < 20 and outcome.detail.endswith(" of 20 calls")
+    assert gpu_check._each_case(lambda case, backend: None, tmp_path / "log", 60.0) == ("passed", "20 calls", None)
+
+
+@pytest.mark.parametrize("said, status", [("", "passed"), ("time is over: 2 of 60 calls\n", "stopped")])
+def test_a_sanitizer_that_saw_some_calls_only_has_not_passed(monkeypatch, tmp_path, said, status):
+    commands = []
+
+    def run(command, log, seconds, **variables):
+        commands.append(command)
+        return 0, f"ok   a\nok   b\n{said}========= ERROR SUMMARY: 0 errors\n"
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    outcome = gpu_check.PARTS["memcheck"](tmp_path / "log", 80.0)
+    assert (outcome.status, outcome.detail) == (status, "2 calls; ERROR SUMMARY: 0 errors")
+    assert commands[0][-4:] == ["--every", "1", "--seconds", "55"]
+
+
+def outcome_of_suite(monkeypatch, tmp_path, status, output, usable='{"triton": null, "native": "was not built"}'):
+    """The part `tests`, where the suite ends with `status` and `output`."""
+
+    def run(command, log, seconds, **variables):
+        return (0, usable) if "benchmarks.gpu_cases" in command else (status, output)
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    return gpu_check.tests(tmp_path / "log", 60.0)
+
+
+def test_the_suite_says_what_passed_and_which_implementations_it_could_see(monkeypatch, tmp_path):
+    outcome = outcome_of_suite(monkeypatch, tmp_path, 0, "......\n3000 passed, 12 skipped in 99.1s (0:01:39)\n")
+    assert outcome.status == "passed" and outcome.detail.startswith("3000 passed, 12 skipped")
+    assert outcome.found == {"unusable": {"triton": None, "native": "was not built"}}
+    assert outcome_of_suite(monkeypatch, tmp_path, 1, "1 failed, 9 passed in 3s").status == "failed"
+    assert outcome_of_suite(monkeypatch, tmp_path, None, "....").status == "stopped"
+
+
+def test_a_suite_of_skipped_tests_has_not_passed(monkeypatch, tmp_path):
+    assert outcome_of_suite(monkeypatch, tmp_path, 0, "5896 skipped in 9.9s").status == "skipped"
+    broken = outcome_of_suite(monkeypatch, tmp_path, 0, "1 passed in 1s", usable="Traceback\nImportError: no torch")
+    assert broken.found["unusable"]["triton"] == "not known: ImportError: no torch"
+
+
+@pytest.mark.parametrize("printed, status", [("2/2 a\n", "passed"), ("1/2 a\ntime is over: 1 of 2", "stopped")])
+def test_a_benchmark_that_ran_out_of_time_says_so(monkeypatch, tmp_path, printed, status):
+    commands = []
+
+    def run(command, log, seconds, **variables):
+        commands.append(command)
+        return 0, f"{printed}\nrows: benchmarks/results/d.jsonl\n"
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    outcome = gpu_check.benchmark(tmp_path / "log", 130.0)
+    assert (outcome.status, outcome.detail.split(";")[0]) == (status, f"{printed[0]} of 2 cases")
+    assert commands[0][-2:] == ["--time-limit", "90"]
+
+
+# seconds of a case on a GPU, guessed: inputs, float64 check and rounds; torch.compile; what other packages compile
+SETUP_SECONDS = {cross_entropy.OP: 2.0, cross_entropy_heads.OP: 2.5, soft_embedding.OP: 1.0}
+COMPILE_SECONDS, PEER_SECONDS = 6.0, {cross_entropy.OP: 6.0, cross_entropy_heads.OP: 20.0}
+
+
+def test_the_quick_grid_fits_its_part_with_every_baseline_installed():
+    seconds = 10.0  # until the first case
+    for op in (cross_entropy, cross_entropy_heads, soft_embedding):
+        for spec in op.quick_specs(CUDA):
+            is_small = op is cross_entropy and spec.shape[0] <= 64  # its rounds are over at once
+            seconds += 1.2 if is_small else 0.5 + SETUP_SECONDS[op.OP]
+            seconds += COMPILE_SECONDS * (spec.baselines not in ("eager", "none"))
+            seconds += PEER_SECONDS.get(op.OP, 0.0) * (spec.baselines in ("all", "slow"))
+    assert seconds <= gpu_check.LIMITS["benchmark"]
+
+
+def test_rows_name_every_baseline_with_its_version_or_why_it_is_missing():
+    found = machine.describe(CPU)["peers"]
+    assert list(found) == ["eager", "compile", "F.linear_cross_entropy", "Liger", "Cut Cross Entropy", "QuACK"]
+    assert found["eager"] == torch.__version__
+    for name, distribution in peers.DISTRIBUTIONS.items():
+        assert found[name] == f"unavailable: {distribution} is not installed" or found[name][0].isdigit()

@@ -2,11 +2,13 @@
 
 import math
 import random
+import types
 
 import pytest
 import torch
 
 from . import cross_entropy, harness, machine, report
+from .cross_entropy_oracle import Oracle
 from .harness import Implementation, Settings, Unavailable
 
 CPU = torch.device("cpu")
@@ -132,6 +134,111 @@ def test_an_infinite_error_is_valid_json(tmp_path):
     rows = rows_with(lambda *xs: accurate(*xs) * math.nan)
     report.append_rows(tmp_path / "device.jsonl", rows)
     assert report.read_rows(tmp_path / "device.jsonl")[1]["fp64_error"]["loss"] == "inf"
+
+
+def test_a_coarse_baseline_may_say_so_where_its_loss_does_not():
+    """A composite on a bfloat16 sum whose loss is float32: held to the sum's arithmetic, not to the loss's."""
+    on_rounded_sum = lambda base, aux, target: cross_entropy.eager_upcast(base + aux, 0 * aux, target)  # noqa: E731
+    statuses = []
+    for arithmetic in (None, torch.bfloat16):
+        case = cross_entropy.build(cross_entropy.Spec("training", (65, 1023), "bf16", "peaked"), CPU, seed=0)
+        base, aux, target, _ = cross_entropy._inputs_and_oracle((65, 1023), "bf16", "peaked", "cpu", 0)
+        prepare = lambda: cross_entropy.loss_call(on_rounded_sum, "training", base, aux, target)  # noqa: E731, B023
+        case.implementations = [Implementation("composite", prepare, arithmetic=arithmetic)]
+        statuses.append(harness.run_case(case, SETTINGS)[0]["status"][:5])
+    assert statuses == ["wrong", "ok"]
+
+
+@pytest.mark.parametrize("host_us, fills", [(0.0, 2), (50.0, 2), (150.0, 3), (1000.0, 20), (1e9, harness.MAX_FILLS)])
+def test_a_gpu_is_kept_busy_for_twice_as_long_as_the_host_needs(host_us, fills):
+    assert harness.fills_to_cover(host_us, fill_us=100.0) == fills
+
+
+def test_a_call_on_a_gpu_is_timed_after_an_untimed_one_and_with_a_cold_cache(monkeypatch):
+    """With stand-ins for the device: the order of what is queued, and which time is reported."""
+    queued = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queued.append("event")
+
+        def synchronize(self):
+            queued.append("wait")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    class Buffer:
+        def zero_(self):
+            queued.append("fill")
+
+    properties = types.SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    sizes = []
+    monkeypatch.setattr(torch, "empty", lambda size, **options: sizes.append(size) or Buffer())
+    case = types.SimpleNamespace(calls_per_sample=1, device=torch.device("cuda"))
+    time_call = harness._cuda_timer(case)
+    queued.clear()
+    assert time_call(lambda: queued.append("call")) == 250.0
+    assert queued == ["call", "fill", "fill", "event", "call", "event", "wait"]
+    assert sizes == [256 << 20]
+
+
+def test_chunks_of_the_inputs_and_of_the_oracle_make_no_difference(monkeypatch):
+    """In what they promise: the draws themselves depend on the chunks."""
+    losses = []
+    for elements in (1 << 21, 1023 * 7, 1):
+        for module in ("cross_entropy", "cross_entropy_oracle"):
+            monkeypatch.setattr(f"benchmarks.{module}.CHUNK_ELEMENTS", {"cpu": elements})
+        base, aux, target = cross_entropy.make_inputs((65, 1023), torch.bfloat16, "peaked", CPU, 0)
+        s = base.double() + aux.double()
+        index = target[:, None]
+        lead = s.gather(1, index)[:, 0] - s.scatter(1, index, -math.inf).amax(1)
+        is_confident = torch.arange(65) % 4 > 0
+        assert lead[is_confident].min() > 2.0 and 20 < lead[is_confident].max() < 27.7
+        assert lead[~is_confident].median() < 0 and 9 < s[~is_confident].std() < 11
+        losses.append(Oracle(base, aux, target, 0).loss)
+        monkeypatch.setattr("benchmarks.cross_entropy_oracle.CHUNK_ELEMENTS", {"cpu": 1 << 21})
+        assert Oracle(base, aux, target, 0).loss == pytest.approx(losses[-1], rel=1e-13)
+
+
+def test_equal_seeds_give_equal_inputs_and_others_do_not():
+    a, b, c = (cross_entropy.make_inputs((9, 33), torch.float32, "peaked", CPU, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[1], c[1])
+
+
+def test_a_backend_that_cannot_be_used_is_unavailable_and_a_failure_of_its_own_is_not():
+    def unusable(base, aux, target):
+        return cross_entropy.ours_on("triton", "training", base.double(), aux.double(), target)
+
+    assert rows_with(unusable)[1]["status"].startswith("unavailable: backend='triton' cannot be used")
+
+    def fails(*xs):
+        with cross_entropy.unusable_is_unavailable():
+            raise RuntimeError("CUDA error")
+
+    assert rows_with(fails)[1]["status"] == "failed: RuntimeError: CUDA error"
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "training", "stats", "stats_training"])
+def test_each_pass_runs_on_a_named_backend(pass_name):
+    on_reference = lambda *xs: cross_entropy.ours_on("reference", pass_name, *xs)  # noqa: E731
+    assert rows_with(on_reference, pass_name, dtype="fp32")[1]["status"] == "ok"
+
+
+def test_the_longer_of_two_floors_holds():
+    """On a GPU a launch bounds what few rows cost, a copy what many do."""
+    case = cross_entropy.build(cross_entropy.Spec("forward", (65, 1023), "bf16", "flat"), CPU, seed=0)
+    case.implementations = [i for i in case.implementations if i.role in ("yardstick", "floor")]
+    case.implementations.append(harness.launch_floor(CPU))
+    rows = {i.name: harness._empty_row(case, i) for i in case.implementations}
+    case.implementations[-1].prepare()()
+    harness._fill_times(case, rows, {"eager": [20.0], "copy (floor)": [2.0], "launch (floor)": [5.0]})
+    assert [rows[name]["share_of_floor"] for name in rows] == [0.25, None, 1.0]
 
 
 def test_device_slugs_are_short_and_portable():

@@ -1,12 +1,14 @@
 """What the cases on heads promise: inputs as described, a strict float64 check, a floor of the right size."""
 
 import argparse
+import io
 import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from . import __main__ as command
 from . import chart, cross_entropy, cross_entropy_heads, harness, report, soft_embedding
@@ -14,6 +16,7 @@ from .bars import Measure
 from .cross_entropy_heads import Spec
 from .cross_entropy_heads_fused import FUSED_LOSSES, joined_call
 from .cross_entropy_heads_inputs import make_heads, with_half_ignored
+from .cross_entropy_peers import COMPOSITES
 from .harness import Implementation, Settings
 
 CPU = torch.device("cpu")
@@ -211,12 +214,44 @@ def test_shapes_choose_their_operator():
         assert {spec.shape for spec in specs} == {shape} and {spec.dtype for spec in specs} == {"fp32"}
 
 
+def run_quietly(tmp_path, monkeypatch, *arguments):
+    """The command's rows and what it printed, for three cases that take no time."""
+    environment = {"device_slug": "d", "date": "today", "commit": "0", "is_dirty": False, "device": "d", "threads": 1}
+    monkeypatch.setattr(command.machine, "describe", lambda device: environment)
+    options = command.parse_arguments(["--rounds", "1", "--seconds", "1", "--output", str(tmp_path), *arguments])
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    specs = [(cross_entropy, cross_entropy.Spec("forward", (n, 33), "fp32", "flat", "eager")) for n in (4, 5, 6)]
+    rows, _ = command.run(specs, options, CPU, console)
+    return {tuple(row["shape"]) for row in rows}, console.export_text()
+
+
+def test_no_case_begins_once_the_time_is_over(tmp_path, monkeypatch):
+    shapes, said = run_quietly(tmp_path, monkeypatch, "--time-limit", "1000")
+    assert shapes == {(4, 33), (5, 33), (6, 33)} and "3/3 " in said
+    shapes, said = run_quietly(tmp_path, monkeypatch, "--time-limit", "1e-9")
+    assert shapes == set() and "time is over: 0 of 3 cases finished" in said
+
+
+def test_a_case_that_does_not_fit_the_device_is_left_out(tmp_path, monkeypatch):
+    build = cross_entropy.build
+
+    def build_small(spec, *others):
+        if spec.shape[0] == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(spec, *others)
+
+    monkeypatch.setattr(cross_entropy, "build", build_small)
+    shapes, said = run_quietly(tmp_path, monkeypatch)
+    assert shapes == {(4, 33), (6, 33)} and "2/3 forward 5 x 33 fp32: does not fit the device" in said
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_bar_speaks_of_a_case_of_the_quick_grid(device):
     """A row for each case of the grid, with every implementation that a bar may ask for, gives each bar a number."""
     device = torch.device(device)
     for op in command.OPS.values():
         asked_for = {"eager", "eager upcast", "compile upcast", *FUSED_LOSSES, "plain", "every option", "auxkernels"}
+        asked_for |= set(COMPOSITES)
         asked_for |= {f"auxkernels{end}" for end in (" kernel alone", " return_stats", " logit_stats")}
         asked_for |= {"auxkernels, no row ignored", "compile", "F.gumbel_softmax", "F.one_hot"}
         asked_for |= {"eager, each token", "eager, each segment"}

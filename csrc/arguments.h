@@ -47,8 +47,8 @@ inline Problem problem_of(const ProblemArguments& a, const Source& base, const S
   return p;
 }
 
-// one pointer for each field, then for each gradient: base, aux, base scale, aux scale
-using OutputArguments = std::array<int64_t, kNumFields + 4>;
+// one pointer for each field, then for each gradient: base, aux, base scale, aux scale; dtypes of the first two
+using OutputArguments = std::array<int64_t, kNumFields + 6>;
 
 inline Outputs outputs_of(const OutputArguments& a) {
   Outputs out;
@@ -57,6 +57,8 @@ inline Outputs outputs_of(const OutputArguments& a) {
   out.grad_aux = pointer(a[kNumFields + 1]);
   out.grad_base_scale = pointer(a[kNumFields + 2]);
   out.grad_aux_scale = pointer(a[kNumFields + 3]);
+  out.grad_base_dtype = static_cast<DType>(a[kNumFields + 4]);
+  out.grad_aux_dtype = static_cast<DType>(a[kNumFields + 5]);
   return out;
 }
 

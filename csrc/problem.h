@@ -51,13 +51,14 @@ struct Problem {
   int threads = 1;  // CPU
 };
 
-// Null pointers mean not wanted. Gradients are contiguous [num_rows, width], in their source's dtype.
+// Null pointers mean not wanted. Gradients are contiguous [num_rows, width], on CPU in their source's dtype.
 struct Outputs {
   void* fields[kNumFields] = {};
   void* grad_base = nullptr;
   void* grad_aux = nullptr;
   void* grad_base_scale = nullptr;  // per row, compute dtype
   void* grad_aux_scale = nullptr;
+  DType grad_base_dtype = DType::kFloat32, grad_aux_dtype = DType::kFloat32;
 };
 
 struct LossOptions {

@@ -6,6 +6,7 @@ import zlib
 # several test processes share the cores: threads that spin while they wait take the others' time (four times slower)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import emulated_cuda
 import pytest
 import torch
 from implementations import Implementation
@@ -19,41 +20,65 @@ def _param(backend: str, device: str):
 
 
 REFERENCE = [_param("reference", "cpu"), _param("reference", "cuda")]
-FUSED = [_param("native", "cpu"), _param("triton", "cuda")]
+EMULATED = pytest.param(Implementation("native", "cpu", is_emulated=True), id="native-emulated")
+CUDA = _param("native", "cuda")
+FUSED = [_param("native", "cpu"), EMULATED, _param("triton", "cuda"), CUDA]
+IMPLEMENTATIONS = {
+    "impl": REFERENCE + FUSED,
+    "fused": FUSED,
+    "on_cpu": [_param("reference", "cpu"), _param("native", "cpu")],
+    "on_gpu": [_param("reference", "cuda"), EMULATED, _param("triton", "cuda"), CUDA],
+    "doubles": [*REFERENCE, _param("native", "cpu"), EMULATED, CUDA],
+}
+
+
+def pytest_generate_tests(metafunc):
+    """The CUDA module has no lookups of label embeddings, and its emulation no device to look at."""
+    module = metafunc.module.__name__.rpartition(".")[2]
+    left_out = []
+    if module.startswith(("test_soft", "test_segments", "test_nn")):
+        left_out = [EMULATED, CUDA]
+    elif module in ("test_gpu", "test_memory", "test_process", "test_heads_process"):
+        left_out = [EMULATED]
+    for name in IMPLEMENTATIONS.keys() & set(metafunc.fixturenames):
+        kept = [param for param in IMPLEMENTATIONS[name] if param not in left_out]
+        metafunc.parametrize(name, kept, indirect=True)
 
 
 def _available(request) -> Implementation:
     reason = request.param.unavailable()
     if reason:
         pytest.skip(f"{request.param.backend} on {request.param.device}: {reason}")
+    if request.param.is_emulated:
+        emulated_cuda.install(request.getfixturevalue("monkeypatch"))
     return request.param
 
 
-@pytest.fixture(params=REFERENCE + FUSED)
+@pytest.fixture
 def impl(request) -> Implementation:
     """Every implementation: what the contract promises of all of them."""
     return _available(request)
 
 
-@pytest.fixture(params=FUSED)
+@pytest.fixture
 def fused(request) -> Implementation:
     """The fused ones: promises about bits, memory, single use of a gradient, and confident rows."""
     return _available(request)
 
 
-@pytest.fixture(params=[_param("reference", "cpu"), _param("native", "cpu")])
+@pytest.fixture
 def on_cpu(request) -> Implementation:
     """Those that raise IndexError for a target out of range."""
     return _available(request)
 
 
-@pytest.fixture(params=[_param("reference", "cuda"), _param("triton", "cuda")])
+@pytest.fixture
 def on_gpu(request) -> Implementation:
     """Those that poison the row of such a target."""
     return _available(request)
 
 
-@pytest.fixture(params=[_param("reference", "cpu"), _param("native", "cpu"), _param("reference", "cuda")])
+@pytest.fixture
 def doubles(request) -> Implementation:
     """Those that know float64."""
     return _available(request)
@@ -96,5 +121,5 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True)
 def _seed(request):
-    """The same numbers for a test whatever ran before it, in whatever process."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    """The same numbers for a test whatever ran before it, in whatever process; the emulation's are the CPU's."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.replace("native-emulated", "native-cpu").encode()))

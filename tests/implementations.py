@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import emulated_cuda
 import torch
 
 from auxkernels import backends
@@ -10,9 +11,14 @@ from auxkernels import backends
 class Implementation(NamedTuple):
     backend: str
     device: str
+    is_emulated: bool = False  # the CUDA module on CPU tensors, see emulated_cuda.py
 
     def unavailable(self) -> str | None:
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
+        if self.is_emulated:
+            return emulated_cuda.missing()
+        if self.backend == "native" and self.device == "cuda":
+            return backends.cuda_missing()
         missing = {"native": backends.native_missing, "triton": backends.triton_missing}.get(self.backend)
         return missing() if missing else None

@@ -4,6 +4,8 @@ import re
 import textwrap
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -15,3 +17,10 @@ def test_the_examples_run_in_their_order():
     assert len(blocks) >= 4
     assert names["loss"].isfinite() and names["per_layer"].shape == (10, 2048, 256)
     assert names["W_aux"].grad.isfinite().all() and names["aux"].grad.isfinite().all()
+
+
+def test_what_is_said_of_gpus_is_what_the_rows_say():
+    pytest.importorskip("rich")
+    from benchmarks import readme
+
+    assert readme.main(["--check"]) == 0, "python -m benchmarks.readme"

@@ -79,7 +79,9 @@ class ChunkedCall:
     def __init__(
         self, sources: Sources, needs: list[bool], backend: str, is_base_wanted: bool, keeps_wide: bool = False
     ):
-        self.sources, self.kernels, self.in_place = sources, ops.implementation(backend), backend == "native"
+        is_cuda = sources.first().is_cuda
+        self.sources, self.in_place = sources, backend == "native" and not is_cuda
+        self.kernels = ops.implementation(backend, is_cuda=is_cuda)
         parts, num = sources.as_parts(), len(sources.softcaps)
         if not is_base_wanted and are_one_product(parts, sources.autocast):
             sources = sources._replace(num_base=num)  # the auxiliary's products onto the base's
@@ -175,8 +177,8 @@ def _op(function):
         sources, rest, backend = Sources(*args[:8]), args[8:-1], args[-1]
         checks.chunked_sources(sources)
         device = sources.first().device
-        if backend == "native" and device.type != "cpu":
-            raise RuntimeError(f"the sources must be CPU tensors for backend='native', got {device}")
+        if backend == "native" and device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"the sources must be CPU or CUDA tensors for backend='native', got {device}")
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if sources.target is not None:  # all of them, before a chunk's are used
                 ops.raise_out_of_range(sources.target, sources.vocab_size, sources.ignore_index)

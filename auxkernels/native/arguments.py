@@ -104,8 +104,8 @@ def _places(wanted: int) -> list[int]:
 
 
 def output_pointers(wanted: int, needs: int, fields: list[Tensor], grads: list[Tensor]) -> list[int]:
-    """One pointer for each field and gradient of the compiled module's list, 0 where it is not wanted."""
-    pointers = [0] * (NUM_FIELDS + 4)
+    """One pointer for each field and gradient of the compiled module's list, 0 where it is not wanted; two dtypes."""
+    pointers = [0] * (NUM_FIELDS + 6)
     first = 0
     for stacked in fields:
         address, step, num_rows = stacked.data_ptr(), stacked.stride(0) * stacked.element_size(), len(stacked)
@@ -115,4 +115,6 @@ def output_pointers(wanted: int, needs: int, fields: list[Tensor], grads: list[T
     if needs:
         for i, grad in zip([i for i in range(4) if needs >> i & 1], grads, strict=True):
             pointers[NUM_FIELDS + i] = grad.data_ptr()
+            if i < 2:
+                pointers[NUM_FIELDS + 4 + i] = DTYPE_CODES[grad.dtype]
     return pointers

@@ -73,15 +73,19 @@ def loss(
     mean,
     wanted,
     needs,
+    grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The reduced loss, the wanted fields and the requested gradients, divided too, by one kernel."""
+    """The reduced loss, the wanted fields and the requested gradients, divided too, by one kernel.
+
+    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; may be the sources' own memory.
+    """
     with _on_device_of(base):
         leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
         call = Call(*leading, vocab_size, _stream_of(base))
         value = base.new_empty((), dtype=call.compute)
         row_loss = base.new_empty(call.shape.numel(), dtype=call.compute)
         fields = ops.empty_fields(base, aux, wanted)
-        grads = ops.empty_grads(base, aux, needs)
+        grads = ops.empty_grads(base, aux, needs) if grads is None else grads
         divisor, number, ticket = BY_KEPT_ROWS if mean else BY_ONE, 1.0, _ticket(base)
         if mean and isinstance(normalizer, Tensor) and normalizer.device == base.device and base.is_cuda:
             divisor, normalizer = BY_TENSOR, normalizer.detach().to(torch.float64)
@@ -123,12 +127,13 @@ def backward(
     base_log_denom,
     coefficients,
     needs,
+    grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The requested gradients for one number per row and coefficient."""
+    """The requested gradients for one number per row and coefficient; `grads` as for `loss`."""
     with _on_device_of(base):
         leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
         call = Call(*leading, vocab_size, _stream_of(base))
-        grads = ops.empty_grads(base, aux, needs)
+        grads = ops.empty_grads(base, aux, needs) if grads is None else grads
         state = {"max": max, "log_denom": log_denom, "nll": nll, "base_max": base_max, "base_log_denom": base_log_denom}
         named = zip(ops.COEFFICIENTS, coefficients, strict=True)
         cuda().backward(

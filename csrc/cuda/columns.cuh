@@ -58,9 +58,8 @@ AUXK_DEVICE RowOf row_of(const Source& source, int64_t n) {
   return {first == nullptr ? nullptr : first + row_start(source, n) * bytes_of(source.dtype), source.dtype};
 }
 
-AUXK_DEVICE RowOf gradient_row(void* grad, const Source& source, int64_t n) {
-  return {grad == nullptr ? nullptr : static_cast<char*>(grad) + n * source.width * bytes_of(source.dtype),
-          source.dtype};
+AUXK_DEVICE RowOf gradient_row(void* grad, DType dtype, const Source& source, int64_t n) {
+  return {grad == nullptr ? nullptr : static_cast<char*>(grad) + n * source.width * bytes_of(dtype), dtype};
 }
 
 AUXK_DEVICE uint32_t misalignment(const void* p, uint32_t unit) {

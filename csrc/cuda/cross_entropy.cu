@@ -16,9 +16,11 @@ bool is_bent(const Source& source) {
   return source.values != nullptr && (source.scale != nullptr || source.scale_value != 1 || source.softcap != 0);
 }
 
-Types types_of(const Problem& p, bool is_double) {
+Types types_of(const Problem& p, const Outputs& out, bool is_double) {
   if (is_double) return kWithDoubles;
   if (p.aux.values != nullptr && p.aux.dtype != p.base.dtype) return kAnyTypes;
+  if (out.grad_base != nullptr && out.grad_base_dtype != p.base.dtype) return kAnyTypes;
+  if (out.grad_aux != nullptr && out.grad_aux_dtype != p.aux.dtype) return kAnyTypes;
   return p.base.dtype == DType::kBFloat16 ? kBFloat16s : p.base.dtype == DType::kFloat16 ? kFloat16s : kFloat32s;
 }
 
@@ -72,7 +74,7 @@ struct Choice {
 
 Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Room& room) {
   Choice choice = {};
-  choice.types = types_of(p, is_double);
+  choice.types = types_of(p, out, is_double);
   choice.mode = mode_of(p, out, terms, choice.types);
   PlanInputs& in = choice.inputs;
   in.cut = cut_of(p, choice.mode, choice.types);
@@ -146,7 +148,7 @@ const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms
 const char* backward(const Problem& p, const Outputs& out, const BackwardInputs& in, bool is_double, void* stream) {
   const bool wants_any = out.grad_base != nullptr || out.grad_aux != nullptr || sums_row(out);
   if (p.num_rows == 0 || !wants_any) return nullptr;
-  const Types types = types_of(p, is_double);
+  const Types types = types_of(p, out, is_double);
   bool is_plain = types != kAnyTypes && types != kWithDoubles && !is_bent(p.base) && !is_bent(p.aux) && !sums_row(out);
   for (int c = 0; c < kNumCoefficients; ++c) is_plain &= c == kA || c == kG || in.coefficients[c] == nullptr;
   const Mode mode = is_plain ? kPlain : kGeneral;

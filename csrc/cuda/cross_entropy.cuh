@@ -459,8 +459,9 @@ class Worker {
 
   AUXK_DEVICE void ignore(int64_t n) const {
     const int t = share.rank * p.cut.threads + hw::thread(), count = p.cluster * p.cut.threads;
-    fill_zero(gradient_row(p.out.grad_base, p.problem.base, n), 0, p.problem.base.width, t, count);
-    fill_zero(gradient_row(p.out.grad_aux, p.problem.aux, n), 0, p.problem.aux.width, t, count);
+    const GradientRows grads = gradient_rows<K>(p.problem, p.out, n);
+    fill_zero(grads.base, 0, p.problem.base.width, t, count);
+    fill_zero(grads.aux, 0, p.problem.aux.width, t, count);
     if (!is_first()) return;
     for (int field = 0; field < kNumFloatFields; ++field) put(static_cast<Field>(field), n, C(0));
     put_column(kArgmax, n, -1);

@@ -81,7 +81,8 @@ struct GradientRows {
 
 template <class K>
 AUXK_DEVICE GradientRows gradient_rows(const Problem& p, const Outputs& out, int64_t n) {
-  const RowOf base = gradient_row(out.grad_base, p.base, n), aux = gradient_row(out.grad_aux, p.aux, n);
+  const RowOf base = gradient_row(out.grad_base, out.grad_base_dtype, p.base, n);
+  const RowOf aux = gradient_row(out.grad_aux, out.grad_aux_dtype, p.aux, n);
   return {base, aux, has_pieces<K::kBase, K::kPiece>(base), has_pieces<K::kAux, K::kPiece>(aux)};
 }
 
