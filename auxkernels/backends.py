@@ -109,7 +109,7 @@ def show_config() -> str:
     lines = [
         f"auxkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, CUDA: {cuda}",
         "reference   available (plain PyTorch)",
-        f"native      {native.describe()}",
+        f"native CPU  {native.describe()}",
         f"native CUDA {_describe_cuda()}",
         f"triton      {'available' if triton is None else 'unavailable: ' + triton}",
     ]

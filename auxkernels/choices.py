@@ -1,7 +1,8 @@
 """Where the compiled CUDA kernels were measured to be faster than Triton's: what backend="auto" goes by.
 
-`native/cuda_choices.json`, written by `python -m benchmarks.choices` from measurements on devices on which the test suite
-has passed, holds boxes of sizes for each compute capability. Without it, and outside of its boxes, "auto" is Triton.
+`native/cuda_choices.json`, written by `python -m benchmarks.choices` from measurements on devices on which the test
+suite has passed, holds boxes of sizes for each compute capability. Without it, and outside of its boxes, "auto" is
+Triton.
 """
 
 from __future__ import annotations

@@ -27,18 +27,19 @@ IMPLEMENTATIONS = {
     "impl": REFERENCE + FUSED,
     "fused": FUSED,
     "on_cpu": [_param("reference", "cpu"), _param("native", "cpu")],
-    "on_gpu": [_param("reference", "cuda"), EMULATED, _param("triton", "cuda"), CUDA],
+    "on_gpu": [_param("reference", "cuda"), _param("triton", "cuda"), CUDA],
     "doubles": [*REFERENCE, _param("native", "cpu"), EMULATED, CUDA],
 }
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
-    """The CUDA module has no lookups of label embeddings, and its emulation no device to look at."""
+    """Implementations by fixture; the CUDA module has no lookups of label embeddings, its emulation no process."""
     module = metafunc.module.__name__.rpartition(".")[2]
     left_out = []
     if module.startswith(("test_soft", "test_segments", "test_nn")):
         left_out = [EMULATED, CUDA]
-    elif module in ("test_gpu", "test_memory", "test_process", "test_heads_process"):
+    elif module in ("test_memory", "test_process", "test_heads_process"):
         left_out = [EMULATED]
     for name in IMPLEMENTATIONS.keys() & set(metafunc.fixturenames):
         kept = [param for param in IMPLEMENTATIONS[name] if param not in left_out]

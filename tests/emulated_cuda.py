@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import ninja
 import pybind11
+import torch
 
 from auxkernels import ops
 from auxkernels.native import cuda_cross_entropy
@@ -29,7 +33,7 @@ def missing() -> str | None:
 
 def install(monkeypatch) -> None:
     """Puts it in the place of the compiled CPU module: backend="native" with CPU tensors then runs the CUDA kernels."""
-    emulated = module()
+    emulated = module(os.environ.get("AUXKERNELS_CUDA_SANITIZERS", ""))
     real = ops.implementation
 
     def implementation(backend: str, stem: str = "cross_entropy", is_cuda: bool = False):
@@ -41,19 +45,71 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(ops, "implementation", implementation)
 
 
+class Room(NamedTuple):
+    """A device, as the kernels' caller sees it."""
+
+    multiprocessors: int = 32
+    shared_bytes: int = 227 * 1024
+    has_clusters: bool = True
+
+
+class Launched(NamedTuple):
+    num_blocks: int
+    cluster: int
+    threads: int
+    shared_bytes: int
+
+
+class Machine:
+    """What a test may ask of the emulation beside the calls themselves."""
+
+    _numbers: dict[Room, int] = {Room(): 0}  # what is known of a device is kept under its number
+
+    def __init__(self):
+        self.module = module(os.environ.get("AUXKERNELS_CUDA_SANITIZERS", ""))
+        self.library = ctypes.CDLL(self.module.__file__)
+
+    def use(self, room: Room) -> None:
+        number = self._numbers.setdefault(room, len(self._numbers))
+        self.library.auxk_use_device(number, room.multiprocessors, ctypes.c_int64(room.shared_bytes), room.has_clusters)
+
+    def seed(self, value: int) -> None:
+        self.library.auxk_seed(ctypes.c_uint64(value))
+
+    def may_touch(self, *tensors: torch.Tensor) -> None:
+        """From here on kernels' wide accesses stay in these tensors' elements, each one stretch of memory."""
+        for tensor in tensors:
+            assert tensor.is_contiguous()
+            self.library.auxk_register_memory(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_uint64(tensor.nbytes))
+
+    def may_touch_all(self) -> None:
+        self.library.auxk_forget_memory()
+
+    def last(self) -> Launched:
+        found = (ctypes.c_int64 * 4)()
+        self.library.auxk_last_launch(found)
+        return Launched(*found)
+
+
 @functools.cache
 def module(sanitizers: str = "") -> ModuleType:
     """The emulated module, compiled if its sources have changed."""
+    path = built(sanitizers)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def built(sanitizers: str = "") -> Path:
+    """Its file; one with sanitizers loads only into a process that was started with their runtime."""
     folder = ROOT / "build" / f"cuda_on_cpu{sanitizers and '_sanitized'}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes would build it at once
         _build(folder, path, sanitizers)
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return path
 
 
 def _build(folder: Path, path: Path, sanitizers: str) -> None:
@@ -68,7 +124,8 @@ def _build(folder: Path, path: Path, sanitizers: str) -> None:
         rules.variable("cc", f"{COMPILER} {' '.join(flags)}")
         rules.rule("compile", "$cc -MD -MF $out.d -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
         rules.rule("link", "$cc -shared $in -o $out")
-        sources = sorted((ROOT / "csrc/cuda").glob("*.cu")) + [ROOT / "csrc/cuda/bindings.cpp"]
+        others = [ROOT / "csrc/cuda/bindings.cpp", ROOT / "tests/cuda_on_cpu/controls.cpp"]
+        sources = sorted((ROOT / "csrc/cuda").glob("*.cu")) + others
         objects = [rules.build(str(folder / f"{source.name}.o"), "compile", str(source))[0] for source in sources]
         rules.build(str(path), "link", objects)
     command = [f"{ninja.BIN_DIR}/ninja", "-f", str(folder / "build.ninja"), "-j", "2"]

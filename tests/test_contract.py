@@ -332,12 +332,14 @@ def test_auto_is_native_where_it_is_built(native):
 
 
 def test_show_config_says_of_every_backend_whether_it_exists_or_why_not():
-    lines = {line.split()[0]: line for line in show_config().splitlines()}
-    assert f"auxkernels {auxkernels.__version__}, torch {torch.__version__}" in lines["auxkernels"]
-    for name, missing in (("native", auxkernels.backends.native_missing()), ("triton", None)):
+    first, *rest = show_config().splitlines()
+    assert f"auxkernels {auxkernels.__version__}, torch {torch.__version__}" in first
+    lines = {line[:12].strip(): line for line in rest}
+    missing = {"native CPU": auxkernels.backends.native_missing(), "native CUDA": auxkernels.backends.cuda_missing()}
+    for name in ("native CPU", "native CUDA", "triton"):
         assert "available" in lines[name]
-        if missing:
-            assert missing in lines[name]
+        if missing.get(name):
+            assert f"unavailable: {missing[name]}" in lines[name]
     assert "available (plain PyTorch)" in lines["reference"]
     command = subprocess.run([sys.executable, "-m", "auxkernels"], capture_output=True, text=True, timeout=120)
     assert command.stdout.strip() == show_config()

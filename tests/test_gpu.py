@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from implementations import Implementation
 from inputs import logits, targets
 from oracle import Case, assert_close, expected
 
-from auxkernels import aux_cross_entropy, logit_stats
+from auxkernels import aux_cross_entropy, choices, logit_stats, soft_embedding
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,18 +63,22 @@ def test_tensors_on_two_devices_are_refused(on_gpu):
         aux_cross_entropy(base, aux, target.cpu(), backend=on_gpu.backend)
 
 
-def test_native_says_that_it_serves_cpu_tensors():
-    base, aux, target = problem()
-    with pytest.raises(RuntimeError, match="backend='native' cannot be used"):
-        aux_cross_entropy(base, aux, target, backend="native")
+def test_native_says_that_it_has_no_lookups():
+    scores, table = torch.zeros(4, 5, device="cuda"), torch.zeros(5, 3, device="cuda")
+    with pytest.raises(RuntimeError, match="backend='native' cannot be used: the compiled CUDA module has"):
+        soft_embedding(scores, table, backend="native")
 
 
-def test_auto_on_gpu_is_triton_where_it_is_installed(fused):
-    if fused.backend != "triton":
-        pytest.skip("about tensors on a GPU")
+@pytest.mark.parametrize("is_faster", [False, True])
+def test_auto_on_gpu_goes_by_the_table_of_measured_sizes(on_gpu, monkeypatch, is_faster):
+    if (on_gpu.backend == "native") != is_faster or on_gpu.backend == "reference":
+        pytest.skip("about the other one")
+    box = {"pass": "training", "num_bytes": 2, "min_vocab": 4000, "max_vocab": 4000, "min_rows": 1, "max_rows": 64}
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    monkeypatch.setattr(choices, "_table", lambda: {capability: {"faster": [box]}} if is_faster else {})
     arguments = problem()
-    loss = aux_cross_entropy(*arguments)
-    assert torch.equal(loss, aux_cross_entropy(*arguments, backend="triton"))
+    got, want = result(Implementation("auto", "cuda"), *arguments), result(on_gpu, *arguments)
+    assert all(map(torch.equal, got, want))
 
 
 def test_gpu_and_cpu_agree(on_gpu):

@@ -1,4 +1,4 @@
-"""From tensors to the pointers, sizes and strides that the compiled functions of cross-entropy take, see csrc/arguments.h.
+"""From tensors to what the compiled functions of cross-entropy take: pointers, sizes, strides; see csrc/arguments.h.
 
 Arguments are those of ops.py and have been checked, by the public function or by the op; where an op takes a 0-d tensor
 for a number (scale, normalizer), a number will do as well.

@@ -98,9 +98,10 @@ py::dict py_plan(int64_t num_rows, int64_t V, int base_dtype, int aux_dtype, boo
   p.aux.values = aux_dtype < 0 ? nullptr : somewhere, p.aux.dtype = static_cast<DType>(aux_dtype < 0 ? 0 : aux_dtype);
   Outputs out;
   out.grad_base = has_gradient ? somewhere : nullptr;
+  out.grad_base_dtype = p.base.dtype;
   out.fields[kEntropy] = has_statistics ? somewhere : nullptr;
   const bool is_double = p.base.dtype == DType::kFloat64 || p.aux.dtype == DType::kFloat64;
-  const Room room = {multiprocessors, shared_bytes, has_clusters};
+  const Room room = {multiprocessors, shared_bytes, has_clusters ? kMaxSegments : 0};
   const Planned planned = plan_of_call(p, out, LossTerms(), is_double, room);
   return dict_of(planned.cut, planned.plan);
 }

@@ -86,7 +86,7 @@ Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool
   in.has_gradient = out.grad_base != nullptr || out.grad_aux != nullptr;
   in.room = room;
   // a scale's gradient is a sum over the row, which one block then has for itself
-  if (choice.types == kWithDoubles || sums_row(out)) in.room.has_clusters = false;
+  if (choice.types == kWithDoubles || sums_row(out)) in.room.max_cluster = 0;
   return choice;
 }
 
@@ -99,7 +99,9 @@ const char* room_of(int device, Room* room) {
     *room = it->second;
     return nullptr;
   }
-  const char* error = hw::describe_device(device, &room->multiprocessors, &room->shared_bytes, &room->has_clusters);
+  bool has_clusters = false;
+  const char* error = hw::describe_device(device, &room->multiprocessors, &room->shared_bytes, &has_clusters);
+  room->max_cluster = has_clusters ? kMaxSegments : 0;
   if (error == nullptr) known[device] = *room;
   return error;
 }
@@ -122,14 +124,15 @@ const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms
   Plan plan = plan_of(choice.inputs);
   ForwardKernel kernel = nullptr;
   hw::Launch how = {};
-  if (plan.is_resident) {
+  while (plan.is_resident) {
     kernel = resident_kernel(choice.mode, choice.types, choice.inputs.cut.piece);
     how = {0, plan.cluster, choice.inputs.cut.threads + hw::kWarp, plan.layout.bytes, stream};
     if (const char* error = blocks_at_once(kernel, how, device, room.multiprocessors, &at_once)) return error;
-  }
-  if (at_once == 0) {  // no clusters, or none of this size here
-    choice.inputs.room.has_clusters = false;
+    if (at_once > 0) break;
+    choice.inputs.room.max_cluster = plan.cluster / 2;  // none of this size here
     plan = plan_of(choice.inputs);
+  }
+  if (!plan.is_resident) {
     kernel = reread_kernel(choice.mode, choice.types, choice.inputs.cut.piece);
     how = {0, 0, choice.inputs.cut.threads, plan.layout.bytes, stream};
     if (const char* error = blocks_at_once(kernel, how, device, room.multiprocessors, &at_once)) return error;

@@ -12,8 +12,8 @@
 
 namespace auxk {
 
-constexpr int kMaxThreads = 512;      // that work on columns
-constexpr int kGeneralThreads = 256;  // where they need more registers
+constexpr int kMaxThreads = 384;      // that work on columns; with the producer, 128 registers each
+constexpr int kGeneralThreads = 224;  // where they need more
 constexpr int kMaxSegments = 16;      // also the largest cluster
 constexpr int kMaxSlots = 32;
 constexpr int kColumnsOfLane = 8;  // in a tile
@@ -53,7 +53,7 @@ inline Cut cut_of(int64_t V, int piece, int most_threads) {
 struct Room {
   int32_t multiprocessors;
   int64_t shared_bytes;  // of a block, at most
-  bool has_clusters;
+  int32_t max_cluster;   // 0: no clusters
 };
 
 // Where things lie in a block's shared memory, in bytes from its start.
@@ -122,13 +122,13 @@ inline Plan plan_of(const PlanInputs& in) {
   Plan plan = {};
   plan.cluster = 1;
   plan.layout = layout_of(in, 1, 0);
-  if (!in.room.has_clusters) return plan;
-  for (int cluster = 1; cluster <= in.cut.num_segments; cluster *= 2) {
+  const int largest = std::min(in.cut.num_segments, in.room.max_cluster);
+  for (int cluster = 1; cluster <= largest; cluster *= 2) {
     const int slots = slots_of(in, cluster);
     const int needed = in.has_gradient ? in.cut.num_segments / cluster * in.cut.num_tiles : 1;
     const int64_t ahead = int64_t{slots - needed} * layout_of(in, cluster, 0).slot_bytes;
     if (slots < std::max(needed, 2)) continue;
-    const bool is_last_chance = cluster == in.cut.num_segments;
+    const bool is_last_chance = 2 * cluster > largest;
     const bool leaves_half_idle = 2 * cluster * in.num_rows <= in.room.multiprocessors;
     if (is_last_chance || (ahead >= kAhead && !leaves_half_idle)) return {true, cluster, layout_of(in, cluster, slots)};
   }
