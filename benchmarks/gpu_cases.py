@@ -22,6 +22,7 @@ import auxkernels as ak
 from auxkernels import backends
 
 NUM_ROWS = 37
+NUM_REPEATS = 250
 IGNORE_INDEX = -100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of ours, those that are checked by name where they can be used
@@ -221,9 +222,54 @@ def all_cases() -> list[Case]:
     return [*_cross_entropy_cases(), *heads, *_lookup_cases()]
 
 
+# -- what is checked of a call -----------------------------------------------------------------------------------------
+
+
+def _values(case: Case, backend: str, device: torch.device) -> str | None:
+    return case.check(device, backend)
+
+
+def _same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
+    """0-d bool on the device: the host does not wait. NaN equals NaN."""
+    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in zip(got.values(), want.values(), strict=True)]
+    return torch.stack(same).all()
+
+
+def _repeats_alike(case: Case, backend: str, device: torch.device, num_repeats: int = NUM_REPEATS) -> str | None:
+    inputs = case.inputs(device)
+    first = case.run(inputs, backend)
+    same = torch.stack([_same_bits(case.run(inputs, backend), first) for _ in range(num_repeats)])
+    return None if same.all().item() else f"{int((~same).sum())} of {num_repeats} runs differ"
+
+
+def _works_in_graphs_and_streams(case: Case, backend: str, device: torch.device) -> str | None:
+    inputs, others = case.inputs(device, seed=0), case.inputs(device, seed=1)
+    want = case.run(others, backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_side = case.run(others, backend)
+        case.run(inputs, backend)  # compiles what a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    if not _same_bits(on_side, want).item():
+        return "another result on a side stream"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.run(inputs, backend)
+    with torch.no_grad():
+        for name, tensor in inputs.items():
+            tensor.copy_(others[name])
+    graph.replay()
+    return None if _same_bits(captured, want).item() else "another result from a replayed graph"
+
+
+CHECKS = {"values": _values, "repeats": _repeats_alike, "graphs": _works_in_graphs_and_streams}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cases", description=__doc__.partition(":")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--check", choices=CHECKS, default="values", help="what is checked of each call (values)")
     parser.add_argument("--every", type=int, default=1, help="only every n-th case (1)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further call begins (none)")
     parser.add_argument("--usable", action="store_true", help="only say, as JSON, why each implementation is unusable")
@@ -232,13 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.usable:
         print(json.dumps(unusable(device)))
         return 0
-    check = functools.partial(_checked, device)
+    check = functools.partial(CHECKS[options.check], device=device)
     findings = list(each(all_cases()[:: options.every], device, check, options.seconds, _print_line))
     return int(any(problem is not None for _, problem in findings))
-
-
-def _checked(device: torch.device, case: Case, backend: str) -> str | None:
-    return case.check(device, backend)
 
 
 def _print_line(line: str) -> None:

@@ -35,7 +35,6 @@ from . import gpu_cases, machine, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-NUM_REPEATS = 250
 # seconds of each part, where the whole check may take `WHOLE`
 WHOLE = 540
 LIMITS = {
@@ -47,6 +46,8 @@ LIMITS = {
     "racecheck": 40,
     "benchmark": 130,
 }
+# what a process takes to begin
+START_SECONDS = 8
 # a sanitizer's last call begins this long before its time is over, process start included
 SUMMARY_SECONDS = 25
 # the benchmark's last case begins this long before its time is over: it may have other packages to compile
@@ -61,7 +62,7 @@ class Outcome(NamedTuple):
     found: dict[str, dict] | None = None
 
 
-# -- parts in processes of their own -----------------------------------------------------------------------------------
+# -- parts, each in a process of its own -------------------------------------------------------------------------------
 
 
 def _run(command: list[str], log: Path, seconds: float, **variables: str) -> tuple[int | None, str]:
@@ -89,7 +90,8 @@ def _outcome(status: int | None, detail: str) -> Outcome:
 
 
 def build(log: Path, seconds: float) -> Outcome:
-    status, output = _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], log, seconds)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    status, output = _run(command, log, seconds, MAX_JOBS=os.environ.get("MAX_JOBS", str(os.cpu_count() or 2)))
     from auxkernels import native
 
     said = "; ".join(f"{name}: {text}" for name, text in native.build_record().items())
@@ -115,6 +117,28 @@ def _unusable(log: Path) -> dict[str, str | None]:
         return json.loads(output.splitlines()[-1])
     except (IndexError, ValueError):
         return dict.fromkeys(gpu_cases.BY_NAME, f"not known: {_last(r'.+', output)}")
+
+
+def _calls(check: str) -> Callable[[Path, float], Outcome]:
+    """Every third case by each implementation that serves it, until the time is over.
+
+    In a process of its own: this one has looked for the compiled modules before they were built, and a kernel that goes
+    wrong takes its process's whole context with it.
+    """
+
+    def run(log: Path, seconds: float) -> Outcome:
+        limits = ["--every", "3", "--seconds", f"{max(seconds - START_SECONDS, 1.0):.0f}"]
+        command = [sys.executable, "-m", "benchmarks.gpu_cases", "--check", check, *limits]
+        status, output = _run(command, log, seconds)
+        lines = [line for line in output.splitlines() if line.startswith(("ok ", "FAIL ", gpu_cases.TIME_IS_OVER))]
+        failed = [line for line in lines if line.startswith("FAIL ")]
+        if failed:
+            return Outcome("failed", f"{len(failed)} of {len(lines)} calls: {failed[0][:120]}")
+        if lines and lines[-1].startswith(gpu_cases.TIME_IS_OVER):
+            return Outcome("stopped", lines[-1])
+        return _outcome(status, f"{len(lines)} calls" if status == 0 else _last(r".+", output))
+
+    return run
 
 
 def _sanitizer(tool: str, every: int) -> Callable[[Path, float], Outcome]:
@@ -145,72 +169,11 @@ def benchmark(log: Path, seconds: float) -> Outcome:
     return outcome._replace(status="stopped") if status == 0 and num_done != num_cases else outcome
 
 
-# -- parts in this process ---------------------------------------------------------------------------------------------
-
-
-def _each_case(check: Callable[[gpu_cases.Case, str], str | None], log: Path, seconds: float) -> Outcome:
-    """Every third case by each implementation that serves it, until the time is over."""
-    lines: list[str] = []
-    findings = list(gpu_cases.each(gpu_cases.all_cases()[::3], _device(), check, seconds, lines.append))
-    log.write_text("\n".join(lines) + "\n")
-    failed = [line for line, problem in findings if problem is not None]
-    if failed:
-        return Outcome("failed", f"{len(failed)} of {len(findings)} calls: {failed[0][:120]}")
-    is_over = bool(lines) and lines[-1].startswith(gpu_cases.TIME_IS_OVER)
-    return Outcome("stopped" if is_over else "passed", lines[-1] if is_over else f"{len(findings)} calls")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> torch.Tensor:
-    """0-d bool on the device: the host does not wait. NaN equals NaN."""
-    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in zip(got.values(), want.values(), strict=True)]
-    return torch.stack(same).all()
-
-
-def _repeats_alike(case: gpu_cases.Case, backend: str, num_repeats: int = NUM_REPEATS) -> str | None:
-    inputs = case.inputs(_device())
-    first = case.run(inputs, backend)
-    same = torch.stack([_same_bits(case.run(inputs, backend), first) for _ in range(num_repeats)])
-    return None if same.all().item() else f"{int((~same).sum())} of {num_repeats} runs differ"
-
-
-def _works_in_graphs_and_streams(case: gpu_cases.Case, backend: str) -> str | None:
-    inputs, others = case.inputs(_device(), seed=0), case.inputs(_device(), seed=1)
-    want = case.run(others, backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        on_side = case.run(others, backend)
-        case.run(inputs, backend)  # compiles what a capture may not
-    torch.cuda.current_stream().wait_stream(stream)
-    if not _same_bits(on_side, want).item():
-        return "another result on a side stream"
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = case.run(inputs, backend)
-    with torch.no_grad():
-        for name, tensor in inputs.items():
-            tensor.copy_(others[name])
-    graph.replay()
-    return None if _same_bits(captured, want).item() else "another result from a replayed graph"
-
-
-def repeats(log: Path, seconds: float) -> Outcome:
-    return _each_case(_repeats_alike, log, seconds)
-
-
-def graphs(log: Path, seconds: float) -> Outcome:
-    return _each_case(_works_in_graphs_and_streams, log, seconds)
-
-
 PARTS: dict[str, Callable[[Path, float], Outcome]] = {
     "build": build,
     "tests": tests,
-    "repeats": repeats,
-    "graphs": graphs,
+    "repeats": _calls("repeats"),
+    "graphs": _calls("graphs"),
     "memcheck": _sanitizer("memcheck", every=1),
     "racecheck": _sanitizer("racecheck", every=4),
     "benchmark": benchmark,

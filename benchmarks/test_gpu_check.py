@@ -1,7 +1,9 @@
 """The GPU check without a GPU: its cases, its bookkeeping, and that a defect is seen."""
 
 import json
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,25 +67,45 @@ def test_rows_are_written_as_parts_end_and_unused_time_goes_on(monkeypatch, tmp_
 
 
 def test_a_process_that_outlives_its_time_is_stopped(tmp_path):
-    import sys
-
     status, output = gpu_check._run(
         [sys.executable, "-c", "print('begun'); import time; time.sleep(60)"], tmp_path / "log", 3.0
     )
     assert status is None and output == "begun\n"
 
 
-def test_a_case_that_fails_is_named(monkeypatch, tmp_path):
-    check = lambda case, backend: "differs" if "V 33" in case.name else None  # noqa: E731
-    outcome = gpu_check._each_case(check, tmp_path / "log", 60.0)
-    assert outcome.status == "failed" and "V 33" in outcome.detail
-    assert "FAIL fp32 loss, mean, V 33: differs" in (tmp_path / "log").read_text()
+def calls_that_say(monkeypatch, said: str, status: int) -> gpu_check.Outcome:
+    monkeypatch.setattr(gpu_check, "_run", lambda command, log, seconds: (status, said))
+    return gpu_check._calls("repeats")(Path("log"), 30.0)
+
+
+def test_a_case_that_fails_is_named(monkeypatch):
+    outcome = calls_that_say(monkeypatch, "ok   bf16 one\nFAIL fp32 loss, mean, V 33: differs\n", 1)
+    assert outcome.status == "failed" and outcome.detail == "1 of 2 calls: FAIL fp32 loss, mean, V 33: differs"
+
+
+@pytest.mark.parametrize(
+    "said, status, outcome",
+    [
+        ("ok   bf16 one\nok   bf16 two\n", 0, ("passed", "2 calls")),
+        ("ok   bf16 one\ntime is over: 1 of 20 calls\n", 0, ("stopped", "time is over: 1 of 20 calls")),
+        ("Traceback\nImportError: no torch\n", 1, ("failed", "ImportError: no torch")),
+        ("ok   bf16 one\n", -11, ("failed", "ok   bf16 one")),
+    ],
+)
+def test_calls_pass_only_where_their_process_does(monkeypatch, said, status, outcome):
+    assert calls_that_say(monkeypatch, said, status)[:2] == outcome
+
+
+def test_calls_run_in_a_process_of_their_own(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_cases", "--device", "cpu", "--check", "repeats", "--every", "30"]
+    status, output = gpu_check._run(command, tmp_path / "log", 100.0)
+    assert status == 0 and [line[:2] for line in output.splitlines()] == ["ok", "ok"]
 
 
 def test_equal_bits_count_nan_as_equal():
     a = {"x": torch.tensor([1.0, torch.nan])}
-    assert gpu_check._same_bits(a, {"x": torch.tensor([1.0, torch.nan])})
-    assert not gpu_check._same_bits(a, {"x": torch.tensor([1.0, 2.0])})
+    assert gpu_cases._same_bits(a, {"x": torch.tensor([1.0, torch.nan])})
+    assert not gpu_cases._same_bits(a, {"x": torch.tensor([1.0, 2.0])})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -93,8 +115,7 @@ def test_without_a_device_nothing_is_claimed(capsys):
 
 def test_repeats_of_a_call_are_compared(monkeypatch):
     case = gpu_cases.all_cases()[0]
-    monkeypatch.setattr(gpu_check, "_device", lambda: CPU)
-    assert gpu_check._repeats_alike(case, "auto", num_repeats=3) is None
+    assert gpu_cases._repeats_alike(case, "auto", CPU, num_repeats=3) is None
     run, calls = gpu_cases.Case.run, []
 
     def drifting(self, inputs, backend="auto"):
@@ -102,7 +123,7 @@ def test_repeats_of_a_call_are_compared(monkeypatch):
         return {name: t + (len(calls) == 3) for name, t in run(self, inputs, backend).items()}
 
     monkeypatch.setattr(gpu_cases.Case, "run", drifting)
-    assert gpu_check._repeats_alike(case, "reference", num_repeats=3) == "1 of 3 runs differ"
+    assert gpu_cases._repeats_alike(case, "reference", CPU, num_repeats=3) == "1 of 3 runs differ"
     assert set(calls) == {"reference"}
 
 
@@ -139,12 +160,12 @@ def test_an_option_that_an_implementation_lacks_is_no_finding_and_a_failed_launc
     assert lines == [f"ok   fp32 loss, mean, V 33 ({name})" for name in ("native", "triton")]
 
 
-def test_calls_end_with_their_time_and_say_so(tmp_path):
-    outcome = gpu_check._each_case(lambda case, backend: time.sleep(0.05), tmp_path / "log", 0.2)
-    assert outcome.status == "stopped" and outcome.detail.startswith("time is over: ")
-    num_done = int(outcome.detail.split()[3])
-    assert 1 <= num_done < 20 and outcome.detail.endswith(" of 20 calls")
-    assert gpu_check._each_case(lambda case, backend: None, tmp_path / "log", 60.0) == ("passed", "20 calls", None)
+def test_calls_end_with_their_time_and_say_so():
+    lines = []
+    some = gpu_cases.all_cases()[::3]
+    done = list(gpu_cases.each(some, CPU, lambda case, backend: time.sleep(0.05), 0.2, lines.append))
+    assert 1 <= len(done) < 20 and lines[-1] == f"time is over: {len(done)} of 20 calls"
+    assert len(list(gpu_cases.each(some, CPU, lambda case, backend: None, 60.0))) == 20
 
 
 @pytest.mark.parametrize("said, status", [("", "passed"), ("time is over: 2 of 60 calls\n", "stopped")])
