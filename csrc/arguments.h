@@ -31,8 +31,9 @@ inline Source source_of(const SourceArguments& a, const SourceNumbers& numbers) 
   return source;
 }
 
-// num_rows, V, target, target_is_int32, ignore_index, weight, threads (CPU) or stream (CUDA), is_double
-using ProblemArguments = std::array<int64_t, 8>;
+// num_rows, V, target, target_is_int32, ignore_index, weight, threads (CPU) or stream (CUDA),
+// is_double, device (CUDA)
+using ProblemArguments = std::array<int64_t, 9>;
 
 inline Problem problem_of(const ProblemArguments& a, const Source& base, const Source& aux) {
   Problem p;

@@ -42,6 +42,7 @@ def install(monkeypatch) -> None:
         return real(backend, stem, is_cuda)
 
     monkeypatch.setattr(cuda_cross_entropy, "cuda", lambda: emulated)
+    monkeypatch.setattr(cuda_cross_entropy, "_place_of", lambda tensor: (0, Machine.number))
     monkeypatch.setattr(ops, "implementation", implementation)
 
 
@@ -60,18 +61,21 @@ class Launched(NamedTuple):
     shared_bytes: int
 
 
+_numbers = {Room(): 0}  # what is known of a device is kept under its number
+
+
 class Machine:
     """What a test may ask of the emulation beside the calls themselves."""
 
-    _numbers: dict[Room, int] = {Room(): 0}  # what is known of a device is kept under its number
+    number = 0  # of the device in use
 
     def __init__(self):
         self.module = module(os.environ.get("AUXKERNELS_CUDA_SANITIZERS", ""))
         self.library = ctypes.CDLL(self.module.__file__)
 
     def use(self, room: Room) -> None:
-        number = self._numbers.setdefault(room, len(self._numbers))
-        self.library.auxk_use_device(number, room.multiprocessors, ctypes.c_int64(room.shared_bytes), room.has_clusters)
+        Machine.number = _numbers.setdefault(room, len(_numbers))
+        self.library.auxk_use_device(Machine.number, room.multiprocessors, ctypes.c_int64(room.shared_bytes), room.has_clusters)
 
     def seed(self, value: int) -> None:
         self.library.auxk_seed(ctypes.c_uint64(value))

@@ -16,6 +16,7 @@ from emulated_cuda import Room
 from implementations import Implementation
 from inputs import logits, targets
 from oracle import Case, check
+from test_confident_rows import confident_problem, true_class_errors
 from test_sanitizers import preload  # noqa: F401, a fixture
 from test_statistics import check_statistics
 
@@ -243,14 +244,17 @@ def test_a_row_alone_has_the_bits_it_has_among_others(machine, vocab_size, dtype
     assert len(clusters) > 1 or vocab_size == 129
 
 
-def test_where_no_cluster_of_this_size_runs_the_row_is_read_again(machine):
+def test_where_no_cluster_of_this_size_runs_a_smaller_one_does_or_the_row_is_read_again(machine):
     base, aux = (logits(2, 96001, dtype=BF16) for _ in range(2))
     target = places(2, 96001)
     want = loss_of(base, aux, target)
     assert machine.last().cluster == 16
-    machine.use(Room(multiprocessors=7, shared_bytes=48 << 10))
+    machine.use(Room(multiprocessors=12, shared_bytes=48 << 10))
     assert_equal_bits(loss_of(base, aux, target), want)
     assert machine.last().cluster == 1
+    machine.use(Room(multiprocessors=12, shared_bytes=64 << 10))  # eight blocks have little room, but run
+    assert_equal_bits(loss_of(base, aux, target), want)
+    assert machine.last().cluster == 8
 
 
 # -- any order of the threads ------------------------------------------------------------------------------------------
@@ -258,8 +262,8 @@ def test_where_no_cluster_of_this_size_runs_the_row_is_read_again(machine):
 SEEDED = {
     # rows, width, dtype, room, options
     "cluster 1, odd": (5, 37, BF16, Room(multiprocessors=2), {}),
-    "cluster 1, ring wraps": (7, 1030, F32, Room(multiprocessors=2, shared_bytes=48 << 10), {}),
-    "cluster 1, no gradient": (7, 1031, BF16, Room(multiprocessors=2, shared_bytes=48 << 10), {"needs": 0}),
+    "cluster 1, ring wraps": (24, 1030, F32, Room(multiprocessors=2, shared_bytes=48 << 10), {}),
+    "cluster 1, no gradient": (48, 1031, BF16, Room(multiprocessors=2, shared_bytes=48 << 10), {"needs": 0}),
     "cluster 2": (3, 12001, BF16, Room(multiprocessors=6), {}),
     "cluster 2, ring wraps": (4, 12004, F32, Room(multiprocessors=2, shared_bytes=100 << 10), {}),
     "cluster 2, statistics": (3, 12008, BF16, Room(multiprocessors=6), {"wanted": ALL_FIELDS}),
@@ -286,7 +290,13 @@ def test_any_order_of_the_threads_gives_the_same_bits(machine, name):
         want = got if want is None else want
         assert_equal_bits(got, want, f"seed {seed}")
     if name.startswith("cluster"):
-        assert machine.last().cluster == int(name.split(",")[0].split()[1])
+        cluster = int(name.split(",")[0].split()[1])
+        assert machine.last().cluster == cluster
+    if "wraps" in name:
+        code = DTYPE_CODES[dtype]
+        plan = machine.module.plan(rows, vocab_size, code, code, True, False, *room)
+        num_tiles = rows // (room.multiprocessors // cluster) * plan["num_segments"] // cluster * plan["num_tiles"]
+        assert num_tiles >= 2 * plan["num_slots"], plan
     check(Case(base, aux.requires_grad_(), target, {"reduction": "sum"}), IMPL)
 
 
@@ -306,9 +316,7 @@ class Fenced:
         shape = [rows, vocab_size] if lead is None else [*lead, vocab_size]
         self.view = self.room.as_strided(shape, strides, GUARD + offset)
         self.view.copy_(plain.view(shape))
-        self.rows = [row for row in self.view.flatten(0, -2)] if lead else list(self.view)
-        if lead:
-            self.rows = [self.view[i, j] for i in range(lead[0]) for j in range(lead[1])]
+        self.rows = list(self.view) if lead is None else [row for outer in self.view for row in outer]
 
 
 class FencedGradient:
@@ -327,23 +335,24 @@ class FencedGradient:
         assert not self.inside.isnan().any()
 
 
-BOUNDS = list(
-    zip(
-        [5, 8, 24, 127, 128, 1025, 1032, 4099, 8200, 12001, 12008, 24001],
-        itertools.cycle([(BF16, BF16), (F32, F32), (BF16, F32), (F16, F16)]),
-        itertools.cycle([(0, 1), (1, 3), (7, 0), (4, 5), (2, 6)]),
-        strict=False,
-    )
-) + [(1024, (BF16, BF16), (0, 4)), (1024, (F32, F32), (0, 2)), (12000, (BF16, F32), (4, 1)), (48, (F32, BF16), (0, 4))]
+PAIRS = [(BF16, BF16), (F32, F32), (BF16, F32), (F16, F16)]
+OFFSETS = [(0, 1), (1, 3), (7, 0), (4, 5), (2, 6)]  # in elements, of base and aux
+BOUNDS = [
+    (vocab_size, PAIRS[i % 4], OFFSETS[i % 5])
+    for i, vocab_size in enumerate([5, 8, 24, 127, 128, 1025, 1032, 4099, 8200, 12001, 12008, 24001])
+]
+BOUNDS += [(1024, PAIRS[0], (0, 4)), (1024, PAIRS[1], (0, 2)), (12000, PAIRS[2], (4, 1)), (48, (F32, BF16), (0, 4))]
 
 
-@pytest.mark.parametrize("form", ["loss", "general", "backward", "scales"])
-@pytest.mark.parametrize("room", [Room(), Room(3, 100 << 10), NO_CLUSTERS], ids=["resident", "small", "reread"])
+BOUNDED = [*itertools.product(("resident", "small", "reread"), ("loss", "general")), ("reread", "scales")]
+BOUNDED.append(("resident", "backward"))  # which has one plan everywhere
+ROOMS = {"resident": Room(), "small": Room(3, 100 << 10), "reread": NO_CLUSTERS}
+
+
+@pytest.mark.parametrize("room, form", BOUNDED, ids=short)
 @pytest.mark.parametrize("vocab_size, dtypes, offsets", BOUNDS, ids=short)
 def test_nothing_is_touched_outside_of_the_rows(machine, vocab_size, dtypes, offsets, room, form):
-    if form == "backward" and room != Room():
-        pytest.skip("has no plan")
-    machine.use(room)
+    machine.use(ROOMS[room])
     plain = [logits(4, vocab_size, dtype=dtype) for dtype in dtypes]
     target = targets(4, vocab_size=vocab_size, ignored=0.25)
     options = {"z_loss": 0.1} if form == "general" else {}
@@ -550,6 +559,59 @@ def test_the_ticket_is_zero_after_every_call(machine, monkeypatch):
                 assert ticket == 0
 
 
+# -- rows whose blocks have little to say ------------------------------------------------------------------------------
+
+APART = [(1025, Room()), (12001, Room()), (24008, Room()), (50257, Room()), (96001, Room()), (24008, NO_CLUSTERS)]
+
+
+@pytest.mark.parametrize("vocab_size, room", APART, ids=short)
+def test_whole_blocks_of_masked_classes_count_nothing(machine, vocab_size, room):
+    """All but one class in one block, the first half, the last, all but the ends."""
+    machine.use(room)
+    base, aux = (logits(5, vocab_size, dtype=BF16) for _ in range(2))
+    half, last = vocab_size // 2, vocab_size - 1
+    keep = torch.zeros(5, vocab_size, dtype=torch.bool)
+    keep[0, last], keep[1, half:], keep[2, :half], keep[3, ::last], keep[4, : vocab_size // 16] = [True] * 5
+    aux[~keep] = -torch.inf
+    target = torch.tensor([last, half, 0, last, 1])
+    check(Case(base, aux.requires_grad_(), target, {"reduction": "sum"}), IMPL)
+    check(Case(base, aux, target, {"reduction": "none"}), IMPL, torch.rand(5))
+    check_statistics(Case(base, aux.detach(), target), IMPL)
+    target = torch.tensor([0, 0, half, 5, last])  # a masked class is the true one
+    got = Case(base, aux, target, {"reduction": "none"}).run("native", torch.ones(5))
+    assert (got["loss"] == torch.inf).all()
+    p = (base.double() + aux.detach().double()).softmax(-1)
+    assert torch.allclose(got["aux[0]"].double().gather(-1, target[:, None]), -torch.ones(5, 1).double())
+    assert torch.allclose(got["aux[0]"].double().scatter(-1, target[:, None], 0.0), p, atol=1e-2)
+
+
+@pytest.mark.parametrize("vocab_size, room", APART, ids=short)
+def test_ties_and_nan_far_apart_have_the_lowest_index(machine, vocab_size, room):
+    machine.use(room)
+    last = vocab_size - 1
+    at = [[0, last], [last // 2, last], [last // 3, last // 2, last - 1], [last]]
+    for value in (50.0, torch.nan, torch.inf):
+        base = logits(4, vocab_size, dtype=BF16)
+        for row, columns in enumerate(at):
+            base[row, columns] = value
+        for target in (torch.tensor([columns[-1] for columns in at]), torch.tensor([columns[0] for columns in at])):
+            fields, ints = scan_of(base, None, target, ALL_FIELDS)
+            assert ints.tolist() == [[columns[0] for columns in at]] * 2, value
+            assert fields.isnan().any() == (value != 50.0)
+    base[3] = -torch.inf
+    assert (scan_of(base, None, torch.tensor([0, 1, 2, last]), ops.mask_of("argmax"))[0][0, 3]) == 0
+
+
+@pytest.mark.parametrize("vocab_size, room", APART, ids=short)
+def test_confident_rows_of_several_blocks_are_accurate(machine, vocab_size, room):
+    machine.use(room)
+    for place in (0, vocab_size // 2, vocab_size - 1):
+        base, aux, target = confident_problem(vocab_size, 30.0, "cpu", place)
+        for options, upstream in (({"reduction": "sum"}, None), ({"reduction": "none"}, torch.rand(len(target)))):
+            case = Case(base, aux, target, options)
+            assert true_class_errors(case, check(case, IMPL, upstream), upstream).max() < 1e-4
+
+
 # -- the emulation itself ----------------------------------------------------------------------------------------------
 
 
@@ -570,11 +632,16 @@ def test_the_emulations_own_test_passes(tmp_path, option):
 OVERRUN = """
 import sys
 sys.path.insert(0, "tests")
-import torch
-from emulated_cuda import Machine
-module, grad, factor = Machine().module, torch.ones(3, 33), torch.tensor(2.0)
+import ctypes
+import emulated_cuda, pytest, torch
+from auxkernels.native import cuda_cross_entropy
+emulated_cuda.install(pytest.MonkeyPatch())
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+room = (ctypes.c_char * (12 * {width})).from_address(libc.malloc(ctypes.c_size_t(12 * 33)))
+grad = torch.frombuffer(room, dtype=torch.float32).view(3, {width})
 print("loaded")
-module.rescale(grad.data_ptr(), 0, 3, 33 + {more}, 0, False, -100, factor.data_ptr(), 0, 0)
+cuda_cross_entropy.rescale_(grad, torch.tensor(2.0), None, -100)
 print("survived")
 """
 SANITIZERS = "address,undefined"
@@ -609,8 +676,8 @@ def test_the_sanitizers_find_nothing_in_the_kernels_and_do_find_an_overrun(prelo
         options = {"cwd": emulated_cuda.ROOT, "env": environment, "capture_output": True, "text": True}
         return subprocess.run(command, timeout=280, **options)
 
-    assert "survived" in run("-c", OVERRUN.format(more=0)).stdout
-    control = run("-c", OVERRUN.format(more=1))
+    assert "survived" in run("-c", OVERRUN.format(width=33)).stdout
+    control = run("-c", OVERRUN.format(width=34))
     assert "loaded" in control.stdout and "survived" not in control.stdout
     assert "AddressSanitizer: heap-buffer-overflow" in control.stderr, control.stderr[-2000:]
     chosen = [f"tests/{test}" for test in SANITIZED]

@@ -53,6 +53,12 @@ def cuda_missing() -> str | None:
     return _load("cuda")[1]
 
 
+@functools.cache
+def cuda_driver_problem() -> str | None:
+    """Why this machine's driver cannot run what the CUDA module contains; None where it can, or where there is none."""
+    return cuda().driver_problem() if torch.cuda.is_available() else None
+
+
 def build_record() -> dict[str, str]:
     """What the build said of each module, as written beside it."""
     path = Path(__file__).with_name("_build.json")

@@ -37,6 +37,7 @@ class Call:
         ignore_index,
         vocab_size,
         threads_or_stream,
+        device=0,
     ):
         self.compute = ops.compute_dtype(base, aux)
         self.alive: list[Tensor] = []
@@ -51,6 +52,7 @@ class Call:
                 0 if weight is None else self._converted_pointer(weight),
                 threads_or_stream,
                 self.compute == torch.float64,
+                device,
             ),
             self._source(base, base_scale),
             _numbers(base_scale, base_softcap),

@@ -14,34 +14,32 @@ from .arguments import Call, output_pointers
 # what the loss is divided by: enum Divisor of csrc/cuda/cross_entropy.h
 BY_ONE, BY_NUMBER, BY_TENSOR, BY_KEPT_ROWS = range(4)
 
-_tickets: dict[tuple[int, int], Tensor] = {}
-
 
 def _on_device_of(tensor: Tensor):
     """Kernels start on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _stream_of(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+def _place_of(tensor: Tensor) -> tuple[int, int]:
+    """(current stream, device) as the compiled functions take them."""
+    if not tensor.is_cuda:  # the module that the tests compile for the CPU
+        return 0, 0
+    return torch.cuda.current_stream(tensor.device).cuda_stream, tensor.device.index
 
 
-def _ticket(like: Tensor) -> Tensor:
-    """A counter for the blocks of one kernel, 0 before and after it.
+def _ticket(like: Tensor) -> Tensor | None:
+    """A counter for the blocks of one kernel, 0 before and after it; None: the module has one for every stream.
 
-    Kernels of one stream follow each other and can share one. A captured graph may be replayed beside anything, and a
-    stream that torch did not make may be destroyed and its handle reused: those get a fresh one.
+    A captured graph may be replayed beside anything, and a stream that torch did not make may be destroyed and its
+    handle given to another: those get a counter of their own.
     """
     if not like.is_cuda:
-        return torch.zeros(1, dtype=torch.int32)
+        return None
     stream = torch.cuda.current_stream(like.device)
     is_external = stream.cuda_stream != 0 and stream.stream_id == stream.cuda_stream
     if is_external or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=like.device)
-    key = (like.device.index, stream.cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=like.device)
-    return _tickets[key]
+    return None
 
 
 def scan(
@@ -50,7 +48,7 @@ def scan(
     """The wanted fields of every row."""
     with _on_device_of(base):
         leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
-        call = Call(*leading, vocab_size, _stream_of(base))
+        call = Call(*leading, vocab_size, *_place_of(base))
         fields = ops.empty_fields(base, aux, wanted)
         cuda().scan(*call.leading, output_pointers(wanted, 0, fields, []))
     return fields
@@ -77,11 +75,11 @@ def loss(
 ) -> list[Tensor]:
     """The reduced loss, the wanted fields and the requested gradients, divided too, by one kernel.
 
-    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; may be the sources' own memory.
+    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; may be a source's own memory, in its dtype.
     """
     with _on_device_of(base):
         leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
-        call = Call(*leading, vocab_size, _stream_of(base))
+        call = Call(*leading, vocab_size, *_place_of(base))
         value = base.new_empty((), dtype=call.compute)
         row_loss = base.new_empty(call.shape.numel(), dtype=call.compute)
         fields = ops.empty_fields(base, aux, wanted)
@@ -98,7 +96,7 @@ def loss(
                 # an empty tensor has no address, and one of no rows still has a loss
                 row_loss.data_ptr() or value.data_ptr(),
                 value.data_ptr(),
-                ticket.data_ptr(),
+                0 if ticket is None else ticket.data_ptr(),
                 divisor,
                 0 if normalizer is None else normalizer.data_ptr(),
             ),
@@ -132,7 +130,7 @@ def backward(
     """The requested gradients for one number per row and coefficient; `grads` as for `loss`."""
     with _on_device_of(base):
         leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
-        call = Call(*leading, vocab_size, _stream_of(base))
+        call = Call(*leading, vocab_size, *_place_of(base))
         grads = ops.empty_grads(base, aux, needs) if grads is None else grads
         state = {"max": max, "log_denom": log_denom, "nll": nll, "base_max": base_max, "base_log_denom": base_log_denom}
         named = zip(ops.COEFFICIENTS, coefficients, strict=True)
@@ -162,5 +160,5 @@ def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: 
             ignore_index,
             factor.data_ptr(),
             DTYPE_CODES[factor.dtype],
-            _stream_of(grad),
+            *_place_of(grad),
         )

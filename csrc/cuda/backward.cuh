@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMode == kGeneral ? kGeneralThreads : kMaxThre
     const GradientRows grads = gradient_rows<K>(problem, p.out, n);
     const bool is_last_part = first_segment == num_parts - 1;
     if (at.is_ignored) {
-      const int64_t start = first_segment * cut.segment(), stop = start + segments * cut.segment();
+      const int64_t start = int64_t{first_segment} * cut.segment, stop = start + int64_t{segments} * cut.segment;
       const auto end = [&](const Source& source) { return is_last_part || stop > source.width ? source.width : stop; };
       if (start < end(problem.base)) fill_zero(grads.base, start, end(problem.base), hw::thread(), cut.threads);
       if (has_aux && start < end(problem.aux)) fill_zero(grads.aux, start, end(problem.aux), hw::thread(), cut.threads);
@@ -54,9 +54,7 @@ __global__ void __launch_bounds__(kMode == kGeneral ? kGeneralThreads : kMaxThre
         if (grad != nullptr && hw::thread() == 0) static_cast<C*>(grad)[n] = C(0);
       continue;
     }
-    const RowOf base = row_of(problem.base, n), aux = row_of(problem.aux, n);
-    const bool base_has_pieces = has_pieces<K::kBase, K::kPiece>(base);
-    const bool aux_has_pieces = has_pieces<K::kAux, K::kPiece>(aux);
+    const SourceRows rows = source_rows<K>(problem, n);
     Bend<C> base_bend, aux_bend;
     if constexpr (kMode == kGeneral) {
       base_bend = bend_of<C>(problem.base, n);
@@ -65,22 +63,16 @@ __global__ void __launch_bounds__(kMode == kGeneral ? kGeneralThreads : kMaxThre
     RowGradient<C> k = gradient_of_row<C>(p.in, n, at.is_poisoned);
     if constexpr (kMode != kGeneral) k.p_factor = exp_of(-k.log_denom);
     ScaleSums<C> scale_sums;
-    for (int i = 0; i < segments * cut.num_tiles; ++i) {
-      const int64_t first = (first_segment + i / cut.num_tiles) * cut.segment() + int64_t{i % cut.num_tiles} * cut.tile;
-      const int64_t left = problem.V - first;
-      const int num = static_cast<int>(left < cut.tile ? left : cut.tile);
-      if (lane.first >= num) continue;
-      C v_base[kColumns], v_aux[kColumns];
-      load_columns<C, K::kBase, K::kPiece, kGlobalLast>(base.at(first), base.dtype, base_has_pieces, lane, num, v_base);
-      if (has_aux) {
-        load_columns<C, K::kAux, K::kPiece, kGlobalLast>(aux.at(first), aux.dtype, aux_has_pieces, lane, num, v_aux);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) v_aux[c] = 0;
+    for (int segment = first_segment; segment < first_segment + segments; ++segment) {
+      for (int i = 0; i < cut.num_tiles; ++i) {
+        const Tile tile(problem, cut, segment, i);
+        if (lane.first >= tile.num) continue;
+        C v_base[kColumns], v_aux[kColumns];
+        const char* aux_tile = rows.has_aux ? rows.aux.at(tile.first) : nullptr;
+        load_sources<C, K, kGlobalLast>(rows.base.at(tile.first), aux_tile, rows, lane, tile.num, v_base, v_aux);
+        const int y = (at.y < 0 ? kNowhere : at.y) - tile.first;
+        write_gradient<C, kMode, K>(problem, lane, tile, y, k, base_bend, aux_bend, grads, v_base, v_aux, &scale_sums);
       }
-      const int64_t y = at.y >= 0 ? at.y - first : -1;
-      write_gradient<C, kMode, K>(problem, lane, first, num, y, k, base_bend, aux_bend, grads, v_base, v_aux,
-                                  &scale_sums);
     }
     if constexpr (kMode == kGeneral) {
       for (int i = 0; i < 2; ++i) {
@@ -116,13 +108,14 @@ __global__ void __launch_bounds__(kRescaleThreads)
     const int64_t left = width - first;
     const int num = static_cast<int>(left < kRescaleColumns ? left : kRescaleColumns);
     const RowOf row = {static_cast<char*>(p.grad) + n * width * bytes_of(p.dtype), p.dtype};
-    const bool is_aligned = has_pieces<kAny, kPiece>(row);
+    if (lane.first >= num) continue;
+    const bool is_wide = has_pieces<kAny, kPiece>(row);
     C x[kColumns];
     char* tile = row.at(first);
-    load_columns<C, kAny, kPiece, kGlobalLast>(tile, p.dtype, is_aligned, lane, num, x);
+    load_columns<C, kAny, kPiece, kGlobalLast>(tile, p.dtype, is_wide, lane, num, x);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) x[i] *= factor;
-    store_columns<C, kAny, kPiece>(tile, p.dtype, is_aligned, lane, num, x);
+    store_columns<C, kAny, kPiece>(tile, p.dtype, is_wide, lane, num, x);
   }
 }
 

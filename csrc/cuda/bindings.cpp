@@ -14,17 +14,26 @@ namespace cuda {
 namespace {
 
 void check(const char* error) {
-  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
+  // an asynchronous fault of earlier work on the device is reported by whoever comes next
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA error, here or of earlier work: ") + error);
 }
 
-void* stream_of(const ProblemArguments& a) { return pointer(a[6]); }
+Place place_of(const ProblemArguments& a) { return {static_cast<int>(a[8]), pointer(a[6])}; }
+
+Problem checked_problem_of(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
+                           const SourceArguments& aux, const SourceNumbers& aux_numbers) {
+  constexpr int64_t kWidest = int64_t{1} << 30;  // columns are counted in 32 bits
+  if (args[1] > kWidest)
+    throw std::invalid_argument("vocab_size must be at most 1073741824, got " + std::to_string(args[1]));
+  return problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+}
 
 void py_scan(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs) {
-  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+  const Problem p = checked_problem_of(args, base, base_numbers, aux, aux_numbers);
   const Outputs out = outputs_of(outputs);
   py::gil_scoped_release release;
-  check(forward(p, out, LossTerms(), args[7] != 0, stream_of(args)));
+  check(forward(p, out, LossTerms(), args[7] != 0, place_of(args)));
 }
 
 // row_loss, loss, ticket, divisor (of enum Divisor), normalizer
@@ -50,39 +59,39 @@ LossTerms terms_of(const Problem& p, const LossArguments& a, double number, doub
 void py_loss(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
              const LossArguments& loss, double number, double label_smoothing, double z_loss) {
-  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+  const Problem p = checked_problem_of(args, base, base_numbers, aux, aux_numbers);
   const Outputs out = outputs_of(outputs);
   const LossTerms terms = terms_of(p, loss, number, label_smoothing, z_loss);
   py::gil_scoped_release release;
-  check(forward(p, out, terms, args[7] != 0, stream_of(args)));
+  check(forward(p, out, terms, args[7] != 0, place_of(args)));
 }
 
 void py_backward(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
                  const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
                  const StateArguments& state, const CoefficientArguments& coefficients) {
-  const Problem p = problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+  const Problem p = checked_problem_of(args, base, base_numbers, aux, aux_numbers);
   const Outputs out = outputs_of(outputs);
   const BackwardInputs in = backward_inputs_of(state, coefficients);
   py::gil_scoped_release release;
-  check(backward(p, out, in, args[7] != 0, stream_of(args)));
+  check(backward(p, out, in, args[7] != 0, place_of(args)));
 }
 
 // factor: a number on the device
 void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_t target, bool target_is_int32,
-                int64_t ignore_index, int64_t factor, int factor_dtype, int64_t stream) {
+                int64_t ignore_index, int64_t factor, int factor_dtype, int64_t stream, int device) {
   RescaleParameters p = {};
   p.problem.num_rows = num_rows, p.problem.V = width, p.problem.target = pointer(target);
   p.problem.target_is_int32 = target_is_int32, p.problem.ignore_index = ignore_index;
   p.grad = pointer(grad), p.dtype = static_cast<DType>(dtype);
   p.factor = pointer(factor), p.factor_dtype = static_cast<DType>(factor_dtype);
   py::gil_scoped_release release;
-  check(rescale(p, pointer(stream)));
+  check(rescale(p, {device, pointer(stream)}));
 }
 
 py::dict dict_of(const Cut& cut, const Plan& plan) {
   py::dict d;
   d["threads"] = cut.threads, d["piece"] = cut.piece, d["num_segments"] = cut.num_segments;
-  d["num_tiles"] = cut.num_tiles, d["tile"] = cut.tile;
+  d["segment"] = cut.segment, d["num_tiles"] = cut.num_tiles, d["tile"] = cut.tile;
   d["is_resident"] = plan.is_resident, d["cluster"] = plan.cluster, d["num_slots"] = plan.layout.num_slots;
   d["slot_bytes"] = plan.layout.slot_bytes, d["shared_bytes"] = plan.layout.bytes;
   return d;
@@ -112,6 +121,10 @@ py::dict py_plan(int64_t num_rows, int64_t V, int base_dtype, int aux_dtype, boo
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels of auxkernels; called through auxkernels.native.";
+  m.def("driver_problem", [] {
+    const char* problem = auxk::cuda::driver_problem();
+    return problem == nullptr ? py::object(py::none()) : py::object(py::str(problem));
+  });
   m.def("scan", &auxk::cuda::py_scan);
   m.def("loss", &auxk::cuda::py_loss);
   m.def("backward", &auxk::cuda::py_backward);

@@ -45,7 +45,10 @@ struct RowOf {
   char* first;  // column 0
   DType dtype;
 
-  AUXK_DEVICE char* at(int64_t column) const { return first + column * bytes_of(dtype); }
+  template <int kType = kAny>
+  AUXK_DEVICE char* at(int64_t column) const {
+    return first + column * bytes_of(kType == kAny ? dtype : static_cast<DType>(kType));
+  }
 };
 
 AUXK_DEVICE int64_t row_start(const Source& source, int64_t n) {
@@ -63,23 +66,44 @@ AUXK_DEVICE RowOf gradient_row(void* grad, DType dtype, const Source& source, in
 }
 
 AUXK_DEVICE uint32_t misalignment(const void* p, uint32_t unit) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & (unit - 1));
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) & (unit - 1);
 }
 
 // -- one element ------------------------------------------------------------------------------------------------------
 
+// As it is stored: what is asked for early and used late is not to be waited for by a conversion.
+template <class C>
+using Raw = std::conditional_t<std::is_same_v<C, double>, uint64_t, uint32_t>;
+
 template <class C, int kType>
-AUXK_DEVICE C element(const char* p, DType dtype) {
+AUXK_DEVICE Raw<C> raw_element(const char* p, DType dtype) {
+  switch (bytes_of(type_of<kType>(dtype))) {
+    case 2:
+      return *reinterpret_cast<const uint16_t*>(p);
+    case 4:
+      return *reinterpret_cast<const uint32_t*>(p);
+    default:
+      return static_cast<Raw<C>>(*reinterpret_cast<const uint64_t*>(p));
+  }
+}
+
+template <class C, int kType>
+AUXK_DEVICE C value_of(Raw<C> raw, DType dtype) {
   switch (type_of<kType>(dtype)) {
     case DType::kBFloat16:
-      return hw::from_bfloat16(*reinterpret_cast<const uint16_t*>(p));
+      return hw::from_bfloat16(static_cast<uint16_t>(raw));
     case DType::kFloat16:
-      return hw::from_float16(*reinterpret_cast<const uint16_t*>(p));
+      return hw::from_float16(static_cast<uint16_t>(raw));
     case DType::kFloat32:
-      return *reinterpret_cast<const float*>(p);
+      return hw::float_of(static_cast<uint32_t>(raw));
     default:
-      return static_cast<C>(*reinterpret_cast<const double*>(p));
+      return static_cast<C>(hw::double_of(raw));
   }
+}
+
+template <class C, int kType>
+AUXK_DEVICE C element(const char* p, DType dtype) {
+  return value_of<C, kType>(raw_element<C, kType>(p, dtype), dtype);
 }
 
 template <class C, int kType>
@@ -185,49 +209,91 @@ AUXK_DEVICE void store_piece(char* p, DType dtype, const C* x) {
 
 // -- a lane's columns of a tile ---------------------------------------------------------------------------------------
 
+// A tile's columns in the row: [first, first + num), num < 1 where the row is over.
+struct Tile {
+  int first, num;
+
+  AUXK_DEVICE Tile(const Problem& p, const Cut& cut, int segment, int tile)
+      : first(segment * cut.segment + tile * cut.tile) {
+    const int V = static_cast<int>(p.V), end = (segment + 1) * cut.segment, stop = first + cut.tile;
+    num = (end < V ? (stop < end ? stop : end) : (stop < V ? stop : V)) - first;
+  }
+};
+
 // whether a row's pieces can be read at once: 16 bytes, or 8 of a narrow source beside a wide one
 template <int kType, int kPiece>
 AUXK_DEVICE bool has_pieces(const RowOf& row) {
   return kPiece > 1 && misalignment(row.first, bytes_of(type_of<kType>(row.dtype)) * kPiece >= 16 ? 16 : 8) == 0;
 }
 
-// `tile` is its column 0 of `num` there are; columns beyond give 0.
+// `tile` is its column 0 of `num`, of which the lane has at least its first; columns beyond give 0.
 template <class C, int kType, int kPiece, int kMemory>
-AUXK_DEVICE void load_columns(const char* tile, DType dtype, bool has_pieces, const Lane<kPiece>& lane, int num,
-                              C* out) {
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) out[i] = 0;
-  if (kPiece > 1 && has_pieces) {
+AUXK_DEVICE void load_columns(const char* tile, DType dtype, bool is_wide, const Lane<kPiece>& lane, int num, C* out) {
+  const int size = bytes_of(type_of<kType>(dtype));
+  if (kPiece > 1 && is_wide) {
 #pragma unroll
     for (int i = 0; i < kColumns; i += kPiece) {
-      if (lane.column(i) < num)
-        load_piece<C, kType, kPiece, kMemory>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype, out + i);
+      if (i == 0 || lane.column(i) < num) {
+        load_piece<C, kType, kPiece, kMemory>(tile + lane.column(i) * size, dtype, out + i);
+      } else {
+#pragma unroll
+        for (int j = i; j < i + kPiece; ++j) out[j] = 0;
+      }
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      if (lane.column(i) < num)
-        out[i] = element<C, kType>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype);
-    }
+    for (int i = 0; i < kColumns; ++i)
+      out[i] = lane.column(i) < num ? element<C, kType>(tile + lane.column(i) * size, dtype) : C(0);
   }
 }
 
 template <class C, int kType, int kPiece>
-AUXK_DEVICE void store_columns(char* tile, DType dtype, bool has_pieces, const Lane<kPiece>& lane, int num,
-                               const C* x) {
-  if (kPiece > 1 && has_pieces) {
+AUXK_DEVICE void store_columns(char* tile, DType dtype, bool is_wide, const Lane<kPiece>& lane, int num, const C* x) {
+  const int size = bytes_of(type_of<kType>(dtype));
+  if (kPiece > 1 && is_wide) {
 #pragma unroll
     for (int i = 0; i < kColumns; i += kPiece) {
-      if (lane.column(i) < num)
-        store_piece<C, kType, kPiece>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype, x + i);
+      if (i == 0 || lane.column(i) < num) store_piece<C, kType, kPiece>(tile + lane.column(i) * size, dtype, x + i);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      if (lane.column(i) < num)
-        store_element<C, kType>(tile + lane.column(i) * bytes_of(type_of<kType>(dtype)), dtype, x[i]);
+      if (lane.column(i) < num) store_element<C, kType>(tile + lane.column(i) * size, dtype, x[i]);
     }
   }
+}
+
+// A row of both sources.
+struct SourceRows {
+  RowOf base, aux;
+  bool has_aux, is_wide;  // is_wide: both have pieces
+};
+
+template <class K>
+AUXK_DEVICE SourceRows source_rows(const Problem& p, int64_t n) {
+  const RowOf base = row_of(p.base, n), aux = row_of(p.aux, n);
+  const bool has_aux = p.aux.values != nullptr;
+  return {base, aux, has_aux,
+          has_pieces<K::kBase, K::kPiece>(base) && (!has_aux || has_pieces<K::kAux, K::kPiece>(aux))};
+}
+
+template <class C, class K, int kMemory>
+AUXK_DEVICE void load_sources(const char* base_tile, const char* aux_tile, const SourceRows& rows,
+                              const Lane<K::kPiece>& lane, int num, C (&base)[kColumns], C (&aux)[kColumns]) {
+  // one branch for both sources: wide in the common case
+  const auto load = [&](bool is_wide) {
+    load_columns<C, K::kBase, K::kPiece, kMemory>(base_tile, rows.base.dtype, is_wide, lane, num, base);
+    if (rows.has_aux) {
+      load_columns<C, K::kAux, K::kPiece, kMemory>(aux_tile, rows.aux.dtype, is_wide, lane, num, aux);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) aux[i] = 0;
+    }
+  };
+  if (K::kPiece > 1 && rows.is_wide)
+    load(true);
+  else
+    load(false);
 }
 
 // Zeros in [start, stop) of a row of 16-bit or wider numbers, by `count` threads of which this is number `t`.

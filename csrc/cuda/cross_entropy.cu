@@ -50,20 +50,41 @@ int state_bytes_of(Mode mode, Types types) {
 }
 
 // What is asked of the driver once for each kernel, device and way to launch it.
-const char* blocks_at_once(ForwardKernel kernel, const hw::Launch& how, int device, int multiprocessors, int* found) {
-  using Key = std::tuple<ForwardKernel, int, int, int64_t>;
+const char* blocks_at_once(ForwardKernel kernel, const hw::Launch& how, int device, const Room& room, int* found) {
+  using Key = std::tuple<ForwardKernel, int, int, int, int64_t>;
   static std::mutex mutex;
   static std::map<Key, int> known;
   const std::lock_guard<std::mutex> guard(mutex);
-  const Key key = {kernel, device, how.cluster, how.shared_bytes};
+  const Key key = {kernel, device, how.cluster, how.threads, how.shared_bytes};
   const auto it = known.find(key);
   if (it != known.end()) {
     *found = it->second;
     return nullptr;
   }
-  const char* error = hw::prepare(kernel, how, multiprocessors, found);
+  const char* error = hw::prepare(kernel, how, room.shared_bytes, room.multiprocessors, found);
   if (error == nullptr) known[key] = *found;
   return error;
+}
+
+// Kernels of one stream follow each other, so they can share a ticket.
+constexpr size_t kNumTickets = 4096;
+__device__ unsigned tickets[kNumTickets];
+
+const char* ticket_of(const Place& place, unsigned** ticket) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, void*>, unsigned*> known;
+  static std::map<int, size_t> used;
+  const std::lock_guard<std::mutex> guard(mutex);
+  unsigned*& found = known[{place.device, place.stream}];
+  if (found == nullptr) {
+    size_t& number = used[place.device];
+    if (number == kNumTickets) return "more streams than there are tickets";
+    unsigned (*first)[kNumTickets] = nullptr;
+    if (const char* error = hw::address_of(tickets, &first)) return error;
+    found = *first + number++;
+  }
+  *ticket = found;
+  return nullptr;
 }
 
 struct Choice {
@@ -78,7 +99,6 @@ Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool
   choice.mode = mode_of(p, out, terms, choice.types);
   PlanInputs& in = choice.inputs;
   in.cut = cut_of(p, choice.mode, choice.types);
-  in.most_threads = choice.mode == kGeneral ? kGeneralThreads : kMaxThreads;
   in.num_rows = p.num_rows;
   in.base_bytes = static_cast<int32_t>(size_of(p.base.dtype));
   in.aux_bytes = p.aux.values == nullptr ? 0 : static_cast<int32_t>(size_of(p.aux.dtype));
@@ -106,7 +126,8 @@ const char* room_of(int device, Room* room) {
   return error;
 }
 
-constexpr int64_t kMostBlocks = 2147483647 / 16 * 16;
+// that take many units each in turn: starting a block costs more than a unit of which nothing is wanted
+constexpr int64_t kBlocksOfMultiprocessor = 8;
 
 }  // namespace
 
@@ -115,42 +136,51 @@ Planned plan_of_call(const Problem& p, const Outputs& out, const LossTerms& term
   return {inputs.cut, plan_of(inputs)};
 }
 
-const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, void* stream) {
-  int device = 0, at_once = 0;
+const char* driver_problem() { return hw::driver_problem(); }
+
+const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Place& place) {
+  int at_once = 0;
   Room room = {};
-  if (const char* error = hw::current_device(&device)) return error;
-  if (const char* error = room_of(device, &room)) return error;
+  if (const char* error = hw::use_device(place.device)) return error;
+  if (const char* error = room_of(place.device, &room)) return error;
   Choice choice = choose(p, out, terms, is_double, room);
+  const Cut& cut = choice.inputs.cut;
   Plan plan = plan_of(choice.inputs);
   ForwardKernel kernel = nullptr;
   hw::Launch how = {};
   while (plan.is_resident) {
-    kernel = resident_kernel(choice.mode, choice.types, choice.inputs.cut.piece);
-    how = {0, plan.cluster, choice.inputs.cut.threads + hw::kWarp, plan.layout.bytes, stream};
-    if (const char* error = blocks_at_once(kernel, how, device, room.multiprocessors, &at_once)) return error;
+    kernel = resident_kernel(choice.mode, choice.types, cut.piece);
+    how = {0, plan.cluster, cut.threads + hw::kWarp, plan.layout.bytes, place.stream};
+    if (const char* error = blocks_at_once(kernel, how, place.device, room, &at_once)) return error;
     if (at_once > 0) break;
     choice.inputs.room.max_cluster = plan.cluster / 2;  // none of this size here
     plan = plan_of(choice.inputs);
   }
   if (!plan.is_resident) {
-    kernel = reread_kernel(choice.mode, choice.types, choice.inputs.cut.piece);
-    how = {0, 0, choice.inputs.cut.threads, plan.layout.bytes, stream};
-    if (const char* error = blocks_at_once(kernel, how, device, room.multiprocessors, &at_once)) return error;
+    kernel = reread_kernel(choice.mode, choice.types, cut.piece);
+    how = {0, 0, cut.threads, plan.layout.bytes, place.stream};
+    if (const char* error = blocks_at_once(kernel, how, place.device, room, &at_once)) return error;
     if (at_once == 0) return "a block of this kernel does not fit on the device";
   }
+  if (p.num_rows == 0 && terms.row_loss == nullptr) return nullptr;
   // as many blocks as run at once, each with many rows; one cluster at least, because it writes the loss
   const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(p.num_rows, at_once / plan.cluster));
-  if (p.num_rows == 0 && terms.row_loss == nullptr) return nullptr;
   how.num_blocks = static_cast<int>(clusters * plan.cluster);
   Parameters parameters = {};
   parameters.problem = p, parameters.out = out, parameters.terms = terms;
-  parameters.cut = choice.inputs.cut, parameters.layout = plan.layout, parameters.cluster = plan.cluster;
+  parameters.cut = cut, parameters.layout = plan.layout, parameters.cluster = plan.cluster;
+  if (terms.row_loss != nullptr && terms.ticket == nullptr)
+    if (const char* error = ticket_of(place, &parameters.terms.ticket)) return error;
   return hw::launch(kernel, how, parameters);
 }
 
-const char* backward(const Problem& p, const Outputs& out, const BackwardInputs& in, bool is_double, void* stream) {
+const char* backward(const Problem& p, const Outputs& out, const BackwardInputs& in, bool is_double,
+                     const Place& place) {
   const bool wants_any = out.grad_base != nullptr || out.grad_aux != nullptr || sums_row(out);
   if (p.num_rows == 0 || !wants_any) return nullptr;
+  Room room = {};
+  if (const char* error = hw::use_device(place.device)) return error;
+  if (const char* error = room_of(place.device, &room)) return error;
   const Types types = types_of(p, out, is_double);
   bool is_plain = types != kAnyTypes && types != kWithDoubles && !is_bent(p.base) && !is_bent(p.aux) && !sums_row(out);
   for (int c = 0; c < kNumCoefficients; ++c) is_plain &= c == kA || c == kG || in.coefficients[c] == nullptr;
@@ -159,15 +189,19 @@ const char* backward(const Problem& p, const Outputs& out, const BackwardInputs&
   parameters.problem = p, parameters.out = out, parameters.in = in;
   parameters.cut = cut_of(p, mode, types);
   const int64_t units = p.num_rows * (sums_row(out) ? 1 : parameters.cut.num_segments);
-  const int num_blocks = static_cast<int>(std::min(units, kMostBlocks));
-  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kMaxThreads / hw::kWarp, stream};
+  const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
+  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kMaxThreads / hw::kWarp, place.stream};
   return hw::launch(backward_kernel(mode, types, parameters.cut.piece), how, parameters);
 }
 
-const char* rescale(const RescaleParameters& p, void* stream) {
+const char* rescale(const RescaleParameters& p, const Place& place) {
   const int64_t units = p.problem.num_rows * ((p.problem.V + kRescaleColumns - 1) / kRescaleColumns);
   if (units == 0) return nullptr;
-  const hw::Launch how = {static_cast<int>(std::min(units, kMostBlocks)), 0, kRescaleThreads, 0, stream};
+  Room room = {};
+  if (const char* error = hw::use_device(place.device)) return error;
+  if (const char* error = room_of(place.device, &room)) return error;
+  const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
+  const hw::Launch how = {num_blocks, 0, kRescaleThreads, 0, place.stream};
   const bool is_double = p.dtype == DType::kFloat64 || p.factor_dtype == DType::kFloat64;
   return hw::launch(rescale_kernel(is_double, p.problem.V % 4 == 0 ? 4 : 1), how, p);
 }

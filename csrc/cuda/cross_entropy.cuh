@@ -55,18 +55,6 @@ struct Share {
         first_segment(rank * segments) {}
 };
 
-// A tile's columns in the row: [first, first + num), num < 1 where the row is over.
-struct Tile {
-  int64_t first;
-  int num;
-
-  AUXK_DEVICE Tile(const Problem& p, const Cut& cut, int segment, int tile) {
-    first = segment * cut.segment() + int64_t{tile} * cut.tile;
-    const int64_t left = p.V - first;
-    num = static_cast<int>(left < cut.tile ? left : cut.tile);
-  }
-};
-
 // -- the producer -----------------------------------------------------------------------------------------------------
 
 // Brings a tile of one source to `slot`, in its place relative to 16 bytes. Whole 16 bytes within the row are copied by
@@ -115,9 +103,13 @@ struct TileCopy {
 AUXK_DEVICE void produce(const cuda::Parameters& p, const Shared& shared, const Share& share) {
   const int lane = hw::thread() % hw::kWarp;
   const bool has_aux = p.problem.aux.values != nullptr;
+  const int64_t num_rows = p.problem.num_rows;
   Place place;
-  for (int64_t n = share.first_row; n < p.problem.num_rows; n += share.row_step) {
-    if (target_of(p.problem, n).is_ignored) continue;
+  bool is_next_ignored = share.first_row < num_rows && target_of(p.problem, share.first_row).is_ignored;
+  for (int64_t n = share.first_row; n < num_rows; n += share.row_step) {
+    const bool is_ignored = is_next_ignored;
+    if (n + share.row_step < num_rows) is_next_ignored = target_of(p.problem, n + share.row_step).is_ignored;
+    if (is_ignored) continue;
     const RowOf base = row_of(p.problem.base, n), aux = row_of(p.problem.aux, n);
     for (int segment = 0; segment < share.segments; ++segment) {
       for (int i = 0; i < p.cut.num_tiles; ++i) {
@@ -183,6 +175,7 @@ class Worker {
   uint32_t num_worked = 0;
   bool has_gradient = false;
 
+  AUXK_DEVICE bool has_cluster() const { return kResident && p.cluster > 1; }
   AUXK_DEVICE bool has_aux() const { return p.problem.aux.values != nullptr; }
   AUXK_DEVICE int warp() const { return hw::thread() / hw::kWarp; }
   AUXK_DEVICE int lane_of_warp() const { return hw::thread() % hw::kWarp; }
@@ -191,33 +184,39 @@ class Worker {
   // a row's sources, and its target's logits: asked for early, needed late
   struct Row {
     int64_t n;
-    RowOf base, aux;
-    bool base_has_pieces, aux_has_pieces;
+    SourceRows sources;
     Bend<C> base_bend, aux_bend;
     Target<C> target;
+    Raw<C> raw_base = 0, raw_aux = 0;
   };
+
+  AUXK_DEVICE void finish_target(Row* row) const {
+    if (!row->target.exists()) return;
+    const C base = value_of<C, K::kBase>(row->raw_base, row->sources.base.dtype);
+    C aux = has_aux() ? value_of<C, K::kAux>(row->raw_aux, row->sources.aux.dtype) : C(0);
+    row->target.z = base;
+    if constexpr (kMode == kGeneral) {
+      C bent, slope;
+      row->target.z = row->base_bend(base, &bent, &slope);
+      aux = has_aux() ? row->aux_bend(aux, &bent, &slope) : C(0);
+    }
+    row->target.s = row->target.z + aux;
+  }
 
   AUXK_DEVICE Row row_at(int64_t n, const RowTarget& at) const {
     Row row;
     row.n = n;
-    row.base = row_of(p.problem.base, n), row.aux = row_of(p.problem.aux, n);
-    row.base_has_pieces = has_pieces<K::kBase, K::kPiece>(row.base);
-    row.aux_has_pieces = has_pieces<K::kAux, K::kPiece>(row.aux);
+    row.sources = source_rows<K>(p.problem, n);
+    const RowOf &base_row = row.sources.base, &aux_row = row.sources.aux;
     if constexpr (kMode == kGeneral) {
       row.base_bend = bend_of<C>(p.problem.base, n);
       if (has_aux()) row.aux_bend = bend_of<C>(p.problem.aux, n);
     }
     if (at.y >= 0) {
-      row.target.column = static_cast<int>(at.y);
-      row.target.z = element<C, K::kBase>(row.base.at(at.y), row.base.dtype);
-      C aux = has_aux() ? element<C, K::kAux>(row.aux.at(at.y), row.aux.dtype) : C(0);
-      if constexpr (kMode == kGeneral) {
-        C bent, slope;
-        row.target.z = row.base_bend(row.target.z, &bent, &slope);
-        aux = has_aux() ? row.aux_bend(aux, &bent, &slope) : C(0);
-      }
-      row.target.s = row.target.z + aux;
-      row.target.weight = weight_of<C>(p.problem, at.y);
+      row.target.column = at.y;
+      row.raw_base = raw_element<C, K::kBase>(base_row.template at<K::kBase>(at.y), base_row.dtype);
+      if (has_aux()) row.raw_aux = raw_element<C, K::kAux>(aux_row.template at<K::kAux>(at.y), aux_row.dtype);
+      if constexpr (kMode == kGeneral) row.target.weight = weight_of<C>(p.problem, at.y);
     }
     return row;
   }
@@ -225,24 +224,21 @@ class Worker {
   // the sources' values of this lane's columns
   template <int kMemory>
   AUXK_DEVICE void load(const Row& row, const Tile& tile, int slot, C (&base)[kColumns], C (&aux)[kColumns]) const {
-    const char* base_tile =
-        kResident ? shared.base_slot(slot) + misalignment(row.base.first, 16) : row.base.at(tile.first);
-    load_columns<C, K::kBase, K::kPiece, kMemory>(base_tile, row.base.dtype, row.base_has_pieces, lane, tile.num, base);
-    if (has_aux()) {
-      const char* aux_tile =
-          kResident ? shared.aux_slot(slot) + misalignment(row.aux.first, 16) : row.aux.at(tile.first);
-      load_columns<C, K::kAux, K::kPiece, kMemory>(aux_tile, row.aux.dtype, row.aux_has_pieces, lane, tile.num, aux);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) aux[i] = 0;
+    const SourceRows& rows = row.sources;
+    const char* base_tile = rows.base.template at<K::kBase>(tile.first);
+    const char* aux_tile = rows.has_aux ? rows.aux.template at<K::kAux>(tile.first) : nullptr;
+    if (kResident) {
+      base_tile = shared.base_slot(slot) + misalignment(rows.base.first, 16);
+      aux_tile = shared.aux_slot(slot) + misalignment(rows.aux.first, 16);
     }
+    load_sources<C, K, kMemory>(base_tile, aux_tile, rows, lane, tile.num, base, aux);
   }
 
   AUXK_DEVICE void scan(const Row& row, const Tile& tile, const C (&base)[kColumns], const C (&aux)[kColumns],
                         S* state) const {
     Columns<C> x;
     x.counted = 0;
-    const int64_t y = row.target.exists() ? row.target.column - tile.first : -1;
+    const int y = row.target.column - tile.first;
     const bool is_weighted = kMode == kGeneral && (p.out.fields[kWeightedSum] != nullptr || p.terms.share != 0);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -254,11 +250,12 @@ class Worker {
       }
       x.w[i] = is_weighted && lane.column(i) < tile.num ? weight_of<C>(p.problem, tile.first + lane.column(i)) : C(0);
     }
-    if (y >= 0 && y < tile.num) {
+    if (static_cast<uint32_t>(y) < static_cast<uint32_t>(tile.num)) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) drop_unless(lane.column(i) != y, &x, i);
     }
-    if (lane.column(kColumns - 1) >= tile.num) {
+    // a lane whose columns are one piece has all of them, or is not here
+    if (K::kPiece != kColumns && lane.column(kColumns - 1) >= tile.num) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) drop_unless(lane.column(i) < tile.num, &x, i);
     }
@@ -267,7 +264,7 @@ class Worker {
       for (int i = 0; i < kColumns; ++i)
         x.counted |= static_cast<uint32_t>(lane.column(i) < tile.num && lane.column(i) != y) << i;
     }
-    absorb(*state, x, is_weighted, [&](int i) { return static_cast<int>(tile.first) + lane.column(i); });
+    absorb(*state, x, is_weighted, [&](int i) { return tile.first + lane.column(i); });
   }
 
   AUXK_DEVICE static void drop_unless(bool stays, Columns<C>* x, int i) {
@@ -311,7 +308,7 @@ class Worker {
       if (lane_of_warp() < num_warps) state = *shared.template partial<S>(segment, lane_of_warp());
       state = merged(state, kMaxSegments);
       S* place_of_segment = shared.template exchange<S>(parity, share.first_segment + segment);
-      if (kResident) {
+      if (has_cluster()) {
         // double-buffered: who is two rows ahead has heard from every block that it is done with the row between
         if (lane_of_warp() < p.cluster) {
           give(state, place_of_segment, lane_of_warp());
@@ -321,7 +318,7 @@ class Worker {
         *place_of_segment = state;
       }
     }
-    if (kResident)
+    if (has_cluster())
       hw::wait_for_cluster(shared.exchanged(parity), num_worked >> 1 & 1);
     else
       hw::sync_group(p.cut.threads);
@@ -341,18 +338,19 @@ class Worker {
   }
 
   AUXK_DEVICE void work_on(int64_t n, const RowTarget& at, C divisor) {
-    const Row row = row_at(n, at);
+    Row row = row_at(n, at);
     const Place first = place;
     scan_segments(row);
     S whole = merge_segments();
+    finish_target(&row);
     C rest = 0, base_rest = 0;
     const C weight = kMode == kGeneral && p.terms.row_loss != nullptr && at.y >= 0 ? row.target.weight : C(1);
     if constexpr (kMode == kPlain)
       join(whole, row.target, &rest);
     else
       join(whole, row.target, &rest, &base_rest);
-    if (is_first()) store_row(row, at.is_poisoned, whole, rest, base_rest, weight);
     if (has_gradient) write_gradients(row, at.is_poisoned, whole, rest, weight, divisor, first);
+    if (is_first()) store_row(row, at.is_poisoned, whole, rest, base_rest, weight);
   }
 
   // -- what a row leaves ----------------------------------------------------------------------------------------------
@@ -423,22 +421,23 @@ class Worker {
     if (is_poisoned) k.A = Limit<C>::kNaN;
     const GradientRows grads = gradient_rows<K>(p.problem, p.out, row.n);
     ScaleSums<C> scale_sums;
-    const int num = share.segments * p.cut.num_tiles;
-    for (int step = 0; step < num; ++step) {
-      const int i = kResident ? step : num - 1 - step;
-      const Tile tile(p.problem, p.cut, share.first_segment + i / p.cut.num_tiles, i % p.cut.num_tiles);
-      if (tile.num < 1) continue;
-      C base[kColumns], aux[kColumns];
-      const bool has_columns = lane.first < tile.num;
-      if (has_columns) load<kLast>(row, tile, at.slot, base, aux);
-      if (kResident) {
-        release(at.slot);
-        at.advance(p.layout.num_slots);
+    for (int s = 0; s < share.segments; ++s) {
+      const int segment = share.first_segment + (kResident ? s : share.segments - 1 - s);
+      for (int i = 0; i < p.cut.num_tiles; ++i) {
+        const Tile tile(p.problem, p.cut, segment, kResident ? i : p.cut.num_tiles - 1 - i);
+        if (tile.num < 1) continue;
+        C base[kColumns], aux[kColumns];
+        const bool has_columns = lane.first < tile.num;
+        if (has_columns) load<kLast>(row, tile, at.slot, base, aux);
+        if (kResident) {
+          release(at.slot);
+          at.advance(p.layout.num_slots);
+        }
+        const int y = row.target.column - tile.first;
+        if (has_columns)
+          write_gradient<C, kMode, K>(p.problem, lane, tile, y, k, row.base_bend, row.aux_bend, grads, base, aux,
+                                      &scale_sums);
       }
-      const int64_t y = row.target.exists() ? row.target.column - tile.first : -1;
-      if (has_columns)
-        write_gradient<C, kMode, K>(p.problem, lane, tile.first, tile.num, y, k, row.base_bend, row.aux_bend, grads,
-                                    base, aux, &scale_sums);
     }
     if (kMode == kGeneral && !kResident) store_scale_gradients(row.n, scale_sums);
     // columns from V on belong to nobody
@@ -475,13 +474,13 @@ class Worker {
   // number of rows and threads alone.
   AUXK_DEVICE void reduce(bool has_divisor, double divisor) const {
     if (share.rank != 0) return;
-    if (hw::thread() == 0) *shared.flag() = hw::is_last(p.terms.ticket, static_cast<unsigned>(share.row_step));
+    const unsigned num_clusters = static_cast<unsigned>(share.row_step);
+    if (hw::thread() == 0) *shared.flag() = num_clusters == 1 || hw::is_last(p.terms.ticket, num_clusters);
     hw::sync_group(p.cut.threads);
     if (*shared.flag() == 0) return;
-    double sum = 0;
-    for (int64_t n = hw::thread(); n < p.problem.num_rows; n += p.cut.threads)
-      sum += static_cast<double>(static_cast<const volatile C*>(p.terms.row_loss)[n]);
-    sum = sum_of_group(sum, shared.sums(), p.cut);
+    const C* losses = static_cast<const C*>(p.terms.row_loss);
+    const double sum = sum_over_rows(p.problem.num_rows, shared.sums(), p.cut,
+                                     [&](int64_t n) { return static_cast<double>(hw::load_written(losses + n)); });
     if (!has_divisor) divisor = divisor_of<C>(p.problem, p.terms, shared.sums(), p.cut);
     if (hw::thread() == 0) *static_cast<C*>(p.terms.loss) = static_cast<C>(sum / divisor);
   }
@@ -498,12 +497,13 @@ __global__ void __launch_bounds__(kThreads<kMode> + hw::kWarp, 1)
   if (!hw::kHasClusters) return;
   const Shared shared = {p.layout, hw::shared_memory()};
   const Share share(p);
-  if (hw::thread() == 0) {
-    for (int slot = 0; slot < p.layout.num_slots; ++slot) {
+  const int lane = hw::thread();
+  if (lane < hw::kWarp) {
+    for (int slot = lane; slot < p.layout.num_slots; slot += hw::kWarp) {
       hw::init(shared.full(slot), 1);
       hw::init(shared.empty(slot), p.cut.threads / hw::kWarp);
     }
-    for (int parity = 0; parity < 2; ++parity) hw::init(shared.exchanged(parity), p.cut.num_segments);
+    if (lane < 2) hw::init(shared.exchanged(lane), p.cut.num_segments);
     hw::publish_barriers();
   }
   hw::sync_cluster();

@@ -16,7 +16,7 @@ struct LossTerms {
   const double* tensor = nullptr;  // on the device
   void* row_loss = nullptr;        // compute dtype, one for each row; null: only fields are wanted
   void* loss = nullptr;            // compute dtype
-  unsigned* ticket = nullptr;      // 0 before and after
+  unsigned* ticket = nullptr;      // 0 before and after; null: one that calls on this stream share
 };
 
 // What a kernel over rows is given.
@@ -44,10 +44,17 @@ struct RescaleParameters {
   DType factor_dtype;
 };
 
-// Each starts its kernel on `stream` of the current device and returns null, or what the driver said.
-const char* forward(const Problem&, const Outputs&, const LossTerms&, bool is_double, void* stream);
-const char* backward(const Problem&, const Outputs&, const BackwardInputs&, bool is_double, void* stream);
-const char* rescale(const RescaleParameters&, void* stream);
+struct Place {
+  int device;
+  void* stream;
+};
+
+// Each starts its kernel and returns null, or what the driver said.
+const char* forward(const Problem&, const Outputs&, const LossTerms&, bool is_double, const Place&);
+const char* backward(const Problem&, const Outputs&, const BackwardInputs&, bool is_double, const Place&);
+const char* rescale(const RescaleParameters&, const Place&);
+// null, or why nothing can be started; touches no device
+const char* driver_problem();
 
 // What `forward` would do on a device of that room.
 struct Planned {

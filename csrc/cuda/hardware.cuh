@@ -3,6 +3,8 @@
 // (tests/cuda_on_cpu) and the kernels run on a CPU.
 #pragma once
 
+#include <climits>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -51,6 +53,7 @@ __device__ inline void sync_group(int num_threads) { asm volatile("bar.sync 1, %
 
 // all threads of all blocks of the cluster; what was written to shared memory before, is seen after
 __device__ inline void sync_cluster() {
+  __syncwarp();  // the instructions want whole warps
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
@@ -59,6 +62,18 @@ __device__ inline void sync_cluster() {
 template <class T>
 __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+// The largest of a warp's numbers; NaN counts as none. Of signed integers that are ordered as the numbers are it is one
+// instruction.
+__device__ inline float max_of_warp(float x) {
+  const int bits = __float_as_int(x), key = x != x ? INT_MIN : bits ^ ((bits >> 31) & 0x7FFFFFFF);
+  const int largest = __reduce_max_sync(0xFFFFFFFFu, key);
+  return largest == INT_MIN ? -INFINITY : __int_as_float(largest ^ ((largest >> 31) & 0x7FFFFFFF));
+}
+__device__ inline double max_of_warp(double x) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = fmax(x, shuffle_xor(x, mask));
+  return x;
 }
 
 // the number of a block, or of another unit of which each calls once: whether it is the last of `count`. What the
@@ -205,6 +220,10 @@ __device__ inline Words2 load(const Words2* p, bool kept) {
   return {{v.x, v.y}};
 }
 
+// one number, from global memory as other blocks have written it
+__device__ inline float load_written(const float* p) { return __ldcg(p); }
+__device__ inline double load_written(const double* p) { return __ldcg(p); }
+
 // to global memory, past what waits in L2 for a second read
 __device__ inline void store(Words4* p, Words4 v) {
   __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]));
@@ -268,7 +287,7 @@ inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute* attr
 inline const char* said(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // All of these: null, or what the driver said. They speak of the current device.
-inline const char* current_device(int* device) { return said(cudaGetDevice(device)); }
+inline const char* use_device(int device) { return said(cudaSetDevice(device)); }
 
 inline const char* describe_device(int device, int32_t* multiprocessors, int64_t* shared_bytes, bool* has_clusters) {
   int shared = 0, major = 0;
@@ -280,31 +299,52 @@ inline const char* describe_device(int device, int32_t* multiprocessors, int64_t
   return said(error);
 }
 
-// Makes what `how` asks for possible, and says how many blocks the device runs at once: 0 if it cannot.
+// Lets the kernel use `shared_bytes` of shared memory, and says how many blocks the device runs at once of a launch like
+// `how`: 0 if none. A call of the driver that another thread's capture must not see, and that waits for the kernel's code.
 template <class Parameters>
-const char* prepare(void (*kernel)(Parameters), const Launch& how, int multiprocessors, int* num_blocks) {
+const char* prepare(void (*kernel)(Parameters), const Launch& how, int64_t shared_bytes, int multiprocessors,
+                    int* num_blocks) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   *num_blocks = 0;
-  cudaFuncAttributes found = {};
-  cudaError_t error = cudaFuncGetAttributes(&found, function);
-  if (error != cudaSuccess) return said(error);
-  if (how.cluster > 0 && found.ptxVersion < 90) return nullptr;  // built for devices without clusters
-  error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  // the attribute is set and not raised: to the most there is, or a later and smaller launch would take it from this one
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (error == cudaSuccess && how.cluster > 8)
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return said(error);
-  if (how.cluster == 0) {
+  if (error == cudaSuccess && how.cluster == 0) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(num_blocks, function, how.threads,
                                                           static_cast<size_t>(how.shared_bytes));
     *num_blocks *= multiprocessors;
-  } else {
+  } else if (error == cudaSuccess) {
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = config_of(how, &attribute);
+    cudaLaunchConfig_t config = config_of(how, &attribute);
+    config.gridDim.x = static_cast<unsigned>(how.cluster);
     error = cudaOccupancyMaxActiveClusters(num_blocks, function, &config);
     *num_blocks *= how.cluster;
+    if (error == cudaErrorInvalidClusterSize) {
+      cudaGetLastError();
+      error = cudaSuccess, *num_blocks = 0;
+    }
   }
+  cudaThreadExchangeStreamCaptureMode(&mode);
   return said(error);
+}
+
+// where the current device has a variable of all blocks
+template <class T>
+const char* address_of(T& variable, T** address) {
+  return said(cudaGetSymbolAddress(reinterpret_cast<void**>(address), variable));
+}
+
+// Null, or why the driver cannot run what this compiler makes. Touches no device.
+inline const char* driver_problem() {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess)
+    return "the driver's version cannot be read";
+  return driver / 1000 < runtime / 1000 ? "the driver is older than the CUDA version that the module was built with"
+                                        : nullptr;
 }
 
 // `Parameters` is passed by value.

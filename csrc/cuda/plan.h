@@ -4,16 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define AUXK_HOST_DEVICE __host__ __device__
-#else
-#define AUXK_HOST_DEVICE
-#endif
-
 namespace auxk {
 
 constexpr int kMaxThreads = 384;      // that work on columns; with the producer, 128 registers each
 constexpr int kGeneralThreads = 224;  // where they need more
+constexpr int kThreadsAtOnce = 512;   // of all blocks on a multiprocessor, about: so many have registers
 constexpr int kMaxSegments = 16;      // also the largest cluster
 constexpr int kMaxSlots = 32;
 constexpr int kColumnsOfLane = 8;  // in a tile
@@ -27,25 +22,24 @@ struct Cut {
   int32_t threads;       // lanes, each with its own running maximum
   int32_t piece;         // neighbouring columns of a lane
   int32_t num_segments;  // whose states are merged at the row's end: 1, 2, 4, 8 or 16
+  int32_t segment;       // columns; the last may have fewer
+  int32_t tile;          // columns that the lanes work on at once; a segment's last may have fewer
   int32_t num_tiles;     // of a segment
-  int32_t tile;          // columns
-
-  AUXK_HOST_DEVICE int64_t segment() const { return int64_t{num_tiles} * tile; }
 };
 
 // `piece`: columns of 16 bytes. V that are no multiple of it leave most rows misaligned: then neighbouring lanes read
 // neighbouring columns one by one.
 inline Cut cut_of(int64_t V, int piece, int most_threads) {
+  constexpr int64_t kLine = 64;  // columns: 128 bytes of 16-bit logits, and tiles that are aligned as their row is
   Cut cut = {};
   cut.threads = std::min(V <= 1024 ? 128 : V <= 8192 ? 256 : kMaxThreads, most_threads);
   cut.piece = V % piece == 0 ? piece : 1;
   cut.num_segments = 1;
   while (cut.num_segments < kMaxSegments && V >= 2 * cut.num_segments * kWorthASegment) cut.num_segments *= 2;
   const int64_t columns = (V + cut.num_segments - 1) / cut.num_segments;
-  const int64_t widest = int64_t{kColumnsOfLane} * cut.threads;
-  cut.num_tiles = static_cast<int32_t>((columns + widest - 1) / widest);
-  // whole lines of 128 bytes of 16-bit logits
-  cut.tile = static_cast<int32_t>(((columns + cut.num_tiles - 1) / cut.num_tiles + 63) / 64 * 64);
+  cut.segment = static_cast<int32_t>((columns + kLine - 1) / kLine * kLine);
+  cut.tile = std::min(cut.segment, kColumnsOfLane * cut.threads);
+  cut.num_tiles = (cut.segment + cut.tile - 1) / cut.tile;
   return cut;
 }
 
@@ -76,7 +70,6 @@ struct Plan {
 
 struct PlanInputs {
   Cut cut;
-  int32_t most_threads;  // that the kernel's registers leave room for
   int64_t num_rows;
   int32_t base_bytes, aux_bytes;  // of a logit; 0: no such source
   int32_t state_bytes;
@@ -105,7 +98,7 @@ inline Layout layout_of(const PlanInputs& in, int cluster, int num_slots) {
 
 // A block's share of a multiprocessor's shared memory: blocks of few threads are several to a multiprocessor.
 inline int64_t shared_bytes_of(const PlanInputs& in) {
-  const int64_t blocks = in.most_threads / in.cut.threads;
+  const int64_t blocks = std::max(kThreadsAtOnce / in.cut.threads, 1);
   return in.room.shared_bytes / blocks / 128 * 128 - (blocks > 1 ? 1024 : 0);  // the system keeps 1 KiB of each block
 }
 

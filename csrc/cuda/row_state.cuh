@@ -191,11 +191,6 @@ AUXK_DEVICE void absorb(FullState<C>& a, Columns<C>& x, bool is_weighted, const 
 }
 
 template <class T>
-AUXK_DEVICE T max_over(T value, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) value = fmax(value, hw::shuffle_xor(value, mask));
-  return value;
-}
-template <class T>
 AUXK_DEVICE T sum_over(T value, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) value += hw::shuffle_xor(value, mask);
   return value;
@@ -207,16 +202,17 @@ AUXK_DEVICE Best<C> best_over(Best<C> best, int lanes) {
   return best;
 }
 
-// One state of those of `lanes` neighbouring lanes of a warp, a power of two; every lane gets it.
+// One state of those of a warp's lanes, all 32, or 16 in which case the others have the same states or none; every lane
+// gets it.
 template <class C>
 AUXK_DEVICE PlainState<C> merged(PlainState<C> a, int lanes) {
-  rebase(a, max_over(a.max, lanes));
+  rebase(a, hw::max_of_warp(a.max));
   a.denom = sum_over(a.denom, lanes);
   return a;
 }
 template <class C>
 AUXK_DEVICE FullState<C> merged(FullState<C> a, int lanes) {
-  rebase(a, max_over(a.max, lanes), max_over(a.base_max, lanes));
+  rebase(a, hw::max_of_warp(a.max), hw::max_of_warp(a.base_max));
   a.denom = sum_over(a.denom, lanes);
   a.mean_sum = sum_over(a.mean_sum, lanes);
   a.mean_base = sum_over(a.mean_base, lanes);

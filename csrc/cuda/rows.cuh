@@ -6,17 +6,20 @@
 namespace auxk {
 
 struct RowTarget {
-  int64_t y;
+  int y;                         // -1: none
   bool is_ignored, is_poisoned;  // poisoned: a target that names no class
 };
 
+AUXK_DEVICE int64_t stored_target(const Problem& p, int64_t n) {
+  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[n] : static_cast<const int64_t*>(p.target)[n];
+}
+
 AUXK_DEVICE RowTarget target_of(const Problem& p, int64_t n) {
   if (p.target == nullptr) return {-1, false, false};
-  const int64_t y =
-      p.target_is_int32 ? static_cast<const int32_t*>(p.target)[n] : static_cast<const int64_t*>(p.target)[n];
+  const int64_t y = stored_target(p, n);
   const bool in_range = static_cast<uint64_t>(y) < static_cast<uint64_t>(p.V);
   const bool is_ignored = y == p.ignore_index;
-  return {in_range ? y : -1, is_ignored, !in_range && !is_ignored};
+  return {in_range ? static_cast<int>(y) : -1, is_ignored, !in_range && !is_ignored};
 }
 
 template <class C>
@@ -35,17 +38,33 @@ AUXK_DEVICE double sum_of_group(double value, double* shared, const Cut& cut) {
   return total;
 }
 
+// value(n) summed over all rows; values of eight rows are asked for before the first is waited for.
+template <class Value>
+AUXK_DEVICE double sum_over_rows(int64_t num_rows, double* shared, const Cut& cut, const Value& value) {
+  constexpr int kAtOnce = 8;
+  double sum = 0;
+  for (int64_t first = hw::thread(); first < num_rows; first += kAtOnce * cut.threads) {
+    double values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t n = first + int64_t{i} * cut.threads;
+      values[i] = n < num_rows ? value(n) : 0.0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum += values[i];
+  }
+  return sum_of_group(sum, shared, cut);
+}
+
 // the number of rows that count, or the sum of their targets' weights
 template <class C>
 AUXK_DEVICE double kept_rows(const Problem& p, double* shared, const Cut& cut) {
-  double kept = 0;
-#pragma unroll 4
-  for (int64_t n = hw::thread(); n < p.num_rows; n += cut.threads) {
-    const RowTarget target = target_of(p, n);
-    if (!target.is_ignored && (p.weight == nullptr || target.y >= 0))
-      kept += static_cast<double>(weight_of<C>(p, target.y));
-  }
-  return sum_of_group(kept, shared, cut);
+  return sum_over_rows(p.num_rows, shared, cut, [&](int64_t n) {
+    const int64_t y = stored_target(p, n);
+    if (p.weight == nullptr) return y == p.ignore_index ? 0.0 : 1.0;
+    const bool is_class = static_cast<uint64_t>(y) < static_cast<uint64_t>(p.V) && y != p.ignore_index;
+    return is_class ? static_cast<double>(static_cast<const C*>(p.weight)[y]) : 0.0;
+  });
 }
 
 template <class C>
@@ -76,14 +95,14 @@ struct RowGradient {
 // The row's gradients of the values: null where not wanted.
 struct GradientRows {
   RowOf base, aux;
-  bool base_has_pieces, aux_has_pieces;
+  bool is_wide;
 };
 
 template <class K>
 AUXK_DEVICE GradientRows gradient_rows(const Problem& p, const Outputs& out, int64_t n) {
   const RowOf base = gradient_row(out.grad_base, out.grad_base_dtype, p.base, n);
   const RowOf aux = gradient_row(out.grad_aux, out.grad_aux_dtype, p.aux, n);
-  return {base, aux, has_pieces<K::kBase, K::kPiece>(base), has_pieces<K::kAux, K::kPiece>(aux)};
+  return {base, aux, has_pieces<K::kBase, K::kPiece>(base) && has_pieces<K::kAux, K::kPiece>(aux)};  // of null: true
 }
 
 template <class C>
@@ -116,17 +135,16 @@ AUXK_DEVICE C general_gradient(const RowGradient<C>& k, C s, C z, C w, bool is_t
   return dz;
 }
 
-// Writes eight columns' gradients. v_base, v_aux: the sources' values; `first`: column 0 of the tile; y: the target's
-// column in the tile, or one that no lane has.
+// Writes eight columns' gradients. v_base, v_aux: the sources' values; y: the target's column from the tile's first on.
 template <class C, int kMode, class K>
-AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, int64_t first, int num, int64_t y,
+AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, const Tile& tile, int y,
                                 const RowGradient<C>& k, const Bend<C>& base_bend, const Bend<C>& aux_bend,
                                 const GradientRows& grads, C (&v_base)[kColumns], C (&v_aux)[kColumns],
                                 ScaleSums<C>* scale_sums) {
   if constexpr (kMode != kGeneral) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) v_base[i] += v_aux[i];
-    const bool has_target = y >= 0 && y < num;
+    const bool has_target = static_cast<uint32_t>(y) < static_cast<uint32_t>(tile.num);
     C at_target = 0;
     if (has_target) {
 #pragma unroll
@@ -140,11 +158,11 @@ AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, i
       for (int i = 0; i < kColumns; ++i) v_base[i] = lane.column(i) == y ? at_target : v_base[i];
     }
     if (grads.base.first != nullptr)
-      store_columns<C, K::kBase, K::kPiece>(grads.base.at(first), grads.base.dtype, grads.base_has_pieces, lane, num,
-                                            v_base);
+      store_columns<C, K::kBase, K::kPiece>(grads.base.template at<K::kBase>(tile.first), grads.base.dtype,
+                                            grads.is_wide, lane, tile.num, v_base);
     if (grads.aux.first != nullptr)
-      store_columns<C, K::kAux, K::kPiece>(grads.aux.at(first), grads.aux.dtype, grads.aux_has_pieces, lane, num,
-                                           v_base);
+      store_columns<C, K::kAux, K::kPiece>(grads.aux.template at<K::kAux>(tile.first), grads.aux.dtype, grads.is_wide,
+                                           lane, tile.num, v_base);
   } else {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -152,9 +170,9 @@ AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, i
       C bent_base, bent_aux, slope_base, slope_aux, extra;
       const C z = base_bend(v_base[i], &bent_base, &slope_base);
       const C s = z + aux_bend(v_aux[i], &bent_aux, &slope_aux);
-      const C w = k.S != C(0) && column < num ? weight_of<C>(p, first + column) : C(0);
+      const C w = k.S != C(0) && column < tile.num ? weight_of<C>(p, tile.first + column) : C(0);
       const C dz = general_gradient(k, s, z, w, column == y, &extra);
-      if (column < num) {
+      if (column < tile.num) {
         // a masked class, 0 * (-inf), counts nothing
         scale_sums->base += (dz + extra) * finite(bent_base);
         scale_sums->aux += dz * finite(bent_aux);
@@ -163,11 +181,11 @@ AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, i
       v_aux[i] = dz * aux_bend.scale * slope_aux;
     }
     if (grads.base.first != nullptr)
-      store_columns<C, K::kBase, K::kPiece>(grads.base.at(first), grads.base.dtype, grads.base_has_pieces, lane, num,
-                                            v_base);
+      store_columns<C, K::kBase, K::kPiece>(grads.base.template at<K::kBase>(tile.first), grads.base.dtype,
+                                            grads.is_wide, lane, tile.num, v_base);
     if (grads.aux.first != nullptr)
-      store_columns<C, K::kAux, K::kPiece>(grads.aux.at(first), grads.aux.dtype, grads.aux_has_pieces, lane, num,
-                                           v_aux);
+      store_columns<C, K::kAux, K::kPiece>(grads.aux.template at<K::kAux>(tile.first), grads.aux.dtype, grads.is_wide,
+                                           lane, tile.num, v_aux);
   }
 }
 

@@ -100,6 +100,17 @@ T shuffle_xor(T value, int mask) {
   return value;
 }
 
+// the largest of a warp's numbers; NaN counts as none
+template <class T>
+T max_of_warp(T x) {
+  if (x != x) x = -static_cast<T>(HUGE_VAL);
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const T other = shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 inline bool is_last(unsigned* ticket, unsigned count) {
   model::machine.publish_stores();
   model::machine.pause();
@@ -200,11 +211,13 @@ inline uint32_t to_float16(float x) {
 inline uint32_t to_bfloat16(float first, float second) { return to_bfloat16(second) << 16 | to_bfloat16(first); }
 inline uint32_t to_float16(float first, float second) { return to_float16(second) << 16 | to_float16(first); }
 
+inline float load_written(const float* p) { return *p; }
+inline double load_written(const double* p) { return *p; }
+
 // -- from the host ----------------------------------------------------------------------------------------------------
 
-inline const char* current_device(int* number) {
-  *number = device.number;
-  return nullptr;
+inline const char* use_device(int number) {
+  return number == device.number ? nullptr : "use_device: not the number of the device there is";
 }
 
 inline const char* describe_device(int number, int32_t* multiprocessors, int64_t* shared_bytes, bool* has_clusters) {
@@ -217,13 +230,23 @@ inline const char* describe_device(int number, int32_t* multiprocessors, int64_t
 
 // one block on each multiprocessor
 template <class Parameters>
-const char* prepare(void (*)(Parameters), const Launch& how, int multiprocessors, int* num_blocks) {
+const char* prepare(void (*)(Parameters), const Launch& how, int64_t shared_bytes, int multiprocessors,
+                    int* num_blocks) {
   *num_blocks = 0;
-  if (how.shared_bytes > device.shared_bytes) return "prepare: more shared memory than the device has";
+  if (how.shared_bytes > shared_bytes || shared_bytes > device.shared_bytes)
+    return "prepare: more shared memory than the device has";
   if (how.cluster == 0) *num_blocks = multiprocessors;
   if (how.cluster > 0 && device.has_clusters) *num_blocks = multiprocessors / how.cluster * how.cluster;
   return nullptr;
 }
+
+template <class T>
+const char* address_of(T& variable, T** address) {
+  *address = &variable;
+  return nullptr;
+}
+
+inline const char* driver_problem() { return nullptr; }
 
 // Null, or what went wrong, until the next launch.
 template <class Parameters>
