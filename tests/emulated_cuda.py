@@ -75,7 +75,9 @@ class Machine:
 
     def use(self, room: Room) -> None:
         Machine.number = _numbers.setdefault(room, len(_numbers))
-        self.library.auxk_use_device(Machine.number, room.multiprocessors, ctypes.c_int64(room.shared_bytes), room.has_clusters)
+        self.library.auxk_use_device(
+            Machine.number, room.multiprocessors, ctypes.c_int64(room.shared_bytes), room.has_clusters
+        )
 
     def seed(self, value: int) -> None:
         self.library.auxk_seed(ctypes.c_uint64(value))

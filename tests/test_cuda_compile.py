@@ -73,7 +73,7 @@ def has_wide(kernel: cuda_compile.Kernel, start: str) -> bool:
     return any(mnemonic.startswith(start) and ".128" in mnemonic for mnemonic in kernel.instructions)
 
 
-@pytest.mark.parametrize("types", ["Kind<0, 0, 4>", "Kind<1, 1, 8>", "Kind<2, 2, 8>"])
+@pytest.mark.parametrize("types", ["Kind<0, 0, 4, ", "Kind<1, 1, 8, ", "Kind<2, 2, 8, "])
 def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(architecture, types):
     for kernel in named(architecture, rf"(reread|backward)_kernel<float, \d, {types}"):
         assert has_wide(kernel, "LDG") and has_wide(kernel, "STG"), kernel.name

@@ -48,12 +48,12 @@ calls = st.fixed_dictionaries(
 @given(calls)
 def test_every_plan_fits_and_covers_the_row(plan, call):
     p = plan(**call)
-    assert p["num_segments"] * p["num_tiles"] * p["tile"] >= call["V"]
+    assert p["num_segments"] * p["segment"] >= call["V"] and p["num_tiles"] * p["tile"] >= p["segment"]
     assert p["threads"] % 32 == 0 and 8 * p["threads"] >= p["tile"]
-    assert p["tile"] % 64 == 0  # tiles are aligned as their row is
+    assert p["segment"] % 64 == 0 and p["tile"] % 64 == 0  # tiles are aligned as their row is
     assert p["num_segments"] in (1, 2, 4, 8, 16) and p["num_segments"] % p["cluster"] == 0
     assert p["shared_bytes"] <= call["room"]["shared_bytes"]
-    assert call["V"] % p["piece"] == 0
+    assert p["is_ragged"] or call["V"] % p["piece"] == 0
     assert p["threads"] // 32 <= 16  # lanes that merge the states of a segment's warps
     if p["is_resident"]:
         num_bytes = sum(dtype.itemsize for dtype in (call["base"], call["aux"]) if dtype is not None)
@@ -70,7 +70,7 @@ def test_every_plan_fits_and_covers_the_row(plan, call):
 @given(calls)
 def test_the_cut_of_a_row_follows_from_its_width_and_dtypes_alone(plan, call):
     """The bits of a result depend on it."""
-    names = ("threads", "piece", "num_segments", "num_tiles", "tile")
+    names = ("threads", "piece", "is_ragged", "num_segments", "segment", "num_tiles", "tile")
     first = plan(**call)
     for change in ({"num_rows": 3}, {"has_gradient": not call["has_gradient"]}, {"room": A100}, {"room": SM_120}):
         again = plan(**{**call, **change})
@@ -105,9 +105,14 @@ def test_devices_without_clusters_read_a_row_twice(plan):
     assert not plan(8192, 128256, room=A100)["is_resident"]
 
 
-@pytest.mark.parametrize("V", [50257, 128255])
-def test_columns_of_misaligned_rows_are_read_one_by_one(plan, V):
-    assert plan(8192, V)["piece"] == 1 and plan(8192, V + 1 - V % 2 + 6)["piece"] in (1, 8)
+@pytest.mark.parametrize("V, is_ragged", [(50257, True), (50260, True), (50264, False)])
+def test_16_bit_columns_are_read_in_pieces_however_rows_are_aligned(plan, V, is_ragged):
+    p = plan(8192, V)
+    assert p["piece"] == 8 and p["is_ragged"] == is_ragged
+
+
+def test_wider_columns_of_misaligned_rows_are_read_one_by_one(plan):
+    assert plan(8192, 50257, F32, F32)["piece"] == 1 and plan(8192, 50260, F32, F32)["piece"] == 4
 
 
 def test_rows_more_than_32_bits_of_elements_apart_are_found(monkeypatch):

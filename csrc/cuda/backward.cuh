@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kMode == kGeneral ? kGeneralThreads : kMaxThre
         if (lane.first >= tile.num) continue;
         C v_base[kColumns], v_aux[kColumns];
         const char* aux_tile = rows.has_aux ? rows.aux.at(tile.first) : nullptr;
-        load_sources<C, K, kGlobalLast>(rows.base.at(tile.first), aux_tile, rows, lane, tile.num, v_base, v_aux);
+        load_sources<C, K, kGlobalLast>(rows.base.at(tile.first), aux_tile, rows, static_cast<int>(problem.V), lane,
+                                        tile.num, v_base, v_aux);
         const int y = (at.y < 0 ? kNowhere : at.y) - tile.first;
         write_gradient<C, kMode, K>(problem, lane, tile, y, k, base_bend, aux_bend, grads, v_base, v_aux, &scale_sums);
       }

@@ -9,15 +9,18 @@ namespace auxk {
 constexpr int kAny = -1;  // a dtype that is known when the kernel runs
 
 // The dtypes of both sources, or kAny for both, and how many neighbouring columns a lane has: 16 bytes of the wider
-// source, or 1 where V is no multiple of that.
-template <int kBaseType, int kAuxType, int kColumnsOfPiece>
+// source, or 1 where V is no multiple of that. Ragged: pieces of 16-bit numbers although V is no multiple.
+template <int kBaseType, int kAuxType, int kColumnsOfPiece, bool kRagged = false>
 struct Kind {
   static constexpr int kBase = kBaseType, kAux = kAuxType, kPiece = kColumnsOfPiece;
+  static constexpr bool kIsRagged = kRagged;
+  // whether a lane that has its first column of a tile has them all
+  static constexpr bool kHasWholeLanes = kPiece == kColumns && !kRagged;
 };
-template <int kPiece>
-using BFloat16s = Kind<static_cast<int>(DType::kBFloat16), static_cast<int>(DType::kBFloat16), kPiece>;
-template <int kPiece>
-using Float16s = Kind<static_cast<int>(DType::kFloat16), static_cast<int>(DType::kFloat16), kPiece>;
+template <int kPiece, bool kRagged = false>
+using BFloat16s = Kind<static_cast<int>(DType::kBFloat16), static_cast<int>(DType::kBFloat16), kPiece, kRagged>;
+template <int kPiece, bool kRagged = false>
+using Float16s = Kind<static_cast<int>(DType::kFloat16), static_cast<int>(DType::kFloat16), kPiece, kRagged>;
 template <int kPiece>
 using Float32s = Kind<static_cast<int>(DType::kFloat32), static_cast<int>(DType::kFloat32), kPiece>;
 template <int kPiece>
@@ -277,23 +280,117 @@ AUXK_DEVICE SourceRows source_rows(const Problem& p, int64_t n) {
           has_pieces<K::kBase, K::kPiece>(base) && (!has_aux || has_pieces<K::kAux, K::kPiece>(aux))};
 }
 
-template <class C, class K, int kMemory>
-AUXK_DEVICE void load_sources(const char* base_tile, const char* aux_tile, const SourceRows& rows,
-                              const Lane<K::kPiece>& lane, int num, C (&base)[kColumns], C (&aux)[kColumns]) {
-  // one branch for both sources: wide in the common case
-  const auto load = [&](bool is_wide) {
-    load_columns<C, K::kBase, K::kPiece, kMemory>(base_tile, rows.base.dtype, is_wide, lane, num, base);
-    if (rows.has_aux) {
-      load_columns<C, K::kAux, K::kPiece, kMemory>(aux_tile, rows.aux.dtype, is_wide, lane, num, aux);
-    } else {
+// -- pieces of misaligned rows ----------------------------------------------------------------------------------------
+
+template <int kFirst>
+AUXK_DEVICE hw::Words4 words_from(const uint32_t (&w)[8], int bits) {
+  hw::Words4 out;
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) aux[i] = 0;
+  for (int i = 0; i < 4; ++i) out.w[i] = hw::funnel(w[kFirst + i], w[kFirst + i + 1], bits);
+  return out;
+}
+
+// 16 of 32 bytes, from byte `shift` on; an even number, less than 16, the same for all lanes
+AUXK_DEVICE hw::Words4 shifted(const hw::Words4& a, const hw::Words4& b, uint32_t shift) {
+  const uint32_t w[8] = {a.w[0], a.w[1], a.w[2], a.w[3], b.w[0], b.w[1], b.w[2], b.w[3]};
+  const int bits = static_cast<int>(shift % 4) * 8;
+  switch (shift / 4) {
+    case 0:
+      return words_from<0>(w, bits);
+    case 1:
+      return words_from<1>(w, bits);
+    case 2:
+      return words_from<2>(w, bits);
+    default:
+      return words_from<3>(w, bits);
+  }
+}
+
+// A lane's piece of 16-bit numbers at `p`, which lies in the row's bytes [first, end). Read from the aligned 32 bytes
+// around it; from global memory only where the row has them.
+template <class C, int kType, int kMemory>
+AUXK_DEVICE void load_ragged(const char* p, uint32_t shift, const char* first, const char* end, int num, C* out) {
+  const char* aligned = p - shift;
+  if (kMemory == kShared || (aligned >= first && aligned + 32 <= end)) {
+    const hw::Words4 a = words_at<kMemory, hw::Words4>(aligned), b = words_at<kMemory, hw::Words4>(aligned + 16);
+    unpack<kType>(shifted(a, b, shift), static_cast<DType>(kType), out);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      out[i] = i < num ? element<C, kType>(p + 2 * i, static_cast<DType>(kType)) : C(0);
+  }
+}
+
+// The lanes' pieces of 16-bit numbers at neighbouring places `p`: 16 aligned bytes are the end of one lane's piece and
+// the beginning of the next one's. By whole warps of whole pieces; the two lanes at the ends write the rest alone.
+template <class C, int kType>
+AUXK_DEVICE void store_ragged(char* p, uint32_t shift, const C* x) {
+  constexpr bool kIsBFloat16 = kType == static_cast<int>(DType::kBFloat16);
+  hw::Words4 own, before;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    own.w[i] = kIsBFloat16 ? hw::to_bfloat16(static_cast<float>(x[2 * i]), static_cast<float>(x[2 * i + 1]))
+                           : hw::to_float16(static_cast<float>(x[2 * i]), static_cast<float>(x[2 * i + 1]));
+    before.w[i] = shift == 0 ? 0 : hw::from_lane_before(own.w[i]);
+  }
+  const int lane = hw::thread() % hw::kWarp;
+  if (shift == 0) {
+    hw::store(reinterpret_cast<hw::Words4*>(p), own);
+  } else {
+    const hw::Words4 block = shifted(before, own, 16 - shift);
+    if (lane > 0) hw::store(reinterpret_cast<hw::Words4*>(p - shift), block);
+    if (lane == 0 || lane == hw::kWarp - 1) {
+      const int in_first = static_cast<int>(16 - shift) / 2;  // columns before the next 16 bytes begin
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        if ((lane == 0) == (i < in_first))
+          reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(own.w[i / 2] >> (i % 2 * 16));
+      }
     }
-  };
-  if (K::kPiece > 1 && rows.is_wide)
-    load(true);
-  else
-    load(false);
+  }
+}
+
+template <class C, class K, int kMemory>
+AUXK_DEVICE void load_sources(const char* base_tile, const char* aux_tile, const SourceRows& rows, int V,
+                              const Lane<K::kPiece>& lane, int num, C (&base)[kColumns], C (&aux)[kColumns]) {
+  if constexpr (K::kIsRagged) {
+    const auto load = [&](const char* tile, const RowOf& row, C* out) {
+      load_ragged<C, K::kBase, kMemory>(tile + 2 * lane.first, misalignment(row.first, 16), row.first,
+                                        row.first + 2 * int64_t{V}, num - lane.first, out);
+    };
+    load(base_tile, rows.base, base);
+    if (rows.has_aux) load(aux_tile, rows.aux, aux);
+  } else {
+    const auto load = [&](bool is_wide) {
+      load_columns<C, K::kBase, K::kPiece, kMemory>(base_tile, rows.base.dtype, is_wide, lane, num, base);
+      if (rows.has_aux) load_columns<C, K::kAux, K::kPiece, kMemory>(aux_tile, rows.aux.dtype, is_wide, lane, num, aux);
+    };
+    // one branch for both sources: wide in the common case
+    if (K::kPiece > 1 && rows.is_wide)
+      load(true);
+    else
+      load(false);
+  }
+  if (!rows.has_aux) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) aux[i] = 0;
+  }
+}
+
+// A lane's columns of a tile of a gradient's row.
+template <class C, class K, int kType>
+AUXK_DEVICE void store_gradient(const RowOf& row, const Tile& tile, bool is_wide, const Lane<K::kPiece>& lane,
+                                const C* x) {
+  char* first = row.template at<kType>(tile.first);
+  if constexpr (K::kIsRagged) {
+    const bool is_whole_warp = ((hw::thread() | (hw::kWarp - 1)) + 1) * kColumns <= tile.num;
+    if (is_whole_warp)
+      store_ragged<C, kType>(first + 2 * lane.first, misalignment(row.first, 16), x);
+    else
+      store_columns<C, kType, K::kPiece>(first, row.dtype, false, lane, tile.num, x);
+  } else {
+    store_columns<C, kType, K::kPiece>(first, row.dtype, is_wide, lane, tile.num, x);
+  }
 }
 
 // Zeros in [start, stop) of a row of 16-bit or wider numbers, by `count` threads of which this is number `t`.

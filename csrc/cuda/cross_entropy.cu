@@ -39,9 +39,10 @@ Mode mode_of(const Problem& p, const Outputs& out, const LossTerms& terms, Types
 }
 
 // the bits of a result depend on this, and so on the mode
-Cut cut_of(const Problem& p, Mode mode, Types types) {
+Cut cut_of(const Problem& p, Mode mode, Types types, bool is_forward) {
   const bool is_narrow = mode != kGeneral && (types == kBFloat16s || types == kFloat16s);
-  return auxk::cut_of(p.V, is_narrow ? 8 : 4, mode == kGeneral ? kGeneralThreads : kMaxThreads);
+  return auxk::cut_of(p.V, is_narrow ? 8 : 4, mode == kGeneral ? kGeneralThreads : kMaxThreads,
+                      is_narrow && is_forward);
 }
 
 int state_bytes_of(Mode mode, Types types) {
@@ -98,7 +99,7 @@ Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool
   choice.types = types_of(p, out, is_double);
   choice.mode = mode_of(p, out, terms, choice.types);
   PlanInputs& in = choice.inputs;
-  in.cut = cut_of(p, choice.mode, choice.types);
+  in.cut = cut_of(p, choice.mode, choice.types, true);
   in.num_rows = p.num_rows;
   in.base_bytes = static_cast<int32_t>(size_of(p.base.dtype));
   in.aux_bytes = p.aux.values == nullptr ? 0 : static_cast<int32_t>(size_of(p.aux.dtype));
@@ -149,7 +150,7 @@ const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms
   ForwardKernel kernel = nullptr;
   hw::Launch how = {};
   while (plan.is_resident) {
-    kernel = resident_kernel(choice.mode, choice.types, cut.piece);
+    kernel = resident_kernel(choice.mode, choice.types, cut);
     how = {0, plan.cluster, cut.threads + hw::kWarp, plan.layout.bytes, place.stream};
     if (const char* error = blocks_at_once(kernel, how, place.device, room, &at_once)) return error;
     if (at_once > 0) break;
@@ -157,7 +158,7 @@ const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms
     plan = plan_of(choice.inputs);
   }
   if (!plan.is_resident) {
-    kernel = reread_kernel(choice.mode, choice.types, cut.piece);
+    kernel = reread_kernel(choice.mode, choice.types, cut);
     how = {0, 0, cut.threads, plan.layout.bytes, place.stream};
     if (const char* error = blocks_at_once(kernel, how, place.device, room, &at_once)) return error;
     if (at_once == 0) return "a block of this kernel does not fit on the device";
@@ -187,7 +188,7 @@ const char* backward(const Problem& p, const Outputs& out, const BackwardInputs&
   const Mode mode = is_plain ? kPlain : kGeneral;
   BackwardParameters parameters = {};
   parameters.problem = p, parameters.out = out, parameters.in = in;
-  parameters.cut = cut_of(p, mode, types);
+  parameters.cut = cut_of(p, mode, types, false);
   const int64_t units = p.num_rows * (sums_row(out) ? 1 : parameters.cut.num_segments);
   const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
   const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kMaxThreads / hw::kWarp, place.stream};

@@ -231,7 +231,7 @@ class Worker {
       base_tile = shared.base_slot(slot) + misalignment(rows.base.first, 16);
       aux_tile = shared.aux_slot(slot) + misalignment(rows.aux.first, 16);
     }
-    load_sources<C, K, kMemory>(base_tile, aux_tile, rows, lane, tile.num, base, aux);
+    load_sources<C, K, kMemory>(base_tile, aux_tile, rows, static_cast<int>(p.problem.V), lane, tile.num, base, aux);
   }
 
   AUXK_DEVICE void scan(const Row& row, const Tile& tile, const C (&base)[kColumns], const C (&aux)[kColumns],
@@ -254,8 +254,7 @@ class Worker {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) drop_unless(lane.column(i) != y, &x, i);
     }
-    // a lane whose columns are one piece has all of them, or is not here
-    if (K::kPiece != kColumns && lane.column(kColumns - 1) >= tile.num) {
+    if (!K::kHasWholeLanes && lane.column(kColumns - 1) >= tile.num) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) drop_unless(lane.column(i) < tile.num, &x, i);
     }

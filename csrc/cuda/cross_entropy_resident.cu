@@ -3,22 +3,24 @@
 
 namespace auxk {
 
-template <template <int> class Types, int kPiece>
-static ForwardKernel kernel_of(Mode mode, int piece) {
+template <class Even, class Other>
+static ForwardKernel kernel_of(Mode mode, const Cut& cut) {
   if (mode == kPlain)
-    return piece > 1 ? cross_entropy_resident_kernel<float, kPlain, Types<kPiece>>
-                     : cross_entropy_resident_kernel<float, kPlain, Types<1>>;
-  return piece > 1 ? cross_entropy_resident_kernel<float, kStatistics, Types<kPiece>>
-                   : cross_entropy_resident_kernel<float, kStatistics, Types<1>>;
+    return cut.is_ragged ? cross_entropy_resident_kernel<float, kPlain, Other>
+                         : cross_entropy_resident_kernel<float, kPlain, Even>;
+  return cut.is_ragged ? cross_entropy_resident_kernel<float, kStatistics, Other>
+                       : cross_entropy_resident_kernel<float, kStatistics, Even>;
 }
 
-ForwardKernel resident_kernel(Mode mode, Types types, int piece) {
+ForwardKernel resident_kernel(Mode mode, Types types, const Cut& cut) {
+  const bool has_pieces = cut.piece > 1;
   if (types == kWithDoubles) return nullptr;
   if (mode == kGeneral)
-    return piece > 1 ? cross_entropy_resident_kernel<float, kGeneral, AnyTypes<4>>
-                     : cross_entropy_resident_kernel<float, kGeneral, AnyTypes<1>>;
-  if (types == kBFloat16s) return kernel_of<BFloat16s, 8>(mode, piece);
-  return types == kFloat16s ? kernel_of<Float16s, 8>(mode, piece) : kernel_of<Float32s, 4>(mode, piece);
+    return has_pieces ? cross_entropy_resident_kernel<float, kGeneral, AnyTypes<4>>
+                      : cross_entropy_resident_kernel<float, kGeneral, AnyTypes<1>>;
+  if (types == kBFloat16s) return kernel_of<BFloat16s<8>, BFloat16s<8, true>>(mode, cut);
+  if (types == kFloat16s) return kernel_of<Float16s<8>, Float16s<8, true>>(mode, cut);
+  return kernel_of<Float32s<4>, Float32s<1>>(mode, cut);
 }
 
 }  // namespace auxk

@@ -64,6 +64,14 @@ __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
 
+// what the lane before has; the first lane gets its own
+__device__ inline uint32_t from_lane_before(uint32_t value) { return __shfl_up_sync(0xFFFFFFFFu, value, 1); }
+
+// 32 bits of 64, from bit `bits` on, less than 32
+__device__ inline uint32_t funnel(uint32_t low, uint32_t high, int bits) {
+  return __funnelshift_r(low, high, static_cast<uint32_t>(bits));
+}
+
 // The largest of a warp's numbers; NaN counts as none. Of signed integers that are ordered as the numbers are it is one
 // instruction.
 __device__ inline float max_of_warp(float x) {

@@ -17,9 +17,9 @@ using ForwardKernel = void (*)(cuda::Parameters);
 using BackwardKernel = void (*)(cuda::BackwardParameters);
 using RescaleKernel = void (*)(cuda::RescaleParameters);
 
-// `piece` as in Cut. kAnyTypes and kWithDoubles come with kGeneral; float64 has no resident kernel, null.
-ForwardKernel resident_kernel(Mode mode, Types types, int piece);
-ForwardKernel reread_kernel(Mode mode, Types types, int piece);
+// kAnyTypes and kWithDoubles come with kGeneral; float64 has no resident kernel, null.
+ForwardKernel resident_kernel(Mode mode, Types types, const Cut& cut);
+ForwardKernel reread_kernel(Mode mode, Types types, const Cut& cut);
 BackwardKernel backward_kernel(Mode mode, Types types, int piece);  // of kPlain and kGeneral
 RescaleKernel rescale_kernel(bool is_double, int piece);
 

@@ -21,6 +21,7 @@ constexpr int kRescaleColumns = kRescaleThreads * kColumnsOfLane;  // of a row, 
 struct Cut {
   int32_t threads;       // lanes, each with its own running maximum
   int32_t piece;         // neighbouring columns of a lane
+  int32_t is_ragged;     // whether rows are misaligned, and end within a piece
   int32_t num_segments;  // whose states are merged at the row's end: 1, 2, 4, 8 or 16
   int32_t segment;       // columns; the last may have fewer
   int32_t tile;          // columns that the lanes work on at once; a segment's last may have fewer
@@ -28,12 +29,13 @@ struct Cut {
 };
 
 // `piece`: columns of 16 bytes. V that are no multiple of it leave most rows misaligned: then neighbouring lanes read
-// neighbouring columns one by one.
-inline Cut cut_of(int64_t V, int piece, int most_threads) {
+// neighbouring columns one by one or, with `shifts`, pieces all the same, from the 32 bytes around them.
+inline Cut cut_of(int64_t V, int piece, int most_threads, bool shifts) {
   constexpr int64_t kLine = 64;  // columns: 128 bytes of 16-bit logits, and tiles that are aligned as their row is
   Cut cut = {};
   cut.threads = std::min(V <= 1024 ? 128 : V <= 8192 ? 256 : kMaxThreads, most_threads);
-  cut.piece = V % piece == 0 ? piece : 1;
+  cut.is_ragged = V % piece != 0;
+  cut.piece = cut.is_ragged && !shifts ? 1 : piece;
   cut.num_segments = 1;
   while (cut.num_segments < kMaxSegments && V >= 2 * cut.num_segments * kWorthASegment) cut.num_segments *= 2;
   const int64_t columns = (V + cut.num_segments - 1) / cut.num_segments;

@@ -157,12 +157,8 @@ AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, c
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) v_base[i] = lane.column(i) == y ? at_target : v_base[i];
     }
-    if (grads.base.first != nullptr)
-      store_columns<C, K::kBase, K::kPiece>(grads.base.template at<K::kBase>(tile.first), grads.base.dtype,
-                                            grads.is_wide, lane, tile.num, v_base);
-    if (grads.aux.first != nullptr)
-      store_columns<C, K::kAux, K::kPiece>(grads.aux.template at<K::kAux>(tile.first), grads.aux.dtype, grads.is_wide,
-                                           lane, tile.num, v_base);
+    if (grads.base.first != nullptr) store_gradient<C, K, K::kBase>(grads.base, tile, grads.is_wide, lane, v_base);
+    if (grads.aux.first != nullptr) store_gradient<C, K, K::kAux>(grads.aux, tile, grads.is_wide, lane, v_base);
   } else {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -180,12 +176,8 @@ AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, c
       v_base[i] = (dz + extra) * base_bend.scale * slope_base;
       v_aux[i] = dz * aux_bend.scale * slope_aux;
     }
-    if (grads.base.first != nullptr)
-      store_columns<C, K::kBase, K::kPiece>(grads.base.template at<K::kBase>(tile.first), grads.base.dtype,
-                                            grads.is_wide, lane, tile.num, v_base);
-    if (grads.aux.first != nullptr)
-      store_columns<C, K::kAux, K::kPiece>(grads.aux.template at<K::kAux>(tile.first), grads.aux.dtype, grads.is_wide,
-                                           lane, tile.num, v_aux);
+    if (grads.base.first != nullptr) store_gradient<C, K, K::kBase>(grads.base, tile, grads.is_wide, lane, v_base);
+    if (grads.aux.first != nullptr) store_gradient<C, K, K::kAux>(grads.aux, tile, grads.is_wide, lane, v_aux);
   }
 }
 

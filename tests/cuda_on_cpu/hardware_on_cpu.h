@@ -11,6 +11,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <utility>
 
 #include "model.h"
 
@@ -98,6 +100,15 @@ T shuffle_xor(T value, int mask) {
   bits = model::machine.exchange(bits, mask, static_cast<int>(sizeof(T)) * kWarp + mask, "shuffle_xor");
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// what the lane before has; the first lane gets its own
+inline uint32_t from_lane_before(uint32_t value) {
+  return static_cast<uint32_t>(model::machine.exchange(value, model::Machine::kFromBefore, -1, "from_lane_before"));
+}
+
+inline uint32_t funnel(uint32_t low, uint32_t high, int bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
 
 // the largest of a warp's numbers; NaN counts as none
@@ -229,12 +240,19 @@ inline const char* describe_device(int number, int32_t* multiprocessors, int64_t
 }
 
 // one block on each multiprocessor
+// What `prepare` has set for a kernel on this device: what the last call asked for, not the most that any did.
+inline int64_t& shared_limit_of(const void* kernel) {
+  static std::map<std::pair<int, const void*>, int64_t> limits;
+  return limits.emplace(std::make_pair(device.number, kernel), 48 << 10).first->second;
+}
+
 template <class Parameters>
-const char* prepare(void (*)(Parameters), const Launch& how, int64_t shared_bytes, int multiprocessors,
+const char* prepare(void (*kernel)(Parameters), const Launch& how, int64_t shared_bytes, int multiprocessors,
                     int* num_blocks) {
   *num_blocks = 0;
   if (how.shared_bytes > shared_bytes || shared_bytes > device.shared_bytes)
     return "prepare: more shared memory than the device has";
+  shared_limit_of(reinterpret_cast<const void*>(kernel)) = shared_bytes;
   if (how.cluster == 0) *num_blocks = multiprocessors;
   if (how.cluster > 0 && device.has_clusters) *num_blocks = multiprocessors / how.cluster * how.cluster;
   return nullptr;
@@ -259,6 +277,8 @@ const char* launch(void (*kernel)(Parameters), const Launch& how, const Paramete
     return "launch: clusters of more than 16 blocks, or a number of blocks that is not a multiple of theirs";
   if (how.shared_bytes < 0 || how.shared_bytes > device.shared_bytes)
     return "launch: more shared memory than the device has";
+  if (how.shared_bytes > shared_limit_of(reinterpret_cast<const void*>(kernel)))
+    return "launch: more shared memory than the kernel was prepared for";
   return model::machine.run(how, [&] { kernel(parameters); });
 }
 

@@ -141,6 +141,8 @@ class Machine {
   }
 
   // `kind` tells one use by a warp from another
+  static constexpr int kFromBefore = -1;  // instead of a mask: lane i gets what lane i - 1 has
+
   uint64_t exchange(uint64_t value, int mask, int kind, const char* where) {
     Warp& warp = *current->warp;
     const int lane = current->index % kLanes;
@@ -151,7 +153,8 @@ class Machine {
       suspend(where);
     } else {
       warp.met = 0;
-      for (int i = 0; i < kLanes; ++i) warp.result[i] = warp.value[i ^ mask];
+      for (int i = 0; i < kLanes; ++i)
+        warp.result[i] = warp.value[mask == kFromBefore ? (i > 0 ? i - 1 : 0) : i ^ mask];
       wake(warp, ~(1u << lane));
     }
     return warp.result[lane];
