@@ -31,7 +31,9 @@ AUXK_DEVICE RowGradient<C> gradient_of_row(const BackwardInputs& in, int64_t n, 
 
 // A block takes one segment of a row; a whole row where a scale's gradient, a sum over the row, is wanted.
 template <class C, int kMode, class K>
-__global__ void __launch_bounds__(kMode == kGeneral ? kGeneralThreads : kMaxThreads, sizeof(C) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kBackwardThreads, sizeof(C) == 8  ? 1
+                                                    : K::kPiece > 1 ? 3
+                                                                    : 2)
     cross_entropy_backward_kernel(const __grid_constant__ cuda::BackwardParameters p) {
   const Problem& problem = p.problem;
   const Cut& cut = p.cut;

@@ -38,12 +38,7 @@ Mode mode_of(const Problem& p, const Outputs& out, const LossTerms& terms, Types
   return kPlain;
 }
 
-// the bits of a result depend on this, and so on the mode
-Cut cut_of(const Problem& p, Mode mode, Types types, bool is_forward) {
-  const bool is_narrow = mode != kGeneral && (types == kBFloat16s || types == kFloat16s);
-  return auxk::cut_of(p.V, is_narrow ? 8 : 4, mode == kGeneral ? kGeneralThreads : kMaxThreads,
-                      is_narrow && is_forward);
-}
+bool is_narrow(Mode mode, Types types) { return mode != kGeneral && (types == kBFloat16s || types == kFloat16s); }
 
 int state_bytes_of(Mode mode, Types types) {
   if (types == kWithDoubles) return sizeof(FullState<double>);
@@ -99,7 +94,8 @@ Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool
   choice.types = types_of(p, out, is_double);
   choice.mode = mode_of(p, out, terms, choice.types);
   PlanInputs& in = choice.inputs;
-  in.cut = cut_of(p, choice.mode, choice.types, true);
+  const bool narrow = is_narrow(choice.mode, choice.types);
+  in.cut = cut_of(p.V, narrow ? 8 : 4, choice.mode == kGeneral ? kGeneralThreads : kMaxThreads, narrow);
   in.num_rows = p.num_rows;
   in.base_bytes = static_cast<int32_t>(size_of(p.base.dtype));
   in.aux_bytes = p.aux.values == nullptr ? 0 : static_cast<int32_t>(size_of(p.aux.dtype));
@@ -188,10 +184,10 @@ const char* backward(const Problem& p, const Outputs& out, const BackwardInputs&
   const Mode mode = is_plain ? kPlain : kGeneral;
   BackwardParameters parameters = {};
   parameters.problem = p, parameters.out = out, parameters.in = in;
-  parameters.cut = cut_of(p, mode, types, false);
+  parameters.cut = cut_of(p.V, is_narrow(mode, types) ? 8 : 4, kBackwardThreads, false);
   const int64_t units = p.num_rows * (sums_row(out) ? 1 : parameters.cut.num_segments);
   const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
-  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kMaxThreads / hw::kWarp, place.stream};
+  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kBackwardThreads / hw::kWarp, place.stream};
   return hw::launch(backward_kernel(mode, types, parameters.cut.piece), how, parameters);
 }
 

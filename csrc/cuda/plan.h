@@ -14,6 +14,7 @@ constexpr int kMaxSlots = 32;
 constexpr int kColumnsOfLane = 8;  // in a tile
 constexpr int64_t kWorthASegment = 6000;
 
+constexpr int kBackwardThreads = 256;
 constexpr int kRescaleThreads = 256;
 constexpr int kRescaleColumns = kRescaleThreads * kColumnsOfLane;  // of a row, for one block
 
