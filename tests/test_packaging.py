@@ -177,6 +177,47 @@ def test_cuda_module_that_cannot_be_built_does_not_cost_the_cpu_module(tree):
     assert "no-such-nvcc not found" in record(tree)["cuda"]
 
 
+@pytest.fixture
+def cuda_tree(tree):
+    """With a CUDA source, for a compiler that is found but cannot compile it: what it is asked for is in build.ninja."""
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/kernel.cu").touch()
+    return tree
+
+
+def gencode(tree, **variables):
+    build_module(tree, CUDACXX="g++", **variables)
+    flags = (tree / "scratch/cuda/build.ninja").read_text().replace("$\n", "")
+    return re.findall(r"arch=compute_\w+,code=(\[?[\w,]+)", flags)
+
+
+@pytest.mark.parametrize(
+    "found, architectures",
+    [
+        ("8.6\n", ["sm_80"]),
+        ("9.0\n9.0\n", ["sm_90a"]),
+        ("8.0\n9.0\n", ["sm_80", "sm_90a"]),
+        ("12.0\n", ["[sm_100,compute_100"]),
+        ("7.5\n", ["sm_80", "sm_90a", "[sm_100,compute_100"]),
+        ("", ["sm_80", "sm_90a", "[sm_100,compute_100"]),
+    ],
+)
+def test_cuda_is_compiled_for_the_gpus_of_the_machine_or_for_all(cuda_tree, found, architectures):
+    tools = cuda_tree / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<END\n{found}END\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    assert sorted(gencode(cuda_tree, PATH=path)) == sorted(architectures)
+    assert gencode(cuda_tree, PATH=path, AUXKERNELS_CUDA_ARCHS="90a") == ["sm_90a"]
+
+
+def test_an_unknown_cuda_architecture_is_refused_with_the_allowed_ones(cuda_tree):
+    done = build_module(cuda_tree, CUDACXX="g++", AUXKERNELS_CUDA_ARCHS="80,70")
+    assert done.returncode != 0
+    assert "AUXKERNELS_CUDA_ARCHS must be of 80, 90a, 100, got '70'" in done.stderr
+
+
 def test_module_of_an_earlier_build_does_not_outlive_a_build_without_it(tree):
     build_module(tree)
     assert modules(tree)
