@@ -1,9 +1,13 @@
 """What is known of the CUDA kernels without a device: they compile, and to what machine code."""
 
+import os
 import re
+import subprocess
+import sys
 
 import cuda_compile
 import pytest
+import torch
 
 RESIDENT = "cross_entropy_resident_kernel"
 WITH_CLUSTERS = ("90a", "100")
@@ -100,3 +104,36 @@ def test_the_flags_are_those_of_the_build():
     setup = (cuda_compile.ROOT / "setup.py").read_text()
     for flag in (*cuda_compile.FLAGS, *cuda_compile.ARCHITECTURES):
         assert f'"{flag}"' in setup, flag
+
+
+LOADED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import _cuda
+print(sorted(_cuda.plan(8192, 50257, 1, 1, True, False, 132, 232448, True).items()))
+print(_cuda.driver_problem())
+try:
+    _cuda.rescale(16, 0, 1, 1, 0, False, 0, 16, 0, 0, 0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a device")
+def test_the_module_is_built_and_loaded_where_there_is_no_device():
+    """It must not cost the import of the package, and says of a call what is missing."""
+    if reason := cuda_compile.missing():
+        pytest.skip(reason)
+    folder = cuda_compile.ROOT / "build" / "cuda_module"
+    variables = {"AUXKERNELS_BUILD": "cuda", "AUXKERNELS_CUDA_ARCHS": "90a", "AUXKERNELS_WERROR": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "scratch"]
+    options = {"cwd": cuda_compile.ROOT, "capture_output": True, "text": True}
+    built = subprocess.run(command, env=os.environ | variables, **options)
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    done = subprocess.run([sys.executable, "-c", LOADED, folder / "auxkernels/native"], **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plan, problem, error = done.stdout.splitlines()
+    assert "('cluster', 2)" in plan and "('is_resident', True)" in plan
+    assert problem == "the driver is older than the CUDA version that the module was built with"
+    assert error.startswith("CUDA error, here or of earlier work: ")

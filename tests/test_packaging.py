@@ -179,7 +179,7 @@ def test_cuda_module_that_cannot_be_built_does_not_cost_the_cpu_module(tree):
 
 @pytest.fixture
 def cuda_tree(tree):
-    """With a CUDA source, for a compiler that is found but cannot compile it: what it is asked for is in build.ninja."""
+    """With a CUDA source, for a compiler that is found and cannot compile it; what it is asked is in build.ninja."""
     (tree / "csrc/cuda").mkdir()
     (tree / "csrc/cuda/kernel.cu").touch()
     return tree

@@ -18,7 +18,7 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA error, here or of earlier work: ") + error);
 }
 
-Place place_of(const ProblemArguments& a) { return {static_cast<int>(a[8]), pointer(a[6])}; }
+Stream stream_of(const ProblemArguments& a) { return {static_cast<int>(a[8]), pointer(a[6])}; }
 
 Problem checked_problem_of(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
                            const SourceArguments& aux, const SourceNumbers& aux_numbers) {
@@ -33,7 +33,7 @@ void py_scan(const ProblemArguments& args, const SourceArguments& base, const So
   const Problem p = checked_problem_of(args, base, base_numbers, aux, aux_numbers);
   const Outputs out = outputs_of(outputs);
   py::gil_scoped_release release;
-  check(forward(p, out, LossTerms(), args[7] != 0, place_of(args)));
+  check(forward(p, out, LossTerms(), args[7] != 0, stream_of(args)));
 }
 
 // row_loss, loss, ticket, divisor (of enum Divisor), normalizer
@@ -63,7 +63,7 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, const So
   const Outputs out = outputs_of(outputs);
   const LossTerms terms = terms_of(p, loss, number, label_smoothing, z_loss);
   py::gil_scoped_release release;
-  check(forward(p, out, terms, args[7] != 0, place_of(args)));
+  check(forward(p, out, terms, args[7] != 0, stream_of(args)));
 }
 
 void py_backward(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
@@ -73,7 +73,7 @@ void py_backward(const ProblemArguments& args, const SourceArguments& base, cons
   const Outputs out = outputs_of(outputs);
   const BackwardInputs in = backward_inputs_of(state, coefficients);
   py::gil_scoped_release release;
-  check(backward(p, out, in, args[7] != 0, place_of(args)));
+  check(backward(p, out, in, args[7] != 0, stream_of(args)));
 }
 
 // factor: a number on the device

@@ -66,14 +66,14 @@ const char* blocks_at_once(ForwardKernel kernel, const hw::Launch& how, int devi
 constexpr size_t kNumTickets = 4096;
 __device__ unsigned tickets[kNumTickets];
 
-const char* ticket_of(const Place& place, unsigned** ticket) {
+const char* ticket_of(const Stream& stream, unsigned** ticket) {
   static std::mutex mutex;
   static std::map<std::tuple<int, void*>, unsigned*> known;
   static std::map<int, size_t> used;
   const std::lock_guard<std::mutex> guard(mutex);
-  unsigned*& found = known[{place.device, place.stream}];
+  unsigned*& found = known[{stream.device, stream.handle}];
   if (found == nullptr) {
-    size_t& number = used[place.device];
+    size_t& number = used[stream.device];
     if (number == kNumTickets) return "more streams than there are tickets";
     unsigned (*first)[kNumTickets] = nullptr;
     if (const char* error = hw::address_of(tickets, &first)) return error;
@@ -135,11 +135,12 @@ Planned plan_of_call(const Problem& p, const Outputs& out, const LossTerms& term
 
 const char* driver_problem() { return hw::driver_problem(); }
 
-const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Place& place) {
+const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double,
+                    const Stream& stream) {
   int at_once = 0;
   Room room = {};
-  if (const char* error = hw::use_device(place.device)) return error;
-  if (const char* error = room_of(place.device, &room)) return error;
+  if (const char* error = hw::use_device(stream.device)) return error;
+  if (const char* error = room_of(stream.device, &room)) return error;
   Choice choice = choose(p, out, terms, is_double, room);
   const Cut& cut = choice.inputs.cut;
   Plan plan = plan_of(choice.inputs);
@@ -147,16 +148,16 @@ const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms
   hw::Launch how = {};
   while (plan.is_resident) {
     kernel = resident_kernel(choice.mode, choice.types, cut);
-    how = {0, plan.cluster, cut.threads + hw::kWarp, plan.layout.bytes, place.stream};
-    if (const char* error = blocks_at_once(kernel, how, place.device, room, &at_once)) return error;
+    how = {0, plan.cluster, cut.threads + hw::kWarp, plan.layout.bytes, stream.handle};
+    if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
     if (at_once > 0) break;
     choice.inputs.room.max_cluster = plan.cluster / 2;  // none of this size here
     plan = plan_of(choice.inputs);
   }
   if (!plan.is_resident) {
     kernel = reread_kernel(choice.mode, choice.types, cut);
-    how = {0, 0, cut.threads, plan.layout.bytes, place.stream};
-    if (const char* error = blocks_at_once(kernel, how, place.device, room, &at_once)) return error;
+    how = {0, 0, cut.threads, plan.layout.bytes, stream.handle};
+    if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
     if (at_once == 0) return "a block of this kernel does not fit on the device";
   }
   if (p.num_rows == 0 && terms.row_loss == nullptr) return nullptr;
@@ -167,17 +168,17 @@ const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms
   parameters.problem = p, parameters.out = out, parameters.terms = terms;
   parameters.cut = cut, parameters.layout = plan.layout, parameters.cluster = plan.cluster;
   if (terms.row_loss != nullptr && terms.ticket == nullptr)
-    if (const char* error = ticket_of(place, &parameters.terms.ticket)) return error;
+    if (const char* error = ticket_of(stream, &parameters.terms.ticket)) return error;
   return hw::launch(kernel, how, parameters);
 }
 
 const char* backward(const Problem& p, const Outputs& out, const BackwardInputs& in, bool is_double,
-                     const Place& place) {
+                     const Stream& stream) {
   const bool wants_any = out.grad_base != nullptr || out.grad_aux != nullptr || sums_row(out);
   if (p.num_rows == 0 || !wants_any) return nullptr;
   Room room = {};
-  if (const char* error = hw::use_device(place.device)) return error;
-  if (const char* error = room_of(place.device, &room)) return error;
+  if (const char* error = hw::use_device(stream.device)) return error;
+  if (const char* error = room_of(stream.device, &room)) return error;
   const Types types = types_of(p, out, is_double);
   bool is_plain = types != kAnyTypes && types != kWithDoubles && !is_bent(p.base) && !is_bent(p.aux) && !sums_row(out);
   for (int c = 0; c < kNumCoefficients; ++c) is_plain &= c == kA || c == kG || in.coefficients[c] == nullptr;
@@ -187,18 +188,18 @@ const char* backward(const Problem& p, const Outputs& out, const BackwardInputs&
   parameters.cut = cut_of(p.V, is_narrow(mode, types) ? 8 : 4, kBackwardThreads, false);
   const int64_t units = p.num_rows * (sums_row(out) ? 1 : parameters.cut.num_segments);
   const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
-  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kBackwardThreads / hw::kWarp, place.stream};
+  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kBackwardThreads / hw::kWarp, stream.handle};
   return hw::launch(backward_kernel(mode, types, parameters.cut.piece), how, parameters);
 }
 
-const char* rescale(const RescaleParameters& p, const Place& place) {
+const char* rescale(const RescaleParameters& p, const Stream& stream) {
   const int64_t units = p.problem.num_rows * ((p.problem.V + kRescaleColumns - 1) / kRescaleColumns);
   if (units == 0) return nullptr;
   Room room = {};
-  if (const char* error = hw::use_device(place.device)) return error;
-  if (const char* error = room_of(place.device, &room)) return error;
+  if (const char* error = hw::use_device(stream.device)) return error;
+  if (const char* error = room_of(stream.device, &room)) return error;
   const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
-  const hw::Launch how = {num_blocks, 0, kRescaleThreads, 0, place.stream};
+  const hw::Launch how = {num_blocks, 0, kRescaleThreads, 0, stream.handle};
   const bool is_double = p.dtype == DType::kFloat64 || p.factor_dtype == DType::kFloat64;
   return hw::launch(rescale_kernel(is_double, p.problem.V % 4 == 0 ? 4 : 1), how, p);
 }

@@ -44,15 +44,15 @@ struct RescaleParameters {
   DType factor_dtype;
 };
 
-struct Place {
+struct Stream {
   int device;
-  void* stream;
+  void* handle;
 };
 
 // Each starts its kernel and returns null, or what the driver said.
-const char* forward(const Problem&, const Outputs&, const LossTerms&, bool is_double, const Place&);
-const char* backward(const Problem&, const Outputs&, const BackwardInputs&, bool is_double, const Place&);
-const char* rescale(const RescaleParameters&, const Place&);
+const char* forward(const Problem&, const Outputs&, const LossTerms&, bool is_double, const Stream&);
+const char* backward(const Problem&, const Outputs&, const BackwardInputs&, bool is_double, const Stream&);
+const char* rescale(const RescaleParameters&, const Stream&);
 // null, or why nothing can be started; touches no device
 const char* driver_problem();
 
