@@ -99,7 +99,7 @@ def build(log: Path, seconds: float) -> Outcome:
 
 
 def tests(log: Path, seconds: float) -> Outcome:
-    workers = str(min(8, os.cpu_count() or 1))
+    workers = str(min(12, os.cpu_count() or 1))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", workers, "tests"]
     start = time.perf_counter()
     found = {"unusable": _unusable(log)}

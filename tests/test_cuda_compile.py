@@ -135,5 +135,5 @@ def test_the_module_is_built_and_loaded_where_there_is_no_device():
     assert done.returncode == 0, done.stderr[-2000:]
     plan, problem, error = done.stdout.splitlines()
     assert "('cluster', 2)" in plan and "('is_resident', True)" in plan
-    assert problem == "the driver is older than the CUDA version that the module was built with"
+    assert problem in ("there is no CUDA driver", "the driver's version cannot be read")
     assert error.startswith("CUDA error, here or of earlier work: ")

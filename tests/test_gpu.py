@@ -1,7 +1,10 @@
 """What only a GPU can get wrong: streams, devices, processes, and more elements than 32 bits can count."""
 
+import fcntl
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,9 +93,18 @@ def test_gpu_and_cpu_agree(on_gpu):
         assert_close(name, value.cpu(), *wanted[name])
 
 
+@pytest.fixture
+def most_of_the_memory():
+    """One test process at a time: several such tests do not fit on a device together."""
+    with open(Path(tempfile.gettempdir()) / "auxkernels-gpu-memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("beyond", [2**31, 2**32])
-def test_more_elements_than_32_bits_count(on_gpu, beyond):
+def test_more_elements_than_32_bits_count(on_gpu, most_of_the_memory, beyond):
     """Rows from both ends of a loss over 2**31 or 2**32 elements, and of its gradient, are those of the rows alone."""
     vocab_size = 131072
     rows = beyond // vocab_size + 2

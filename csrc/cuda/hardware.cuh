@@ -351,6 +351,7 @@ inline const char* driver_problem() {
   int driver = 0, runtime = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess)
     return "the driver's version cannot be read";
+  if (driver == 0) return "there is no CUDA driver";
   return driver / 1000 < runtime / 1000 ? "the driver is older than the CUDA version that the module was built with"
                                         : nullptr;
 }
