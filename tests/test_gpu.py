@@ -153,3 +153,64 @@ def test_a_process_of_its_own_can_begin_on_the_gpu(on_gpu):
     code = SPAWNED.format(backend=on_gpu.backend)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
+CAPTURED_FIRST = """
+import torch
+from auxkernels import aux_cross_entropy
+base, aux = torch.randn(4, 5000, device="cuda"), torch.randn(4, 5000, device="cuda")
+target = torch.tensor([0, 99, -100, 5], device="cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    loss = aux_cross_entropy(base, aux, target, backend="native")
+graph.replay()
+print(torch.equal(loss, aux_cross_entropy(base, aux, target, backend="native")))
+"""
+
+
+def test_a_capture_may_be_the_first_call_of_a_process(on_gpu):
+    """Whatever the compiled module asks of the driver before its first launch, it may ask in a capture."""
+    if on_gpu.backend != "native":
+        pytest.skip("Triton compiles at its first call, which a capture forbids")
+    done = subprocess.run([sys.executable, "-c", CAPTURED_FIRST], capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["True"], done.stderr[-2000:]
+
+
+REDUCED_OVERHEAD = """
+import torch
+from auxkernels import aux_cross_entropy
+base, aux = torch.randn(4, 5000, device="cuda"), torch.randn(4, 5000, device="cuda", requires_grad=True)
+target = torch.tensor([0, 99, -100, 5], device="cuda")
+def loss_of(base, aux, target):
+    return aux_cross_entropy(base, aux, target, backend={backend!r})
+compiled = torch.compile(loss_of, mode="reduce-overhead", fullgraph=True)
+want = loss_of(base, aux, target)
+same = []
+for _ in range(6):
+    torch.compiler.cudagraph_mark_step_begin()
+    same.append(torch.equal(compiled(base, aux, target).detach(), want))
+print(all(same))
+"""
+
+
+def test_compiled_with_graphs_of_its_own_in_a_fresh_process(on_gpu):
+    """torch warms such a graph up in the graph's own memory pool: nothing that outlives a call may be made there."""
+    code = REDUCED_OVERHEAD.format(backend=on_gpu.backend)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
+    if on_gpu.backend == "reference":
+        assert done.stdout.split(), done.stderr[-2000:]  # generated code rounds as it likes
+    else:
+        assert done.stdout.split() == ["True"], done.stderr[-2000:]
+
+
+def test_streams_that_torch_did_not_make(on_gpu):
+    base, aux, target = problem()
+    want = result(on_gpu, base, aux, target)
+    ours = torch.cuda.Stream()
+    external = torch.cuda.ExternalStream(ours.cuda_stream)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(external):
+        got = result(on_gpu, base, aux, target)
+    external.synchronize()
+    assert all(map(torch.equal, got, want))
