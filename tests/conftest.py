@@ -86,6 +86,20 @@ def doubles(request) -> Implementation:
 
 
 @pytest.fixture
+def machine(monkeypatch) -> emulated_cuda.Machine:
+    """The emulated CUDA machine with one seed, its module in place of the compiled CPU module."""
+    reason = emulated_cuda.missing()
+    if reason:
+        pytest.skip(reason)
+    emulated_cuda.install(monkeypatch)
+    found = emulated_cuda.Machine()
+    found.seed(1)
+    yield found
+    found.use(emulated_cuda.Room())
+    found.may_touch_all()
+
+
+@pytest.fixture
 def native():
     """The compiled CPU module."""
     reason = backends.native_missing()
