@@ -75,7 +75,8 @@ def loss(
 ) -> list[Tensor]:
     """The reduced loss, the wanted fields and the requested gradients, divided too, by one kernel.
 
-    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; may be a source's own memory, in its dtype.
+    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; may be a source's own memory,
+            in its dtype.
     """
     with _on_device_of(base):
         leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
