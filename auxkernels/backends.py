@@ -35,7 +35,7 @@ def native_missing() -> str | None:
 
 def cuda_missing() -> str | None:
     """Why the compiled CUDA module cannot be used; None if it can."""
-    return _CUDA_MISSING or native.cuda_driver_problem()
+    return _CUDA_MISSING
 
 
 def triton_missing() -> str | None:

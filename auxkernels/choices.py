@@ -7,7 +7,6 @@ Triton.
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +27,17 @@ class Workload(NamedTuple):
     num_rows: int
 
 
-@functools.cache
-def _table() -> dict[str, dict]:
-    return json.loads(PATH.read_text()) if PATH.exists() else {}
+def read_table(path: Path) -> dict[str, dict]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# read once, at import: to torch.compile it is a constant
+_TABLE = read_table(PATH)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def workload_of(base: list[Source], aux: list[Source], vocab_size: int, has_statistics: bool) -> Workload | None:
@@ -60,10 +67,9 @@ def _is_plain(source: Source) -> bool:
 
 def prefers_cuda(device: torch.device, workload: Workload) -> bool:
     """Whether measurements on this kind of device say that the compiled kernels are faster here."""
-    if not _table():
+    if not _TABLE:
         return False
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    boxes = _table().get(capability, {}).get("faster", [])
+    boxes = _TABLE.get(_capability(device), {}).get("faster", [])
     return any(_is_inside(box, workload) for box in boxes)
 
 

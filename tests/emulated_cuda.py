@@ -18,7 +18,7 @@ import ninja
 import pybind11
 import torch
 
-from auxkernels import ops
+from auxkernels import backends, ops
 from auxkernels.native import cuda_cross_entropy
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +44,7 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(cuda_cross_entropy, "cuda", lambda: emulated)
     monkeypatch.setattr(cuda_cross_entropy, "_place_of", lambda tensor: (0, Machine.number))
     monkeypatch.setattr(ops, "implementation", implementation)
+    monkeypatch.setattr(backends, "_NATIVE_MISSING", None)
 
 
 class Room(NamedTuple):

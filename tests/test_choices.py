@@ -18,7 +18,7 @@ INSIDE = choices.Workload("training", 2, 128256, 4096)
 def measured(monkeypatch):
     """A device of capability 9.0 with both implementations, and one box in which the compiled one was faster."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(choices, "_table", lambda: {"9.0": {"faster": [BOX]}})
+    monkeypatch.setattr(choices, "_TABLE", {"9.0": {"faster": [BOX]}})
     monkeypatch.setattr(backends, "_CUDA_MISSING", None)
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
 
@@ -49,7 +49,7 @@ def test_auto_is_triton_outside_of_the_boxes(measured, change):
 def test_auto_is_triton_on_other_devices_and_where_there_is_no_table(measured, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
     assert auto(INSIDE) == "triton"
-    monkeypatch.setattr(choices, "_table", dict)
+    monkeypatch.setattr(choices, "_TABLE", {})
     assert auto(INSIDE) == "triton"
 
 
@@ -119,10 +119,24 @@ def test_what_is_not_measured_has_no_workload(kind):
 def test_the_table_is_read_from_the_file_that_the_benchmarks_write(tmp_path, monkeypatch):
     path = tmp_path / "cuda_choices.json"
     path.write_text(json.dumps({"9.0": {"device": "some", "commit": "some", "faster": [BOX]}}))
-    monkeypatch.setattr(choices, "PATH", path)
+    monkeypatch.setattr(choices, "_TABLE", choices.read_table(path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    choices._table.cache_clear()
-    try:
-        assert choices.prefers_cuda(CUDA, INSIDE)
-    finally:
-        choices._table.cache_clear()
+    assert choices.prefers_cuda(CUDA, INSIDE)
+    assert choices.read_table(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("vocab_size, chosen", [(128256, "native"), (1000, "triton")])
+def test_the_choice_is_a_constant_of_a_compiled_graph(measured, vocab_size, chosen):
+    """Of whatever number of rows: it changes from step to step."""
+    seen = []
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def choose(base, aux):
+        call = choices.workload_of(as_sources("base", base), as_sources("aux", aux), vocab_size, False)
+        return base + (1 if auto(call) == "native" else 2)
+
+    for rows in (2, 3, 70):
+        base = torch.zeros(rows, vocab_size, dtype=torch.bfloat16)
+        aux = torch.zeros_like(base).requires_grad_()
+        seen.append(choose(base, aux)[0, 0].item())
+    assert seen == [1 if chosen == "native" else 2] * 3

@@ -78,7 +78,7 @@ def test_auto_on_gpu_goes_by_the_table_of_measured_sizes(on_gpu, monkeypatch, is
         pytest.skip("about the other one")
     box = {"pass": "training", "num_bytes": 2, "min_vocab": 4000, "max_vocab": 4000, "min_rows": 1, "max_rows": 64}
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    monkeypatch.setattr(choices, "_table", lambda: {capability: {"faster": [box]}} if is_faster else {})
+    monkeypatch.setattr(choices, "_TABLE", {capability: {"faster": [box]}} if is_faster else {})
     arguments = problem()
     got, want = result(Implementation("auto", "cuda"), *arguments), result(on_gpu, *arguments)
     assert all(map(torch.equal, got, want))

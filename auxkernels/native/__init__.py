@@ -49,14 +49,12 @@ def missing() -> str | None:
 
 
 def cuda_missing() -> str | None:
-    """Why there is no compiled CUDA module here; None if there is one."""
-    return _load("cuda")[1]
+    """Why there is no compiled CUDA module that this machine's driver can run; None if there is one.
 
-
-@functools.cache
-def cuda_driver_problem() -> str | None:
-    """Why this machine's driver cannot run what the CUDA module contains; None where it can, or where there is none."""
-    return cuda().driver_problem() if torch.cuda.is_available() else None
+    Asks for the driver's version and touches no device.
+    """
+    module, reason = _load("cuda")
+    return reason if module is None else module.driver_problem()
 
 
 def build_record() -> dict[str, str]:
