@@ -35,9 +35,12 @@ def read_table(path: Path) -> dict[str, dict]:
 _TABLE = read_table(PATH)
 
 
-@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+# torch.compiler.assume_constant_result does this too, but imports the compiler, which takes seconds
+_capability._dynamo_marked_constant = True
 
 
 def workload_of(base: list[Source], aux: list[Source], vocab_size: int, has_statistics: bool) -> Workload | None:
