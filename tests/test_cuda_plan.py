@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auxkernels import aux_cross_entropy, logit_stats
 from auxkernels.native import DTYPE_CODES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -115,13 +116,15 @@ def test_wider_columns_of_misaligned_rows_are_read_one_by_one(plan):
     assert plan(8192, 50257, F32, F32)["piece"] == 1 and plan(8192, 50260, F32, F32)["piece"] == 4
 
 
-def test_rows_more_than_32_bits_of_elements_apart_are_found(monkeypatch):
-    """Of 16 GiB of addresses three rows are ever touched."""
-    if reason := emulated_cuda.missing():
-        pytest.skip(reason)
-    emulated_cuda.install(monkeypatch)
-    from auxkernels import aux_cross_entropy
+def test_more_columns_than_32_bits_count_are_refused(machine):
+    """Of addresses that nothing touches."""
+    base = torch.empty(1, 2**30 + 1, dtype=BF16)
+    with pytest.raises(ValueError, match="vocab_size must be at most 1073741824, got 1073741825"):
+        logit_stats(base, None, backend="native")
 
+
+def test_rows_more_than_32_bits_of_elements_apart_are_found(machine):
+    """Of 16 GiB of addresses three rows are ever touched."""
     V, apart = 1000, 2**32 // 2 + 24
     try:
         room = torch.empty(2 * apart + V, dtype=F32)

@@ -1,6 +1,8 @@
 // Fields, loss and gradients of rows. A row's columns are cut into segments, a segment into tiles (plan.h); a block, or
 // the blocks of a cluster between them, scan the segments, merge their states and then write the gradient.
 //
+// Whether a row is ignored is read by everyone who works on it: targets must not change while a kernel runs.
+//
 // Resident: one warp more, the producer, copies tiles into a ring of slots in shared memory, ahead of the others, across
 // the end of the row. A row waits there for its second use, so global memory is read once. Otherwise the columns are
 // read again, last tiles first because those are still in L2.

@@ -53,9 +53,9 @@ struct Room {
   int32_t max_cluster;   // 0: no clusters
 };
 
-// Where things lie in a block's shared memory, in bytes from its start.
+// Where things lie in a block's shared memory, in bytes from its start, where the barriers are: full [slots],
+// empty [slots], exchange [2].
 struct Layout {
-  int32_t barriers;  // full [slots], empty [slots], exchange [2]
   int32_t exchange;  // states of the row's segments, [2][kMaxSegments]
   int32_t partials;  // states of this block's segments by warp, [segments][kMaxSegments]
   int32_t sums;      // a double for each warp, and a flag
@@ -85,7 +85,6 @@ inline int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / uni
 inline Layout layout_of(const PlanInputs& in, int cluster, int num_slots) {
   Layout at = {};
   at.num_slots = num_slots;
-  at.barriers = 0;
   at.exchange = static_cast<int32_t>(rounded_up(int64_t{8} * (2 * num_slots + 2), 16));
   at.partials = static_cast<int32_t>(at.exchange + rounded_up(int64_t{2} * kMaxSegments * in.state_bytes, 16));
   const int64_t segments = in.cut.num_segments / cluster;

@@ -18,8 +18,7 @@
 
 #include "fibers.h"
 
-namespace auxk {
-namespace hw {
+namespace auxk::hw {
 
 struct Barrier {
   uint64_t state;
@@ -140,9 +139,9 @@ class Machine {
     }
   }
 
+  // instead of a mask: lane i gets what lane i - 1 has
+  static constexpr int kFromBefore = -1;
   // `kind` tells one use by a warp from another
-  static constexpr int kFromBefore = -1;  // instead of a mask: lane i gets what lane i - 1 has
-
   uint64_t exchange(uint64_t value, int mask, int kind, const char* where) {
     Warp& warp = *current->warp;
     const int lane = current->index % kLanes;
@@ -153,8 +152,7 @@ class Machine {
       suspend(where);
     } else {
       warp.met = 0;
-      for (int i = 0; i < kLanes; ++i)
-        warp.result[i] = warp.value[mask == kFromBefore ? (i > 0 ? i - 1 : 0) : i ^ mask];
+      for (int i = 0; i < kLanes; ++i) warp.result[i] = warp.value[mask == kFromBefore ? i - (i > 0) : i ^ mask];
       wake(warp, ~(1u << lane));
     }
     return warp.result[lane];
@@ -598,5 +596,4 @@ inline void Machine::report_deadlock() {
 }
 
 }  // namespace model
-}  // namespace hw
-}  // namespace auxk
+}  // namespace auxk::hw
