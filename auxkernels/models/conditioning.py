@@ -255,14 +255,14 @@ def decoder_layers(lm) -> nn.ModuleList:
     if lm.config.is_encoder_decoder:
         raise TypeError(f"the language model must be a decoder only, got {type(lm).__name__}")
     count = config.num_hidden_layers
-    found = {
-        name: module
-        for name, module in lm.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    }
-    if not found:
+    outermost, least_depth = None, 0
+    for name, module in lm.base_model.named_modules():  # min(..., key=...) would break a graph of torch.compile
+        depth = name.count(".")
+        if isinstance(module, nn.ModuleList) and len(module) == count and (outermost is None or depth < least_depth):
+            outermost, least_depth = module, depth
+    if outermost is None:
         raise ValueError(f"{type(lm).__name__} has no list of {count} decoder layers")
-    return found[min(found, key=lambda name: name.count("."))]
+    return outermost
 
 
 def chosen_layers(layers, count: int) -> list[int]:

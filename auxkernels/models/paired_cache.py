@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 class PairedCache(Cache):
@@ -68,7 +69,10 @@ class PairedCache(Cache):
         self.aux.crop(self.base.get_seq_length() - before)
 
     def reset(self) -> None:
+        """Empties both."""
         super().reset()
+        for layer in self.layers:
+            _drop_states(layer)
         self.prefix_mask = None
         self.is_complete = True
 
@@ -95,3 +99,16 @@ class PairedCache(Cache):
         super().batch_select_indices(indices)
         if self.prefix_mask is not None:
             self.prefix_mask = self.prefix_mask[indices]
+
+
+def _drop_states(layer: CacheLayerMixin) -> None:
+    """Empties a layer that grows by concatenation, which `reset` zeroes and leaves as long as it was.
+
+    transformers 5.17 does; what is read later would follow zeroed tokens, and no error would say so.
+    """
+    if not isinstance(layer, DynamicLayer):
+        return
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if hasattr(layer, "indexer_keys"):  # of sparse attention
+        layer.indexer_keys, layer.is_indexer_initialized = None, False

@@ -6,6 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from tiny import PAIRS, VOCAB_SIZE, tiny_pair  # noqa: E402
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer  # noqa: E402
 
 from auxkernels.models import PairedCache  # noqa: E402
 
@@ -220,6 +221,15 @@ def test_reset_empties_both_caches(tokens):
     cache = filled(model, tokens)
     cache.reset()
     assert (cache.get_seq_length(), cache.aux.get_seq_length(), cache.prefix_length) == (0, 0, 0)
+    torch.testing.assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits)
+
+
+def test_reset_empties_layers_that_transformers_only_zeroes(monkeypatch, tokens):
+    monkeypatch.setattr(DynamicLayer, "reset", CacheLayerMixin.reset)  # as in transformers 5.17
+    model = tiny_pair()
+    cache = filled(model, tokens)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.aux.get_seq_length()) == (0, 0)
     torch.testing.assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits)
 
 
