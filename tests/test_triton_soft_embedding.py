@@ -196,7 +196,8 @@ def test_few_labels_strided_rows_and_a_mask_for_all_rows(num_labels):
 @triton.jit
 def noise_kernel(scores, out, grouped, any_columns, LANES: tl.constexpr):
     """Random bits of the first tile of row 0."""
-    row = soft_state.at_row(scores, tl.program_id(0).to(tl.int64), tl.program_id(0).to(tl.int64))
+    number = tl.program_id(0).to(tl.int64)
+    row = soft_state.Row(scores, *soft_state.at_row(scores, number, number))
     cols = soft_state.columns_at(0, LANES, True)
     bits = soft_state.random_bits(row, 0, LANES)
     tl.store(grouped + cols, bits.to(tl.int64))

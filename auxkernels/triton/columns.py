@@ -1,4 +1,8 @@
-"""The columns of one row: sources read, segments scanned, gradients written."""
+"""The columns of one row: sources read, segments scanned, gradients written.
+
+Triton 3.6 lets no function's result hold None. A result is therefore a number even where there is nothing to give, and
+what is there is said by the kernel's arguments, which may be None and are passed down beside it, or by a constant.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .row_state import (
+    WEIGHTED_SUM,
     absorb,
     collapse,
     exp,
@@ -24,7 +29,7 @@ from .row_state import (
 
 
 class Source(NamedTuple):
-    """A source as kernels get it, see layout.Rows; `at_row` moves it to one row. `ptr` None: no such source."""
+    """A source as kernels get it, see layout.Rows. `ptr` None: no such source."""
 
     ptr: Any
     num_inner: Any
@@ -36,12 +41,20 @@ class Source(NamedTuple):
     softcap: Any  # None: none
 
 
+class RowSource(NamedTuple):
+    """A source and what `at_row` finds of one row."""
+
+    given: Any
+    offset: Any  # of the row's first column from `given.ptr`
+    scale: Any  # 1 where none is given
+
+
 class Logits(NamedTuple):
     """Some columns of a source, in float32."""
 
     scaled: Any  # scale * softcap(values)
     bent: Any  # softcap(values)
-    slope: Any  # softcap'(values); None: 1
+    slope: Any  # softcap'(values)
 
 
 class Softmax(NamedTuple):
@@ -55,10 +68,10 @@ class Softmax(NamedTuple):
 
 
 class SumGradient(NamedTuple):
-    """Some columns of the gradient with respect to a source's scale * softcap(values)."""
+    """Some columns of the gradients with respect to the sources' scale * softcap(values)."""
 
-    every: Any  # of every source
-    base_only: Any  # what the base's gets on top; None: nothing
+    base: Any
+    aux: Any
 
 
 class Coefficients(NamedTuple):
@@ -88,32 +101,22 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def at_row(source, row):
-    """The source's row: `ptr` to its first column, `scale` its number. `row` is 64-bit, so that the products are."""
-    ptr, scale = source.ptr, source.scale
-    if ptr is not None:
-        ptr += (row // source.num_inner) * source.stride_outer + (row % source.num_inner) * source.stride_inner
-    if scale is not None:
-        scale = tl.load(scale + row * source.scale_stride)
-    return Source(
-        ptr,
-        source.num_inner,
-        source.stride_outer,
-        source.stride_inner,
-        source.width,
-        scale,
-        source.scale_stride,
-        source.softcap,
-    )
+    """The source's row: (offset, scale) of a RowSource. `row` is 64-bit, so that the products are."""
+    offset = (row // source.num_inner) * source.stride_outer + (row % source.num_inner) * source.stride_inner
+    scale = 1.0
+    if source.scale is not None:
+        scale = tl.load(source.scale + row * source.scale_stride)
+    return offset, scale
 
 
 @triton.jit
 def logits_of(values, source):
     # float32 before any arithmetic: the sum of two bf16 logits would round, and bf16 arithmetic interpreted is garbage
     bent = values.to(tl.float32)
-    slope = None
-    if source.softcap is not None:
-        bent, slope = soft_cap(bent, source.softcap)
-    return Logits(bent if source.scale is None else bent * source.scale, bent, slope)
+    slope = 1.0
+    if source.given.softcap is not None:
+        bent, slope = soft_cap(bent, source.given.softcap)
+    return Logits(bent if source.given.scale is None else bent * source.scale, bent, slope)
 
 
 @triton.jit
@@ -145,11 +148,11 @@ def load_tiles(
 ):
     """The values of ROWS tiles: all loads are issued before anything waits for one of them."""
     tiles = ()
-    if source.ptr is not None:
+    if source.given.ptr is not None:
         for i in tl.static_range(ROWS):
             at = first + i * (LANES * WIDTH)
             mask = before(at, stop, LANES, WIDTH, EVEN)
-            place = places(source.ptr, at, LANES, WIDTH, EVEN)
+            place = places(source.given.ptr + source.offset, at, LANES, WIDTH, EVEN)
             tiles += (tl.load(place, mask=mask, other=0.0, eviction_policy=EVICT),)
     return tiles
 
@@ -157,10 +160,10 @@ def load_tiles(
 @triton.jit
 def load_logits_at(base, aux, col):
     """(s, z_b) of one column; zeros for column -1."""
-    z_base = logits_of(tl.load(base.ptr + col, mask=col >= 0, other=0.0), base).scaled
+    z_base = logits_of(tl.load(base.given.ptr + base.offset + col, mask=col >= 0, other=0.0), base).scaled
     s = z_base
-    if aux.ptr is not None:
-        s += logits_of(tl.load(aux.ptr + col, mask=col >= 0, other=0.0), aux).scaled
+    if aux.given.ptr is not None:
+        s += logits_of(tl.load(aux.given.ptr + aux.offset + col, mask=col >= 0, other=0.0), aux).scaled
     return s, z_base
 
 
@@ -203,13 +206,14 @@ def scan_segment(
         for i in tl.static_range(ROWS):
             in_row = before(first, stop, LANES, WIDTH, EVEN)
             z_base = logits_of(base_tiles[i], base).scaled
-            s = z_base if aux.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
+            s = z_base if aux.given.ptr is None else z_base + logits_of(aux_tiles[i], aux).scaled
             w = None
-            if weight is not None and lanes.weight is not None:
+            if weight is not None and WEIGHTED_SUM & WANTED:
                 w = tl.load(places(weight, first, LANES, WIDTH, EVEN), mask=in_row, other=0.0)
-            lanes = absorb(lanes, s, z_base, w, first, in_row, within(LANES, WIDTH, EVEN) == y - first, EVEN)
+            at_y = within(LANES, WIDTH, EVEN) == y - first
+            lanes = absorb(lanes, s, z_base, w, first, in_row, at_y, WANTED, EVEN)
             first += LANES * WIDTH
-    return collapse(lanes)
+    return collapse(lanes, WANTED)
 
 
 @triton.jit
@@ -230,7 +234,8 @@ def scan_row(
     state = no_columns([], WANTED)
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(start + SEGMENT, V)
-        state = merge(state, scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN))
+        segment = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
+        state = merge(state, segment, WANTED)
     return state
 
 
@@ -239,7 +244,7 @@ def merge_segments(floats, ints, row, num_segments, WANTED: tl.constexpr):
     """The same from the states that other programs have stored, segment by segment."""
     state = no_columns([], WANTED)
     for segment in range(num_segments):
-        state = merge(state, load_state(floats, ints, row * num_segments + segment, WANTED))
+        state = merge(state, load_state(floats, ints, row * num_segments + segment, WANTED), WANTED)
     return state
 
 
@@ -273,18 +278,21 @@ def gradient_of_sum(s, z_base, w, at_y, soft, k):
     if k.B_b is not None:
         at_target = tl.where(at_y, k.B_b, 0.0)
         extra = at_target if extra is None else extra + at_target
-    return SumGradient(dz, extra)
+    return SumGradient(dz if extra is None else dz + extra, dz)
 
 
 @triton.jit
-def store_gradient(ptr, first, mask, dz, source, slope, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+def store_gradient(
+    ptr, row, first, mask, dz, source, slope, LANES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr
+):
+    """ptr: to gradients [N, width], contiguous."""
     if ptr is not None:
-        if source.scale is not None:
+        if source.given.scale is not None:
             dz = dz * source.scale
-        if slope is not None:
+        if source.given.softcap is not None:
             dz = dz * slope
         # streamed past the rows that wait in L2 for their second read
-        place = places(ptr, first, LANES, WIDTH, EVEN)
+        place = places(ptr + row * source.given.width, first, LANES, WIDTH, EVEN)
         tl.store(place, dz.to(ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
@@ -324,20 +332,19 @@ def write_gradients(
             mask = before(first, stop, LANES, WIDTH, EVEN)
             z_base = logits_of(base_tiles[i], base)
             s, z_aux = z_base.scaled, z_base
-            if aux.ptr is not None:
+            if aux.given.ptr is not None:
                 z_aux = logits_of(aux_tiles[i], aux)
                 s += z_aux.scaled
             w = 1.0
             if weight is not None and k.S is not None:
                 w = tl.load(places(weight, first, LANES, WIDTH, EVEN), mask=mask, other=0.0)
             dz = gradient_of_sum(s, z_base.scaled, w, within(LANES, WIDTH, EVEN) == y - first, soft, k)
-            dz_base = dz.every if dz.base_only is None else dz.every + dz.base_only
-            store_gradient(grads.base, first, mask, dz_base, base, z_base.slope, LANES, WIDTH, EVEN)
-            store_gradient(grads.aux, first, mask, dz.every, aux, z_aux.slope, LANES, WIDTH, EVEN)
+            store_gradient(grads.base, row, first, mask, dz.base, base, z_base.slope, LANES, WIDTH, EVEN)
+            store_gradient(grads.aux, row, first, mask, dz.aux, aux, z_aux.slope, LANES, WIDTH, EVEN)
             if base_lanes is not None:
-                base_lanes += sum_of_products(mask, dz_base, z_base.bent)
+                base_lanes += sum_of_products(mask, dz.base, z_base.bent)
             if aux_lanes is not None:
-                aux_lanes += sum_of_products(mask, dz.every, z_aux.bent)
+                aux_lanes += sum_of_products(mask, dz.aux, z_aux.bent)
             first += LANES * WIDTH
     if base_lanes is not None:
         tl.store(grads.base_scale + row, lane_sum(base_lanes))
@@ -346,29 +353,20 @@ def write_gradients(
 
 
 @triton.jit
-def gradients_at_row(grads, row, base, aux):
-    """`grads` with the sources' gradients, which are contiguous, at one row."""
-    return Gradients(
-        None if grads.base is None else grads.base + row * base.width,
-        None if grads.aux is None else grads.aux + row * aux.width,
-        grads.base_scale,
-        grads.aux_scale,
-    )
-
-
-@triton.jit
-def fill(ptr, start, stop, value, BLOCK: tl.constexpr):
+def fill(ptr, row, width, start, stop, value, BLOCK: tl.constexpr):
+    """Columns [start, stop) of a row of [N, width]."""
     if ptr is not None:
         for first in range(start, stop, BLOCK):
             cols = first + tl.arange(0, BLOCK)
-            tl.store(ptr + cols, tl.full([BLOCK], value, ptr.dtype.element_ty), mask=cols < stop)
+            place = ptr + row * width + cols
+            tl.store(place, tl.full([BLOCK], value, ptr.dtype.element_ty), mask=cols < stop)
 
 
 @triton.jit
-def fill_gradients(grads, row, start, stop, value, BLOCK: tl.constexpr):
+def fill_gradients(grads, base, aux, row, start, stop, value, BLOCK: tl.constexpr):
     """Gradients that no formula gives: 0 where the row is ignored, NaN where its target names no class."""
-    fill(grads.base, start, stop, value, BLOCK)
-    fill(grads.aux, start, stop, value, BLOCK)
+    fill(grads.base, row, base.given.width, start, stop, value, BLOCK)
+    fill(grads.aux, row, aux.given.width, start, stop, value, BLOCK)
     if grads.base_scale is not None:
         tl.store(grads.base_scale + row, value)
     if grads.aux_scale is not None:
@@ -376,8 +374,8 @@ def fill_gradients(grads, row, start, stop, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fill_tails(grads, base, aux, stop, V, BLOCK: tl.constexpr):
+def fill_tails(grads, base, aux, row, stop, V, BLOCK: tl.constexpr):
     """Columns from V on belong to nobody: 0, written where the row's last columns are."""
     if stop == V:
-        fill(grads.base, V, base.width, 0.0, BLOCK)
-        fill(grads.aux, V, aux.width, 0.0, BLOCK)
+        fill(grads.base, row, base.given.width, V, base.given.width, 0.0, BLOCK)
+        fill(grads.aux, row, aux.given.width, V, aux.given.width, 0.0, BLOCK)

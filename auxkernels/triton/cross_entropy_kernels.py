@@ -15,11 +15,11 @@ import triton.language as tl
 from .. import ops
 from .columns import (
     Coefficients,
+    RowSource,
     Softmax,
     at_row,
     fill_gradients,
     fill_tails,
-    gradients_at_row,
     load_logits_at,
     merge_segments,
     read_target,
@@ -27,7 +27,20 @@ from .columns import (
     scan_segment,
     write_gradients,
 )
-from .row_state import column_of, lane_sum, merge, nll_of, of_target, one_minus_exp, store_state
+from .row_state import (
+    ARGMAX,
+    BASE_ARGMAX,
+    BASE_DENOM,
+    MEAN_BASE,
+    MEAN_SUM,
+    column_of,
+    lane_sum,
+    merge,
+    nll_of,
+    of_target,
+    one_minus_exp,
+    store_state,
+)
 
 # what the loss is divided by
 BY_ONE = tl.constexpr(0)
@@ -39,7 +52,7 @@ NUM_FLOAT_FIELDS = tl.constexpr(ops.NUM_FLOAT_FIELDS)
 
 
 class RowEnd(NamedTuple):
-    """The row fields of ops.FIELDS in their order, then what losses and gradients need besides. None: not wanted."""
+    """The row fields of ops.FIELDS in their order, then what losses and gradients need besides. Not wanted: 0.0."""
 
     max: Any
     log_denom: Any
@@ -74,38 +87,37 @@ def checked(new_max, denom):
 
 
 @triton.jit
-def end_of_row(rest, base, aux, weight, y, HAS_TARGET: tl.constexpr):
+def end_of_row(rest, base, aux, weight, y, WANTED: tl.constexpr, HAS_TARGET: tl.constexpr):
     """From the state of a row without its target, whose column is read, to the row's numbers."""
-    s_y, z_y, w_y = None, None, 1.0
+    s_y, z_y, w_y = 0.0, 0.0, 1.0
     if HAS_TARGET:
         s_y, z_y = load_logits_at(base, aux, y)
         if weight is not None:
             w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
-    return end_of_logits(rest, s_y, z_y, w_y, HAS_TARGET)
+    return end_of_logits(rest, s_y, z_y, w_y, WANTED, HAS_TARGET)
 
 
 @triton.jit
-def end_of_logits(rest, s_y, z_y, w_y, HAS_TARGET: tl.constexpr):
+def end_of_logits(rest, s_y, z_y, w_y, WANTED: tl.constexpr, HAS_TARGET: tl.constexpr):
     """The same, from the target's logits and class weight."""
     whole = rest
-    nll, base_nll, residual, base_max, base_log_denom = None, None, None, None, None
+    nll, base_nll, residual, base_log_denom = 0.0, 0.0, 0.0, 0.0
     if HAS_TARGET:
-        whole = merge(rest, of_target(s_y, z_y, w_y, rest))
+        whole = merge(rest, of_target(s_y, z_y, w_y, rest, WANTED), WANTED)
     row_max, denom = checked(whole.max, whole.denom)
     if HAS_TARGET:
         nll, residual = nll_of(rest.max, rest.denom, whole.max, denom, s_y)
-    if whole.base_max is not None:
-        base_max = whole.base_max
-    if whole.base_denom is not None:
+    base_max = whole.base_max
+    if BASE_DENOM & WANTED:
         base_max, base_denom = checked(whole.base_max, whole.base_denom)
         base_log_denom = tl.log(base_denom)
         if HAS_TARGET:
             base_nll, _ = nll_of(rest.base_max, rest.base_denom, whole.base_max, base_denom, z_y)
     log_denom = tl.log(denom)
-    mean_sum = None if whole.mean_sum is None else tl.math.div_rn(whole.mean_sum, denom)
-    mean_base = None if whole.mean_base is None else tl.math.div_rn(whole.mean_base, denom)
-    kl_to_base = None
-    if mean_sum is not None and mean_base is not None and base_log_denom is not None:
+    mean_sum = tl.math.div_rn(whole.mean_sum, denom) if MEAN_SUM & WANTED else 0.0
+    mean_base = tl.math.div_rn(whole.mean_base, denom) if MEAN_BASE & WANTED else 0.0
+    kl_to_base = 0.0
+    if (MEAN_SUM & WANTED) and (MEAN_BASE & WANTED) and (BASE_DENOM & WANTED):
         kl_to_base = (mean_sum - mean_base) + (base_log_denom - log_denom)
     return RowEnd(
         row_max,
@@ -118,12 +130,12 @@ def end_of_logits(rest, s_y, z_y, w_y, HAS_TARGET: tl.constexpr):
         base_nll,
         whole.weighted_sum,
         row_max + log_denom,
-        None if mean_sum is None else log_denom - mean_sum,
+        log_denom - mean_sum,
         kl_to_base,
-        None if nll is None else 0.0 - nll,
-        None if base_nll is None else 0.0 - base_nll,
-        None if whole.argmax is None else column_of(whole.argmax),
-        None if whole.base_argmax is None else column_of(whole.base_argmax),
+        0.0 - nll,
+        0.0 - base_nll,
+        column_of(whole.argmax) if ARGMAX & WANTED else 0.0,
+        column_of(whole.base_argmax) if BASE_ARGMAX & WANTED else 0.0,
         residual,
         whole.weight,
         w_y,
@@ -145,11 +157,11 @@ def store_fields(float_fields, int_fields, row, num_rows, floats, ints, end, FIE
 
 @triton.jit
 def loss_of(end, kept, share, z_loss, divisor):
-    """(the row's loss, not divided; its gradient's coefficients, divided).
+    """(the row's loss, not divided; its gradient's coefficients A, G and S, divided).
 
     kept, share   1 - label_smoothing and label_smoothing / V, or None and None
     """
-    a, s = None, None
+    a, s = 0.0, 0.0
     w_y = end.target_weight if kept is None else kept * end.target_weight
     loss = w_y * end.nll
     g = tl.math.div_rn(w_y, divisor)
@@ -161,8 +173,8 @@ def loss_of(end, kept, share, z_loss, divisor):
         lse = end.max + end.log_denom
         loss += z_loss * lse * lse
         pull = tl.math.div_rn(2.0 * z_loss * lse, divisor)
-        a = pull if a is None else a + pull
-    return loss, Coefficients(a, None, None, None, g, s, None, None)
+        a = pull if share is None else a + pull
+    return loss, a, g, s
 
 
 # -- divisor -----------------------------------------------------------------------------------------------------------
@@ -257,10 +269,10 @@ def cross_entropy_segment_kernel(
     program = tl.program_id(0)
     row, start, stop, _ = place_of(program, V, SEGMENT, True)
     y, ignored, _ = read_target(target, row, ignore_index, V)
-    base, aux = at_row(base, row), at_row(aux, row)
+    base, aux = RowSource(base, *at_row(base, row)), RowSource(aux, *at_row(aux, row))
     if not ignored:
         state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
-        store_state(floats, ints, program.to(tl.int64), state)
+        store_state(floats, ints, program.to(tl.int64), state, WANTED)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_rows"])
@@ -297,19 +309,19 @@ def cross_entropy_fwd_kernel(
     """Fields, loss and gradients of a row. Split: of a segment of it, whose row's states are in `floats` and `ints`."""
     row, start, stop, num_segments = place_of(tl.program_id(0), V, SEGMENT, SPLIT)
     y, ignored, poisoned = read_target(target, row, ignore_index, V)
-    base, aux = at_row(base, row), at_row(aux, row)
+    base, aux = RowSource(base, *at_row(base, row)), RowSource(aux, *at_row(aux, row))
     if ignored:
         if start == 0:
             store_fields(float_fields, int_fields, row, num_rows, 0.0, -1, None, FIELDS)
             if row_loss is not None:
                 tl.store(row_loss + row, 0.0)
-        fill_gradients(gradients_at_row(grads, row, base, aux), row, start, stop, 0.0, LANES * WIDTH)
+        fill_gradients(grads, base, aux, row, start, stop, 0.0, LANES * WIDTH)
     else:
         if SPLIT:
             rest = merge_segments(floats, ints, row, num_segments, WANTED)
         else:
             rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, WIDTH, SEGMENT, EVEN)
-        end = end_of_row(rest, base, aux, weight, y, target is not None)
+        end = end_of_row(rest, base, aux, weight, y, WANTED, target is not None)
         if start == 0:
             # a target that names no class makes the floats NaN; the argmaxes do not depend on it
             if poisoned:
@@ -321,22 +333,18 @@ def cross_entropy_fwd_kernel(
             if HAS_GRADIENT:
                 divisor = divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR, COUNT_BLOCK)
                 divisor = divisor.to(tl.float32)
-            loss, k = loss_of(end, kept, share, z_loss, divisor)
+            loss, a, g, s = loss_of(end, kept, share, z_loss, divisor)
             if start == 0:
                 tl.store(row_loss + row, tl.where(poisoned, float("nan"), loss))
             if HAS_GRADIENT:
                 soft = Softmax(end.max, end.log_denom, None, None, end.residual)
-                at = gradients_at_row(grads, row, base, aux)
+                has_a: tl.constexpr = share is not None or z_loss is not None
+                k = Coefficients(a if has_a else None, None, None, None, g, None if share is None else s, None, None)
                 if poisoned:
-                    fill_gradients(at, row, start, stop, float("nan"), LANES * WIDTH)
+                    fill_gradients(grads, base, aux, row, start, stop, float("nan"), LANES * WIDTH)
                 else:
-                    write_gradients(base, aux, weight, y, start, stop, soft, k, at, row, ROWS, LANES, WIDTH, EVEN)
-    fill_tails(gradients_at_row(grads, row, base, aux), base, aux, stop, V, LANES * WIDTH)
-
-
-@triton.jit
-def load_or_none(ptr, row):
-    return None if ptr is None else tl.load(ptr + row)
+                    write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, WIDTH, EVEN)
+    fill_tails(grads, base, aux, row, stop, V, LANES * WIDTH)
 
 
 @triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["saved", "nll", "coefficients"])
@@ -361,32 +369,31 @@ def cross_entropy_bwd_kernel(
     """Gradients of a row, or of a segment of it, from its saved state and one number per row for each coefficient."""
     row, start, stop, _ = place_of(tl.program_id(0), V, SEGMENT, SPLIT)
     y, ignored, poisoned = read_target(target, row, ignore_index, V)
-    base, aux = at_row(base, row), at_row(aux, row)
-    grads = gradients_at_row(grads, row, base, aux)
+    base, aux = RowSource(base, *at_row(base, row)), RowSource(aux, *at_row(aux, row))
     if ignored:
-        fill_gradients(grads, row, start, stop, 0.0, LANES * WIDTH)
+        fill_gradients(grads, base, aux, row, start, stop, 0.0, LANES * WIDTH)
     elif poisoned:
-        fill_gradients(grads, row, start, stop, float("nan"), LANES * WIDTH)
+        fill_gradients(grads, base, aux, row, start, stop, float("nan"), LANES * WIDTH)
     else:
         soft = Softmax(
             tl.load(saved.max + row),
             tl.load(saved.log_denom + row),
-            load_or_none(saved.base_max, row),
-            load_or_none(saved.base_log_denom, row),
+            None if saved.base_max is None else tl.load(saved.base_max + row),
+            None if saved.base_log_denom is None else tl.load(saved.base_log_denom + row),
             None if nll is None else one_minus_exp(tl.load(nll + row)),
         )
         k = Coefficients(
-            load_or_none(coefficients.A, row),
-            load_or_none(coefficients.C, row),
-            load_or_none(coefficients.D, row),
-            load_or_none(coefficients.Q, row),
-            load_or_none(coefficients.G, row),
-            load_or_none(coefficients.S, row),
-            load_or_none(coefficients.Q_b, row),
-            load_or_none(coefficients.B_b, row),
+            None if coefficients.A is None else tl.load(coefficients.A + row),
+            None if coefficients.C is None else tl.load(coefficients.C + row),
+            None if coefficients.D is None else tl.load(coefficients.D + row),
+            None if coefficients.Q is None else tl.load(coefficients.Q + row),
+            None if coefficients.G is None else tl.load(coefficients.G + row),
+            None if coefficients.S is None else tl.load(coefficients.S + row),
+            None if coefficients.Q_b is None else tl.load(coefficients.Q_b + row),
+            None if coefficients.B_b is None else tl.load(coefficients.B_b + row),
         )
         write_gradients(base, aux, weight, y, start, stop, soft, k, grads, row, ROWS, LANES, WIDTH, EVEN)
-    fill_tails(grads, base, aux, stop, V, LANES * WIDTH)
+    fill_tails(grads, base, aux, row, stop, V, LANES * WIDTH)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

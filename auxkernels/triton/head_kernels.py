@@ -19,8 +19,10 @@ import triton.language as tl
 from .columns import logits_of, read_target
 from .cross_entropy_kernels import end_of_logits, store_fields
 from .row_state import (
+    BASE,
     NUM_FLOATS,
     NUM_INTS,
+    WEIGHTED_SUM,
     RowState,
     absorb,
     collapse,
@@ -34,7 +36,7 @@ from .row_state import (
 
 
 class HeadRows(NamedTuple):
-    """A head as kernels get it; `at_rows` moves it to a block of rows. `hidden` None: no such head."""
+    """A head as kernels get it. `hidden` None: no such head."""
 
     hidden: Any  # [N, D]
     stride_hidden_row: Any
@@ -45,6 +47,14 @@ class HeadRows(NamedTuple):
     scale: Any  # None: 1
     scale_stride: Any
     softcap: Any  # None: none
+
+
+class HeadBlock(NamedTuple):
+    """A head and a block of its rows."""
+
+    given: Any
+    first_row: Any
+    scale: Any  # [L, 1], of lanes; 1 where none is given
 
 
 class Place(NamedTuple):
@@ -60,35 +70,23 @@ class Place(NamedTuple):
 
 
 @triton.jit
-def at_rows(head, first_row, row):
-    """The head of a block of rows: `hidden` to the first one, `scale` the numbers [L, 1] of lanes whose rows are `row`,
-    counted from it."""
-    hidden, scale = head.hidden, head.scale
-    if hidden is not None:
-        hidden += first_row * head.stride_hidden_row
-    if scale is not None:
-        scale = tl.load(scale + first_row * head.scale_stride + row * head.scale_stride)[:, None]
-    return HeadRows(
-        hidden,
-        head.stride_hidden_row,
-        head.weight,
-        head.stride_weight_class,
-        head.bias,
-        head.depth,
-        scale,
-        head.scale_stride,
-        head.softcap,
-    )
+def scale_of(head, first_row, row):
+    """The numbers [L, 1] of lanes whose rows are `row`, counted from the first."""
+    scale = 1.0
+    if head.scale is not None:
+        scale = tl.load(head.scale + first_row * head.scale_stride + row * head.scale_stride)[:, None]
+    return scale
 
 
 @triton.jit
-def add_product(total, head, r, start, c, BLOCK_DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr):
+def add_product(total, block, r, start, c, BLOCK_DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr):
     """total [R, C] + hidden[r] @ weight[start + c].T, with r [R] and c [C] counted from the tile's first."""
     # a tile spans less than 2**31 elements: one 64-bit pointer and 32-bit distances spare a thread a dozen registers
-    k = tl.arange(0, BLOCK_DEPTH)
+    k, head = tl.arange(0, BLOCK_DEPTH), block.given
     hidden_at = (r * head.stride_hidden_row)[:, None] + k[None, :]
     weight_at = (c * head.stride_weight_class)[None, :] + k[:, None]
-    hidden, weight = head.hidden, head.weight + tl.full([], start, tl.int64) * head.stride_weight_class
+    hidden = head.hidden + block.first_row * head.stride_hidden_row
+    weight = head.weight + tl.full([], start, tl.int64) * head.stride_weight_class
     for first in range(0, head.depth, BLOCK_DEPTH):
         if EVEN_DEPTH:
             h, w = tl.load(hidden + first + hidden_at), tl.load(weight + first + weight_at)
@@ -153,8 +151,8 @@ def of_classes(ptr, v, BLOCK_ROWS: tl.constexpr):
 @triton.jit
 def strip_logits(product, head, v, BLOCK_ROWS: tl.constexpr):
     """scale * softcap(product + bias)."""
-    if head.bias is not None:
-        product += of_classes(head.bias, v, BLOCK_ROWS)
+    if head.given.bias is not None:
+        product += of_classes(head.given.bias, v, BLOCK_ROWS)
     return logits_of(product, head).scaled
 
 
@@ -187,8 +185,8 @@ def tile_products(
     if TWO:
         aux_total = add_product(zeros, aux, r, start, c, BLOCK_DEPTH, EVEN_DEPTH)
         aux_strips = strips_of(aux_total, PARTS, RUN, STRIP)
-    elif aux.hidden is not None:
-        if base.softcap is not None or base.scale is not None:
+    elif aux.given.hidden is not None:
+        if base.given.softcap is not None or base.given.scale is not None:
             strips, bent = strips_of(total, PARTS, RUN, STRIP), ()
             for i in tl.static_range(len(strips)):
                 v = classes_of_strip(start, i, V, BLOCK_COLS // PARTS, PARTS, STRIP)
@@ -260,7 +258,8 @@ def head_scan_kernel(
     else:
         counts = counts & (ignored == 0)
     if tl.max(counts.to(tl.int32), axis=0) > 0:
-        base_rows, aux_rows = at_rows(base, first_row, row), at_rows(aux, first_row, row)
+        base_rows = HeadBlock(base, first_row, scale_of(base, first_row, row))
+        aux_rows = HeadBlock(aux, first_row, scale_of(aux, first_row, row))
         r = tl.minimum(tl.arange(0, BLOCK_ROWS), last_row)
         lanes = no_columns([LANES], WANTED)
         s_y, z_y = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
@@ -284,7 +283,7 @@ def head_scan_kernel(
                         s += of_classes(base.bias, v, BLOCK_ROWS)
                     z_base = s
                 w = None
-                if weight is not None and lanes.weight is not None:
+                if weight is not None and WEIGHTED_SUM & WANTED:
                     # made of the logits as well: else the sums over w get a layout of their own, and shared memory
                     w = tl.where(s == s, of_classes(weight, v, BLOCK_ROWS), float("nan"))
                 first = start + i * STRIP + (part * WIDTH)[:, None]
@@ -292,20 +291,15 @@ def head_scan_kernel(
                 at_y = here + (start + i * STRIP) == y_in_lane
                 if target is not None:
                     s_y += tile_sum(tl.where(at_y, s, 0.0))
-                    if lanes.base_max is not None:
+                    if BASE & WANTED:
                         z_y += tile_sum(tl.where(at_y, z_base, 0.0))
-                lanes = absorb(lanes, s, z_base, w, first, first + here < V, at_y, True)
+                lanes = absorb(lanes, s, z_base, w, first, first + here < V, at_y, WANTED, True)
         state = (at.split.to(tl.int64) * num_blocks + at.block) * LANES
-        store_state(floats + state * NUM_FLOATS, ints + state * NUM_INTS, lane, lanes)
+        store_state(floats + state * NUM_FLOATS, ints + state * NUM_INTS, lane, lanes, WANTED)
         if target is not None:
             tl.store(target_logits + 2 * state + 2 * lane, s_y)
-            if lanes.base_max is not None:
+            if BASE & WANTED:
                 tl.store(target_logits + 2 * state + 2 * lane + 1, z_y)
-
-
-@triton.jit
-def choose(condition, a, b):
-    return None if a is None else tl.where(condition, a, b)
 
 
 @triton.jit
@@ -321,18 +315,18 @@ def merge_states(
         stored = load_state(floats, ints, j // PARTS * states_per_split + row * PARTS + j % PARTS, WANTED)
         is_one = i < num_states
         lanes = RowState(
-            choose(is_one, stored.max, nothing.max),
-            choose(is_one, stored.denom, nothing.denom),
-            choose(is_one, stored.mean_sum, nothing.mean_sum),
-            choose(is_one, stored.mean_base, nothing.mean_base),
-            choose(is_one, stored.base_max, nothing.base_max),
-            choose(is_one, stored.base_denom, nothing.base_denom),
-            choose(is_one, stored.weighted_sum, nothing.weighted_sum),
-            choose(is_one, stored.weight, nothing.weight),
-            choose(is_one, stored.argmax, nothing.argmax),
-            choose(is_one, stored.base_argmax, nothing.base_argmax),
+            tl.where(is_one, stored.max, nothing.max),
+            tl.where(is_one, stored.denom, nothing.denom),
+            tl.where(is_one, stored.mean_sum, nothing.mean_sum),
+            tl.where(is_one, stored.mean_base, nothing.mean_base),
+            tl.where(is_one, stored.base_max, nothing.base_max),
+            tl.where(is_one, stored.base_denom, nothing.base_denom),
+            tl.where(is_one, stored.weighted_sum, nothing.weighted_sum),
+            tl.where(is_one, stored.weight, nothing.weight),
+            tl.where(is_one, stored.argmax, nothing.argmax),
+            tl.where(is_one, stored.base_argmax, nothing.base_argmax),
         )
-        state = merge(state, collapse(lanes))
+        state = merge(state, collapse(lanes, WANTED), WANTED)
     return state
 
 
@@ -364,17 +358,17 @@ def head_finish_kernel(
         store_fields(float_fields, int_fields, row, num_rows, 0.0, -1, None, FIELDS)
     else:
         rest = merge_states(floats, ints, row, num_splits, states_per_split, WANTED, PARTS, LANES)
-        s_y, z_y, w_y = None, None, 1.0
+        s_y, z_y, w_y = 0.0, 0.0, 1.0
         if target is not None:
             part = y % split_size % BLOCK_COLS // (BLOCK_COLS // PARTS)
             place = target_logits + 2 * (y // split_size * states_per_split + row * PARTS + part)
             s_y = tl.load(place, mask=y >= 0, other=0.0)
             z_y = s_y
-            if rest.base_max is not None:
+            if BASE & WANTED:
                 z_y = tl.load(place + 1, mask=y >= 0, other=0.0)
             if weight is not None:
                 w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
-        end = end_of_logits(rest, s_y, z_y, w_y, target is not None)
+        end = end_of_logits(rest, s_y, z_y, w_y, WANTED, target is not None)
         if poisoned:
             store_fields(float_fields, int_fields, row, num_rows, float("nan"), None, end, FIELDS)
         else:

@@ -31,7 +31,10 @@ NUM_INTS = tl.constexpr(2)
 
 
 class RowState(NamedTuple):
-    """Sums over some columns v, relative to r = max and r_b = base_max (0 while these are -inf). None: not wanted."""
+    """Sums over some columns v, relative to r = max and r_b = base_max (0 while these are -inf).
+
+    The mask WANTED of ops.FIELDS says which are meant. The others are a 0.0 that nothing touches.
+    """
 
     max: Any  # of s
     denom: Any  # sum exp(s - r)
@@ -193,33 +196,33 @@ def no_columns(SHAPE: tl.constexpr, WANTED: tl.constexpr):
     return RowState(
         lowest,
         zero,
-        zero if MEAN_SUM & WANTED else None,
-        zero if MEAN_BASE & WANTED else None,
-        lowest if BASE & WANTED else None,
-        zero if BASE_DENOM & WANTED else None,
-        zero if WEIGHTED_SUM & WANTED else None,
-        zero if WEIGHTED_SUM & WANTED else None,
-        nowhere if ARGMAX & WANTED else None,
-        nowhere if BASE_ARGMAX & WANTED else None,
+        zero if MEAN_SUM & WANTED else 0.0,
+        zero if MEAN_BASE & WANTED else 0.0,
+        lowest if BASE & WANTED else 0.0,
+        zero if BASE_DENOM & WANTED else 0.0,
+        zero if WEIGHTED_SUM & WANTED else 0.0,
+        zero if WEIGHTED_SUM & WANTED else 0.0,
+        nowhere if ARGMAX & WANTED else 0.0,
+        nowhere if BASE_ARGMAX & WANTED else 0.0,
     )
 
 
 @triton.jit
-def rebase(state, new_max, new_base_max):
+def rebase(state, new_max, new_base_max, WANTED: tl.constexpr):
     """The same sums relative to other, not smaller, maxima. States, or vectors of states with scalar maxima."""
     old, ref = finite_or_zero(state.max), finite_or_zero(new_max)
     factor = exp(state.max - ref)
     mean_sum, mean_base = state.mean_sum, state.mean_base
     base_denom, weighted_sum = state.base_denom, state.weighted_sum
     # what has underflowed to nothing stays nothing: the shift may be infinite there
-    if mean_sum is not None:
+    if MEAN_SUM & WANTED:
         mean_sum = tl.where(factor == 0, 0.0, factor * (mean_sum + (old - ref) * state.denom))
-    if mean_base is not None:
+    if MEAN_BASE & WANTED:
         shift = finite_or_zero(state.base_max) - finite_or_zero(new_base_max)
         mean_base = tl.where(factor == 0, 0.0, factor * (mean_base + shift * state.denom))
-    if base_denom is not None:
+    if BASE_DENOM & WANTED:
         base_denom = base_denom * exp(state.base_max - finite_or_zero(new_base_max))
-    if weighted_sum is not None:
+    if WEIGHTED_SUM & WANTED:
         weighted_sum = weighted_sum + (old - ref) * state.weight
     return RowState(
         new_max,
@@ -236,95 +239,78 @@ def rebase(state, new_max, new_base_max):
 
 
 @triton.jit
-def add(a, b):
-    return None if a is None else a + b
-
-
-@triton.jit
-def larger(a, b):
-    return None if a is None else tl.maximum(a, b)
-
-
-@triton.jit
-def merge(a, b):
+def merge(a, b, WANTED: tl.constexpr):
     """The state of the columns of both: segments of a row, or a row without its target and the target."""
-    new_max, new_base_max = tl.maximum(a.max, b.max), larger(a.base_max, b.base_max)
-    a, b = rebase(a, new_max, new_base_max), rebase(b, new_max, new_base_max)
+    new_max = tl.maximum(a.max, b.max)
+    new_base_max = tl.maximum(a.base_max, b.base_max) if BASE & WANTED else 0.0
+    a, b = rebase(a, new_max, new_base_max, WANTED), rebase(b, new_max, new_base_max, WANTED)
     return RowState(
         new_max,
         a.denom + b.denom,
-        add(a.mean_sum, b.mean_sum),
-        add(a.mean_base, b.mean_base),
+        a.mean_sum + b.mean_sum if MEAN_SUM & WANTED else 0.0,
+        a.mean_base + b.mean_base if MEAN_BASE & WANTED else 0.0,
         new_base_max,
-        add(a.base_denom, b.base_denom),
-        add(a.weighted_sum, b.weighted_sum),
-        add(a.weight, b.weight),
-        larger(a.argmax, b.argmax),
-        larger(a.base_argmax, b.base_argmax),
+        a.base_denom + b.base_denom if BASE_DENOM & WANTED else 0.0,
+        a.weighted_sum + b.weighted_sum if WEIGHTED_SUM & WANTED else 0.0,
+        a.weight + b.weight if WEIGHTED_SUM & WANTED else 0.0,
+        tl.maximum(a.argmax, b.argmax) if ARGMAX & WANTED else 0.0,
+        tl.maximum(a.base_argmax, b.base_argmax) if BASE_ARGMAX & WANTED else 0.0,
     )
 
 
 @triton.jit
-def sum_of(x):
-    return None if x is None else lane_sum(x)
-
-
-@triton.jit
-def max_of(x):
-    return None if x is None else tl.max(x, axis=0)
-
-
-@triton.jit
-def collapse(lanes):
+def collapse(lanes, WANTED: tl.constexpr):
     """One state of a vector of states. Maxima are exact in any order."""
-    new_max, new_base_max = tl.max(lanes.max, axis=0), max_of(lanes.base_max)
-    lanes = rebase(lanes, new_max, new_base_max)
+    new_max = tl.max(lanes.max, axis=0)
+    new_base_max = tl.max(lanes.base_max, axis=0) if BASE & WANTED else 0.0
+    lanes = rebase(lanes, new_max, new_base_max, WANTED)
     return RowState(
         new_max,
         lane_sum(lanes.denom),
-        sum_of(lanes.mean_sum),
-        sum_of(lanes.mean_base),
+        lane_sum(lanes.mean_sum) if MEAN_SUM & WANTED else 0.0,
+        lane_sum(lanes.mean_base) if MEAN_BASE & WANTED else 0.0,
         new_base_max,
-        sum_of(lanes.base_denom),
-        sum_of(lanes.weighted_sum),
-        sum_of(lanes.weight),
-        max_of(lanes.argmax),
-        max_of(lanes.base_argmax),
+        lane_sum(lanes.base_denom) if BASE_DENOM & WANTED else 0.0,
+        lane_sum(lanes.weighted_sum) if WEIGHTED_SUM & WANTED else 0.0,
+        lane_sum(lanes.weight) if WEIGHTED_SUM & WANTED else 0.0,
+        tl.max(lanes.argmax, axis=0) if ARGMAX & WANTED else 0.0,
+        tl.max(lanes.base_argmax, axis=0) if BASE_ARGMAX & WANTED else 0.0,
     )
 
 
 @triton.jit
-def absorb(lanes, s, z_base, w, first, in_row, at_y, EVEN: tl.constexpr):
+def absorb(lanes, s, z_base, w, first, in_row, at_y, WANTED: tl.constexpr, EVEN: tl.constexpr):
     """The lanes after a tile [LANES, WIDTH] of logits.
 
+    w         class weights, None: 1
     in_row    columns of the row; they all enter the argmaxes
     at_y      the target's column, which is left out of the sums and joined at the end
     """
     argmax, base_argmax = lanes.argmax, lanes.base_argmax
-    if argmax is not None:
+    if ARGMAX & WANTED:
         argmax = tl.maximum(argmax, tile_argmax(s, first, in_row, EVEN))
-    if base_argmax is not None:
+    if BASE_ARGMAX & WANTED:
         base_argmax = tl.maximum(base_argmax, tile_argmax(z_base, first, in_row, EVEN))
     keep = in_row & (at_y == 0)
     s = tl.where(keep, s, float("-inf"))
     new_max, new_base_max = tl.maximum(lanes.max, tile_max(s)), lanes.base_max
-    if new_base_max is not None:
+    if BASE & WANTED:
         z_base = tl.where(keep, z_base, float("-inf"))
         new_base_max = tl.maximum(new_base_max, tile_max(z_base))
-    lanes = rebase(lanes, new_max, new_base_max)
+    lanes = rebase(lanes, new_max, new_base_max, WANTED)
     mean_sum, mean_base = lanes.mean_sum, lanes.mean_base
     base_denom, weighted_sum, weight = lanes.base_denom, lanes.weighted_sum, lanes.weight
     s = s - finite_or_zero(new_max)[:, None]
     e = exp(s)
-    if mean_sum is not None:
+    if MEAN_SUM & WANTED:
         mean_sum += tile_sum(e * finite(s))
-    if new_base_max is not None:
+    if BASE & WANTED:
         z_base = z_base - finite_or_zero(new_base_max)[:, None]
-    if mean_base is not None:
+    if MEAN_BASE & WANTED:
         mean_base += tile_sum(e * finite(z_base))
-    if base_denom is not None:
+    if BASE_DENOM & WANTED:
         base_denom += tile_sum(exp(z_base))
-    if weighted_sum is not None:
+    if WEIGHTED_SUM & WANTED:
         if w is None:
             # 1, but made of the logits: a constant would get a layout of its own, and its sum go through shared memory
             w = tl.where(s == s, 1.0, float("nan"))
@@ -348,19 +334,19 @@ def absorb(lanes, s, z_base, w, first, in_row, at_y, EVEN: tl.constexpr):
 
 
 @triton.jit
-def of_target(s_y, z_y, w_y, rest):
-    """The state of the target's column alone, with what `rest` has. Its column is in the argmaxes already."""
+def of_target(s_y, z_y, w_y, rest, WANTED: tl.constexpr):
+    """The state of the target's column alone. Its column is in the argmaxes of the `rest` already."""
     zero = s_y - s_y  # 0, or NaN for a logit that is no number
     zero = tl.where(s_y == float("-inf"), 0.0, zero)
     return RowState(
         s_y,
         exp(s_y - finite_or_zero(s_y)),
-        None if rest.mean_sum is None else zero,
-        None if rest.mean_base is None else tl.where(s_y == float("-inf"), 0.0, z_y - z_y),
-        None if rest.base_max is None else z_y,
-        None if rest.base_denom is None else exp(z_y - finite_or_zero(z_y)),
-        None if rest.weighted_sum is None else w_y * (s_y - finite_or_zero(s_y)),
-        None if rest.weight is None else w_y,
+        zero if MEAN_SUM & WANTED else 0.0,
+        tl.where(s_y == float("-inf"), 0.0, z_y - z_y) if MEAN_BASE & WANTED else 0.0,
+        z_y if BASE & WANTED else 0.0,
+        exp(z_y - finite_or_zero(z_y)) if BASE_DENOM & WANTED else 0.0,
+        w_y * (s_y - finite_or_zero(s_y)) if WEIGHTED_SUM & WANTED else 0.0,
+        w_y if WEIGHTED_SUM & WANTED else 0.0,
         rest.argmax,
         rest.base_argmax,
     )
@@ -380,17 +366,25 @@ def nll_of(rest_max, rest_denom, new_max, denom, logit):
 
 
 @triton.jit
-def store_or_skip(ptr, x):
-    if x is not None:
+def store_if(wanted: tl.constexpr, ptr, x):
+    if wanted:
         tl.store(ptr, x)
 
 
 @triton.jit
-def store_state(floats, ints, index, state):
-    for i in tl.static_range(NUM_FLOATS):
-        store_or_skip(floats + index * NUM_FLOATS + i, state[i])
-    for i in tl.static_range(NUM_INTS):
-        store_or_skip(ints + index * NUM_INTS + i, state[NUM_FLOATS + i])
+def store_state(floats, ints, index, state, WANTED: tl.constexpr):
+    floats += index * NUM_FLOATS
+    ints += index * NUM_INTS
+    tl.store(floats, state.max)
+    tl.store(floats + 1, state.denom)
+    store_if(MEAN_SUM & WANTED, floats + 2, state.mean_sum)
+    store_if(MEAN_BASE & WANTED, floats + 3, state.mean_base)
+    store_if(BASE & WANTED, floats + 4, state.base_max)
+    store_if(BASE_DENOM & WANTED, floats + 5, state.base_denom)
+    store_if(WEIGHTED_SUM & WANTED, floats + 6, state.weighted_sum)
+    store_if(WEIGHTED_SUM & WANTED, floats + 7, state.weight)
+    store_if(ARGMAX & WANTED, ints, state.argmax)
+    store_if(BASE_ARGMAX & WANTED, ints + 1, state.base_argmax)
 
 
 @triton.jit
@@ -400,12 +394,12 @@ def load_state(floats, ints, index, WANTED: tl.constexpr):
     return RowState(
         tl.load(floats),
         tl.load(floats + 1),
-        tl.load(floats + 2) if MEAN_SUM & WANTED else None,
-        tl.load(floats + 3) if MEAN_BASE & WANTED else None,
-        tl.load(floats + 4) if BASE & WANTED else None,
-        tl.load(floats + 5) if BASE_DENOM & WANTED else None,
-        tl.load(floats + 6) if WEIGHTED_SUM & WANTED else None,
-        tl.load(floats + 7) if WEIGHTED_SUM & WANTED else None,
-        tl.load(ints) if ARGMAX & WANTED else None,
-        tl.load(ints + 1) if BASE_ARGMAX & WANTED else None,
+        tl.load(floats + 2) if MEAN_SUM & WANTED else 0.0,
+        tl.load(floats + 3) if MEAN_BASE & WANTED else 0.0,
+        tl.load(floats + 4) if BASE & WANTED else 0.0,
+        tl.load(floats + 5) if BASE_DENOM & WANTED else 0.0,
+        tl.load(floats + 6) if WEIGHTED_SUM & WANTED else 0.0,
+        tl.load(floats + 7) if WEIGHTED_SUM & WANTED else 0.0,
+        tl.load(ints) if ARGMAX & WANTED else 0.0,
+        tl.load(ints + 1) if BASE_ARGMAX & WANTED else 0.0,
     )

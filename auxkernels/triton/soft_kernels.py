@@ -15,6 +15,7 @@ from .row_state import column_of, exp, finite, finite_or_zero, lane_sum, tile_su
 from .soft_state import (
     NO_LABEL,
     WIDTH,
+    Row,
     at_row,
     best_of_lanes,
     columns_at,
@@ -38,16 +39,18 @@ from .soft_state import (
 
 
 class Slope(NamedTuple):
-    """What a row's gradient is made of. None: nothing of that kind."""
+    """What a row's gradient is made of: `upstream` and `of_probabilities` of all rows, and what `slope_at_row` finds of
+    one. Of those two None: nothing of that kind."""
 
+    upstream: Any
+    of_probabilities: Any
+    offset: Any  # of the row from `of_probabilities`
     max: Any
     log_denom: Any
     argmax: Any
-    of_probabilities: Any  # first column
     entropy: Any
     max_prob: Any
     sum_squares: Any
-    usage: Any  # K numbers
 
 
 # -- softmax -----------------------------------------------------------------------------------------------------------
@@ -86,9 +89,9 @@ def soft_segment_kernel(
     """The state of one segment of one row, for the programs of soft_fwd_kernel to merge."""
     program = tl.program_id(0)
     n, start, stop, _ = place_of(program, K, SEGMENT, True)
-    row = at_row(scores, n, first_row)
+    row = Row(scores, *at_row(scores, n, first_row))
     state = scan_segment(row, start, stop, WANTED, TILES, LANES, GROUPED)
-    store_state(floats, ints, program.to(tl.int64), state)
+    store_state(floats, ints, program.to(tl.int64), state, WANTED)
 
 
 @triton.jit
@@ -116,7 +119,7 @@ def soft_fwd_kernel(
 ):
     """Fields and probabilities of a row. Split: of a segment of it, whose row's states are in `floats` and `ints`."""
     n, start, stop, num_segments = place_of(tl.program_id(0), K, SEGMENT, SPLIT)
-    row = at_row(scores, n, first_row)
+    row = Row(scores, *at_row(scores, n, first_row))
     tiles = ()
     if RESIDENT:
         tiles = load_scores(row, 0, K, TILES, LANES, GROUPED)
@@ -129,11 +132,11 @@ def soft_fwd_kernel(
             else:
                 at = segment * SEGMENT
                 other = scan_segment(row, at, tl.minimum(at + SEGMENT, K), WANTED, TILES, LANES, GROUPED)
-            state = merge(state, other, row.inverse)
+            state = merge(state, other, row.inverse, WANTED)
     is_empty = (state.max == float("-inf")) & (state.denom == 0)
     denom = tl.where(is_empty, 1.0, state.denom)
     if start == 0:
-        store_fields(fields, n, state, is_empty, denom)
+        store_fields(fields, n, state, is_empty, denom, WANTED)
     if probabilities is not None:
         ref, factor = finite_or_zero(state.max), tl.math.div_rn(1.0, denom)
         probabilities += n * stride_probabilities
@@ -153,36 +156,34 @@ def soft_fwd_kernel(
 
 
 @triton.jit
-def load_or_none(ptr, row):
-    return None if ptr is None else tl.load(ptr + row)
+def load_or_zero(ptr, row):
+    return 0.0 if ptr is None else tl.load(ptr + row)
 
 
 @triton.jit
-def slope_at_row(fields, upstream, of_probabilities, stride, row):
-    if of_probabilities is not None:
-        of_probabilities += row * stride
-    return Slope(
+def slope_at_row(fields, upstream, stride, row):
+    """All of a Slope but what is of all rows."""
+    return (
+        row * stride,
         tl.load(fields.max + row),
         tl.load(fields.log_denom + row),
-        None if upstream.max_prob is None else tl.load(fields.argmax + row),
-        of_probabilities,
-        load_or_none(upstream.entropy, row),
-        load_or_none(upstream.max_prob, row),
-        load_or_none(upstream.sum_squares, row),
-        upstream.usage,
+        -1 if upstream.max_prob is None else tl.load(fields.argmax + row),
+        load_or_zero(upstream.entropy, row),
+        load_or_zero(upstream.max_prob, row),
+        load_or_zero(upstream.sum_squares, row),
     )
 
 
 @triton.jit
 def with_statistics(g, p, log_p, cols, stop, slope):
     """The gradient with respect to p, that of the statistics included; without meaning where p is 0."""
-    if slope.usage is not None:
-        g += tl.load(slope.usage + cols, mask=cols < stop, other=0.0)
-    if slope.sum_squares is not None:
+    if slope.upstream.usage is not None:
+        g += tl.load(slope.upstream.usage + cols, mask=cols < stop, other=0.0)
+    if slope.upstream.sum_squares is not None:
         g += (2.0 * slope.sum_squares) * p
-    if slope.entropy is not None:
+    if slope.upstream.entropy is not None:
         g -= slope.entropy * log_p
-    if slope.max_prob is not None:
+    if slope.upstream.max_prob is not None:
         g += tl.where(cols == slope.argmax, slope.max_prob, 0.0)
     return g
 
@@ -192,7 +193,7 @@ def log_p_and_gradient(row, slope, at, stop, TILES: tl.constexpr, LANES: tl.cons
     """TILES tiles of log p, as many of the gradient with respect to p, and their part of sum p g, [LANES]."""
     logs, grads, mean = (), (), tl.zeros([LANES], tl.float32)
     scores = load_scores(row, at, stop, TILES, LANES, GROUPED)
-    values = load_values(slope.of_probabilities, at, stop, TILES, LANES, GROUPED)
+    values = load_values(slope.of_probabilities, slope.offset, at, stop, TILES, LANES, GROUPED)
     ref = finite_or_zero(slope.max)
     for i in tl.static_range(TILES):
         cols = columns_at(at + i * (LANES * WIDTH), LANES, GROUPED)
@@ -243,8 +244,8 @@ def soft_bwd_segment_kernel(
     """sum p g of one segment of one row, for the programs of soft_bwd_kernel to add up."""
     program = tl.program_id(0)
     n, start, stop, _ = place_of(program, K, SEGMENT, True)
-    row = at_row(scores, n, first_row)
-    slope = slope_at_row(fields, upstream, of_probabilities, stride_of_probabilities, n)
+    row = Row(scores, *at_row(scores, n, first_row))
+    slope = Slope(upstream, of_probabilities, *slope_at_row(fields, upstream, stride_of_probabilities, n))
     tl.store(means + program.to(tl.int64), mean_of_segment(row, slope, start, stop, TILES, LANES, GROUPED))
 
 
@@ -272,8 +273,8 @@ def soft_bwd_kernel(
 ):
     """Gradients and probabilities of a row. Split: of a segment of it, without the temperature's gradient."""
     n, start, stop, num_segments = place_of(tl.program_id(0), K, SEGMENT, SPLIT)
-    row = at_row(scores, n, first_row)
-    slope = slope_at_row(fields, upstream, of_probabilities, stride_of_probabilities, n)
+    row = Row(scores, *at_row(scores, n, first_row))
+    slope = Slope(upstream, of_probabilities, *slope_at_row(fields, upstream, stride_of_probabilities, n))
     logs, grads, mean, size = (), (), 0.0, TILES * LANES * WIDTH
     if RESIDENT:
         logs, grads, lanes = log_p_and_gradient(row, slope, 0, K, TILES, LANES, GROUPED)
@@ -368,7 +369,7 @@ def soft_select_kernel(
     two; 0: every column is a candidate, [num_rows, K].
     """
     n, start, stop, _ = place_of(tl.program_id(0), K, SEGMENT, candidates is not None)
-    row = at_row(scores, n, first_row)
+    row = Row(scores, *at_row(scores, n, first_row))
     keys, tiles = (), load_scores(row, start, stop, TILES, LANES, GROUPED)
     for i in tl.static_range(TILES):
         keys += (key_of(tiles[i]),)
@@ -407,7 +408,7 @@ def soft_select_kernel(
 def soft_selected_kernel(scores, k, packed, stride_packed, fields, labels, weights, SLOTS: tl.constexpr):
     """Labels, weights and fields of a row from its k best labels, packed, best first."""
     n = tl.program_id(0).to(tl.int64)
-    row = at_row(scores, n, n)
+    row = Row(scores, *at_row(scores, n, n))
     packed += n * stride_packed
     first = tl.load(packed)
     ref, sums = finite_or_zero(value_of(first)), (0.0, 0.0, 0.0)
@@ -428,13 +429,13 @@ def selected_block(row, slope, labels, at, k, SLOTS: tl.constexpr):
     label = tl.load(labels + slots, mask=slots < k, other=-1)
     is_label = label >= 0
     v = tl.load(row.ptr + label, mask=is_label, other=float("-inf")).to(tl.float32)
-    if row.gumbel is not None:
+    if row.given.gumbel is not None:
         v += row.gumbel * gumbel_of(random_bits_of(row, label.to(tl.int32)))
     log_p = (v - finite_or_zero(slope.max)) * row.inverse - slope.log_denom
     p = tl.where(is_label, exp(log_p), 0.0)
     g = tl.zeros([SLOTS], tl.float32)
     if slope.of_probabilities is not None:
-        g = tl.load(slope.of_probabilities + slots, mask=slots < k, other=0.0)
+        g = tl.load(slope.of_probabilities + slope.offset + slots, mask=slots < k, other=0.0)
     return slots, label, log_p, p, with_statistics(g, p, log_p, label, tl.where(is_label, label + 1, label), slope)
 
 
@@ -457,8 +458,8 @@ def soft_select_bwd_kernel(
 ):
     """Weights and gradients of a row's selected labels; the rest of `grad_scores` is 0 already."""
     n = tl.program_id(0).to(tl.int64)
-    row = at_row(scores, n, first_row)
-    slope = slope_at_row(fields, upstream, of_weights, k, n)
+    row = Row(scores, *at_row(scores, n, first_row))
+    slope = Slope(upstream, of_weights, *slope_at_row(fields, upstream, k, n))
     labels += n * k
     weights += n * k
     if grad_scores is not None:

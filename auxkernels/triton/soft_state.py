@@ -24,7 +24,7 @@ NUM_SUMS = tl.constexpr(4)  # of a stored state, its floats
 
 
 class Scores(NamedTuple):
-    """Rows of scores as kernels get them; `at_row` moves them to one row. None: no such option."""
+    """Rows of scores as kernels get them. None: no such option."""
 
     ptr: Any
     stride: Any
@@ -37,15 +37,16 @@ class Scores(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of them."""
+    """Rows of scores and what `at_row` finds of one. As in columns.py: which options there are is said by `given`."""
 
-    ptr: Any
+    given: Any
+    ptr: Any  # to the row's scores
     inverse: Any  # of the temperature
     gumbel: Any
     seed: Any
     low: Any  # of the row's number, for its noise
     high: Any
-    mask: Any
+    mask_offset: Any  # of the row from `given.mask`
 
 
 class Fields(NamedTuple):
@@ -60,7 +61,10 @@ class Fields(NamedTuple):
 
 
 class SoftState(NamedTuple):
-    """Sums over some columns, with x = (v - r) / T relative to r = max (0 while that is -inf). None: not wanted."""
+    """Sums over some columns, with x = (v - r) / T relative to r = max (0 while that is -inf).
+
+    The mask WANTED says which are meant. The others are a 0.0 that nothing touches.
+    """
 
     max: Any  # of v
     denom: Any  # sum exp(x)
@@ -74,17 +78,15 @@ class SoftState(NamedTuple):
 
 @triton.jit
 def at_row(scores, row, first_row):
-    """`row` is 64-bit, so that products with strides are."""
+    """All of a Row but `given`. `row` is 64-bit, so that products with strides are."""
     number = first_row + row
-    gumbel, seed, mask, inverse = scores.gumbel, scores.seed, scores.mask, 1.0
+    gumbel, seed, inverse = 0.0, 0, 1.0
     if scores.temperature is not None:
         inverse = tl.math.div_rn(1.0, tl.load(scores.temperature + row * scores.temperature_stride))
-    if gumbel is not None:
-        gumbel, seed = tl.load(gumbel), tl.load(seed)
-    if mask is not None:
-        mask += row * scores.mask_stride
+    if scores.gumbel is not None:
+        gumbel, seed = tl.load(scores.gumbel), tl.load(scores.seed)
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
-    return Row(scores.ptr + row * scores.stride, inverse, gumbel, seed, low, high, mask)
+    return scores.ptr + row * scores.stride, inverse, gumbel, seed, low, high, row * scores.mask_stride
 
 
 @triton.jit
@@ -132,20 +134,20 @@ def load_scores(row, at, stop, TILES: tl.constexpr, LANES: tl.constexpr, GROUPED
     for i in tl.static_range(TILES):
         v = loaded[i]
         first = at + i * (LANES * WIDTH)
-        if row.gumbel is not None:
+        if row.given.gumbel is not None:
             v += row.gumbel * gumbel_of(random_bits(row, first, LANES))
         cols = columns_at(first, LANES, GROUPED)
         forbidden = cols >= stop
-        if row.mask is not None:
-            forbidden = tl.load(row.mask + cols, mask=cols < stop, other=1) != 0
-        if row.gumbel is not None or row.mask is not None:
+        if row.given.mask is not None:
+            forbidden = tl.load(row.given.mask + row.mask_offset + cols, mask=cols < stop, other=1) != 0
+        if row.given.gumbel is not None or row.given.mask is not None:
             v = tl.where(forbidden, float("-inf"), v)
         tiles += (v,)
     return tiles
 
 
 @triton.jit
-def load_values(ptr, at, stop, TILES: tl.constexpr, LANES: tl.constexpr, GROUPED: tl.constexpr):
+def load_values(ptr, offset, at, stop, TILES: tl.constexpr, LANES: tl.constexpr, GROUPED: tl.constexpr):
     """TILES tiles of anything else, in float32; zeros without `ptr`."""
     tiles = ()
     for i in tl.static_range(TILES):
@@ -153,7 +155,7 @@ def load_values(ptr, at, stop, TILES: tl.constexpr, LANES: tl.constexpr, GROUPED
             tiles += (tl.zeros([LANES, WIDTH], tl.float32),)
         else:
             cols = columns_at(at + i * (LANES * WIDTH), LANES, GROUPED)
-            tiles += (tl.load(ptr + cols, mask=cols < stop, other=0.0).to(tl.float32),)
+            tiles += (tl.load(ptr + offset + cols, mask=cols < stop, other=0.0).to(tl.float32),)
     return tiles
 
 
@@ -205,68 +207,68 @@ def no_scores(SHAPE: tl.constexpr, WANTED: tl.constexpr):
     return SoftState(
         tl.full(SHAPE, float("-inf"), tl.float32),
         zero,
-        zero if TIMES_X & WANTED else None,
-        zero if SQUARES & WANTED else None,
-        tl.full(SHAPE, -(2**63), tl.int64) if BEST & WANTED else None,
+        zero if TIMES_X & WANTED else 0.0,
+        zero if SQUARES & WANTED else 0.0,
+        tl.full(SHAPE, -(2**63), tl.int64) if BEST & WANTED else 0.0,
     )
 
 
 @triton.jit
-def rebase(state, new_max, inverse):
+def rebase(state, new_max, inverse, WANTED: tl.constexpr):
     """The same sums relative to another, not smaller, maximum."""
     shift = (finite_or_zero(state.max) - finite_or_zero(new_max)) * inverse
     factor = exp((state.max - finite_or_zero(new_max)) * inverse)
     times_x, squares = state.times_x, state.squares
-    if times_x is not None:
+    if TIMES_X & WANTED:
         # what has underflowed to nothing stays nothing: the shift may be infinite there
         times_x = tl.where(factor == 0, 0.0, factor * (times_x + shift * state.denom))
-    if squares is not None:
+    if SQUARES & WANTED:
         squares = squares * (factor * factor)
     return SoftState(new_max, state.denom * factor, times_x, squares, state.best)
 
 
 @triton.jit
-def merge(a, b, inverse):
+def merge(a, b, inverse, WANTED: tl.constexpr):
     new_max = tl.maximum(a.max, b.max)
-    a, b = rebase(a, new_max, inverse), rebase(b, new_max, inverse)
+    a, b = rebase(a, new_max, inverse, WANTED), rebase(b, new_max, inverse, WANTED)
     return SoftState(
         new_max,
         a.denom + b.denom,
-        None if a.times_x is None else a.times_x + b.times_x,
-        None if a.squares is None else a.squares + b.squares,
-        None if a.best is None else tl.maximum(a.best, b.best),
+        a.times_x + b.times_x if TIMES_X & WANTED else 0.0,
+        a.squares + b.squares if SQUARES & WANTED else 0.0,
+        tl.maximum(a.best, b.best) if BEST & WANTED else 0.0,
     )
 
 
 @triton.jit
-def absorb(lanes, v, cols, inverse):
+def absorb(lanes, v, cols, inverse, WANTED: tl.constexpr):
     """The lanes after a tile."""
     best = lanes.best
-    if best is not None:
+    if BEST & WANTED:
         best = tl.maximum(best, best_of_lanes(key_of(v), cols))
-    lanes = rebase(lanes, tl.maximum(lanes.max, tile_max(v)), inverse)
+    lanes = rebase(lanes, tl.maximum(lanes.max, tile_max(v)), inverse, WANTED)
     x = (v - finite_or_zero(lanes.max)[:, None]) * inverse
     e = exp(x)
     return SoftState(
         lanes.max,
         lanes.denom + tile_sum(e),
-        None if lanes.times_x is None else lanes.times_x + tile_sum(e * finite(x)),
-        None if lanes.squares is None else lanes.squares + tile_sum(e * e),
+        lanes.times_x + tile_sum(e * finite(x)) if TIMES_X & WANTED else 0.0,
+        lanes.squares + tile_sum(e * e) if SQUARES & WANTED else 0.0,
         best,
     )
 
 
 @triton.jit
-def collapse(lanes, inverse):
+def collapse(lanes, inverse, WANTED: tl.constexpr):
     """One state of a vector of states."""
     new_max = tl.max(lanes.max, axis=0)
-    lanes = rebase(lanes, new_max, inverse)
+    lanes = rebase(lanes, new_max, inverse, WANTED)
     return SoftState(
         new_max,
         lane_sum(lanes.denom),
-        None if lanes.times_x is None else lane_sum(lanes.times_x),
-        None if lanes.squares is None else lane_sum(lanes.squares),
-        None if lanes.best is None else tl.max(lanes.best, axis=0),
+        lane_sum(lanes.times_x) if TIMES_X & WANTED else 0.0,
+        lane_sum(lanes.squares) if SQUARES & WANTED else 0.0,
+        tl.max(lanes.best, axis=0) if BEST & WANTED else 0.0,
     )
 
 
@@ -275,8 +277,8 @@ def scan_tiles(tiles, row, at, WANTED: tl.constexpr, LANES: tl.constexpr, GROUPE
     """The state of a segment that is here already."""
     lanes = no_scores([LANES], WANTED)
     for i in tl.static_range(len(tiles)):
-        lanes = absorb(lanes, tiles[i], columns_at(at + i * (LANES * WIDTH), LANES, GROUPED), row.inverse)
-    return collapse(lanes, row.inverse)
+        lanes = absorb(lanes, tiles[i], columns_at(at + i * (LANES * WIDTH), LANES, GROUPED), row.inverse, WANTED)
+    return collapse(lanes, row.inverse, WANTED)
 
 
 @triton.jit
@@ -288,19 +290,20 @@ def scan_segment(
     for at in range(start, stop, TILES * LANES * WIDTH):
         tiles = load_scores(row, at, stop, TILES, LANES, GROUPED)
         for i in tl.static_range(TILES):
-            lanes = absorb(lanes, tiles[i], columns_at(at + i * (LANES * WIDTH), LANES, GROUPED), row.inverse)
-    return collapse(lanes, row.inverse)
+            cols = columns_at(at + i * (LANES * WIDTH), LANES, GROUPED)
+            lanes = absorb(lanes, tiles[i], cols, row.inverse, WANTED)
+    return collapse(lanes, row.inverse, WANTED)
 
 
 @triton.jit
-def store_state(floats, ints, index, state):
+def store_state(floats, ints, index, state, WANTED: tl.constexpr):
     tl.store(floats + index * NUM_SUMS, state.max)
     tl.store(floats + index * NUM_SUMS + 1, state.denom)
-    if state.times_x is not None:
+    if TIMES_X & WANTED:
         tl.store(floats + index * NUM_SUMS + 2, state.times_x)
-    if state.squares is not None:
+    if SQUARES & WANTED:
         tl.store(floats + index * NUM_SUMS + 3, state.squares)
-    if state.best is not None:
+    if BEST & WANTED:
         tl.store(ints + index, state.best)
 
 
@@ -310,9 +313,9 @@ def load_state(floats, ints, index, WANTED: tl.constexpr):
     return SoftState(
         tl.load(floats),
         tl.load(floats + 1),
-        tl.load(floats + 2) if TIMES_X & WANTED else None,
-        tl.load(floats + 3) if SQUARES & WANTED else None,
-        tl.load(ints + index) if BEST & WANTED else None,
+        tl.load(floats + 2) if TIMES_X & WANTED else 0.0,
+        tl.load(floats + 3) if SQUARES & WANTED else 0.0,
+        tl.load(ints + index) if BEST & WANTED else 0.0,
     )
 
 
@@ -323,7 +326,7 @@ def store_field(ptr, row, x):
 
 
 @triton.jit
-def store_fields(fields, row, state, is_empty, denom):
+def store_fields(fields, row, state, is_empty, denom, WANTED: tl.constexpr):
     """denom: 1 for a row without an allowed label, whose other sums are 0."""
     log_denom = tl.log(denom)
     store_field(fields.log_denom, row, log_denom)
@@ -332,7 +335,7 @@ def store_fields(fields, row, state, is_empty, denom):
         tl.store(fields.entropy + row, log_denom - tl.math.div_rn(state.times_x, denom))
     if fields.sum_squares is not None:
         tl.store(fields.sum_squares + row, tl.math.div_rn(tl.math.div_rn(state.squares, denom), denom))
-    if state.best is not None:
+    if BEST & WANTED:
         # a running maximum may step over NaN
         store_field(fields.max, row, tl.where(is_nan(state.best), float("nan"), state.max))
         store_field(fields.argmax, row, tl.where(is_empty, -1, column_of(state.best)))
