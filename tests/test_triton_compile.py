@@ -13,9 +13,16 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiled kernels and interpreted ones exclude each other", allow_module_level=True)
 
-from triton_compile import SHARED_LIMIT, TARGETS, amd_spills, nvidia_spills, wide_loads  # noqa: E402
+from triton_compile import (  # noqa: E402
+    MULTIPROCESSORS,
+    SHARED_LIMIT,
+    TARGETS,
+    amd_spills,
+    nvidia_spills,
+    wide_loads,
+)
 
-from auxkernels.triton import cross_entropy  # noqa: E402
+from auxkernels.triton import cross_entropy, launch  # noqa: E402
 
 LLAMA, GPT2, QWEN, SMALL = 128256, 50257, 151936, 32000
 
@@ -99,6 +106,16 @@ ODD = {"plain-float32-odd", "plain-odd"}
 ELSEWHERE = ("plain", "plain-odd", "statistics", "everything", "split", "backward-everything", "rescale")
 
 
+def launches(monkeypatch, call):
+    """(name, number of programs, arguments) of the kernels that a call launches on sm_90."""
+    made = []
+    monkeypatch.setattr(launch, "device_of", lambda _: launch.Device("cuda", MULTIPROCESSORS, 32))
+    monkeypatch.setattr(launch, "check_device", lambda _: None)
+    monkeypatch.setattr(launch, "run", lambda kernel, count, *args, **_: made.append((kernel.__name__, count, args)))
+    call()
+    return made
+
+
 def covering():
     return [(target, call) for target in TARGETS for call in CALLS if target == "sm_90" or call in ELSEWHERE]
 
@@ -129,6 +146,30 @@ def test_no_float_is_added_atomically(compiled, target):
     for kernel in compiled(target, CALLS["split"]):
         text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
         assert not re.search(r"\batom|\bred\.|_atomic_", text), kernel.metadata.name
+
+
+@pytest.mark.parametrize("rows", [4096, 65536, 2**20])
+@pytest.mark.parametrize("needs", [0, ops.NEEDS_AUX])
+@pytest.mark.parametrize("reduction", ["mean", "normalizer"])
+def test_no_program_works_alone_on_many_rows(monkeypatch, rows, needs, reduction):
+    """It would read them block after block, while the rest of the device waits."""
+    options = {"normalizer": empty(dtype=torch.float64)} if reduction == "normalizer" else {}
+    made = launches(monkeypatch, Call("loss", FULL, SMALL, rows, needs, options=options))
+    assert [kernel for kernel, _, _ in made if "fwd" in kernel]
+    for kernel, num_programs, args in made:
+        sizes = [arg.numel() for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 1]
+        assert num_programs > 1 or max(sizes) <= 2048, kernel
+
+
+@pytest.mark.parametrize("has_target", [True, False])
+def test_a_rescale_starts_no_more_programs_than_a_device_holds(monkeypatch, has_target):
+    """Backward always calls it, and where the factor is 1 nothing but the starts of programs takes time."""
+    target = empty(8192, dtype=torch.int64) if has_target else None
+    grad = empty(8192, LLAMA, dtype=torch.bfloat16)
+    for rows, most in ((8192, 8 * MULTIPROCESSORS), (1, 63)):
+        given = (grad[:rows], empty(), None if target is None else target[:rows], -100)
+        ((_, num_programs, _),) = launches(monkeypatch, lambda: cross_entropy.rescale_(*given))  # noqa: B023
+        assert num_programs == most
 
 
 def test_rows_ignore_index_and_numbers_start_no_compilation(compiled):

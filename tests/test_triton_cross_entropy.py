@@ -19,6 +19,9 @@ from oracle import Case, Rows, assert_close, check
 from auxkernels import Logits, aux_cross_entropy, logit_stats
 
 pytest.importorskip("triton")
+
+from auxkernels.triton import cross_entropy, launch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = Implementation("triton", "cpu")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
@@ -28,8 +31,6 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interp
 def _many_segments(monkeypatch):
     """Small tiles and segments, so that every loop runs several times over rows of a few hundred columns."""
     if INTERPRETED:
-        from auxkernels.triton import launch
-
         monkeypatch.setattr(launch, "cut_of", lambda V, num_bytes, *_: launch.Cut(4, 16 // num_bytes, 64))
         monkeypatch.setattr(launch, "tiles_at_once", lambda *_: 2)
 
@@ -59,6 +60,51 @@ def test_loss_and_gradients_match_the_oracle(vocab_size, dtype, options):
         base = Logits(base, scale=torch.tensor(0.7, requires_grad=True), softcap=4.0)
         aux = Logits(aux, scale=(torch.rand(3) + 0.5).requires_grad_())
     check(Case(base, aux, target, given), TRITON, upstream)
+
+
+@interpreted
+@pytest.mark.parametrize("has_gradient", [False, True])
+@pytest.mark.parametrize("option", ["mean", "weight", "normalizer", "sum"])
+def test_sums_over_many_rows_are_those_of_few(monkeypatch, has_gradient, option):
+    """11 rows in blocks of 2, whose 6 sums are three blocks again."""
+    base, aux = logits(11, 9), logits(11, 9, requires_grad=has_gradient)
+    target = targets(11, vocab_size=9)
+    target[[2, 6, 7]] = -100
+    given = {
+        "weight": {"weight": torch.rand(9) + 0.1},
+        "normalizer": {"normalizer": 7.0},
+        "sum": {"reduction": "sum"},
+    }
+    case = Case(base, aux, target, given.get(option, {}))
+    few = check(case, TRITON)
+    monkeypatch.setattr(cross_entropy, "FEW_ROWS", 4)
+    monkeypatch.setattr(cross_entropy, "REDUCE_BLOCK", 2)
+    many = check(case, TRITON)
+    for name, value in few.items():
+        # float64 sums in another order: the same float32, but for a tie
+        torch.testing.assert_close(many[name], value, rtol=2**-23, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("multiprocessors", [0, 1, 100])  # of a CPU; programs that walk all blocks; one a block
+@pytest.mark.parametrize("has_target", [True, False])
+def test_rescaling_reaches_every_column_but_those_of_ignored_rows(monkeypatch, multiprocessors, has_target):
+    monkeypatch.setattr(launch, "device_of", lambda _: launch.Device("cpu", multiprocessors, 32))
+    monkeypatch.setattr(cross_entropy, "RESCALE_BLOCK", 16)
+    monkeypatch.setattr(cross_entropy, "RESCALE_PROGRAMS", 2)
+    grad, target = logits(5, 35), targets(5, vocab_size=35)
+    target[[1, 4]] = -100
+    before = grad.clone()
+    cross_entropy.rescale_(grad, torch.tensor(1.0), target if has_target else None, -100)
+    assert torch.equal(grad, before)
+    kept = target != -100 if has_target else torch.ones(5, dtype=torch.bool)
+    grad[~kept] = 0.0
+    before[~kept] = 0.0
+    cross_entropy.rescale_(grad, torch.tensor(-0.5), target if has_target else None, -100)
+    assert torch.equal(grad[kept], before[kept] * -0.5)
+    assert not grad[~kept].signbit().any() and not grad[~kept].any()
+    cross_entropy.rescale_(grad, torch.tensor(torch.inf), target if has_target else None, -100)
+    assert torch.equal(grad[kept], before[kept] * -torch.inf) and not grad[~kept].any()
 
 
 @interpreted

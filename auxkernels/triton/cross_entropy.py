@@ -15,9 +15,10 @@ from .cross_entropy_kernels import (
     BY_KEPT_ROWS,
     BY_NORMALIZER,
     BY_ONE,
+    BY_PARTS,
     cross_entropy_bwd_kernel,
-    cross_entropy_divisor_kernel,
     cross_entropy_fwd_kernel,
+    cross_entropy_parts_kernel,
     cross_entropy_reduce_kernel,
     cross_entropy_rescale_kernel,
     cross_entropy_segment_kernel,
@@ -25,9 +26,10 @@ from .cross_entropy_kernels import (
 from .row_state import NUM_FLOATS, NUM_INTS
 
 REDUCE_BLOCK = 1024
-COUNTED_IN_PLACE = 2048  # up to here every row's program counts the kept rows itself, which saves a launch
+FEW_ROWS = 2048  # up to here one program sums the losses and every row's counts the kept rows, which saves launches
 COUNT_BLOCK = 256
-RESCALE_BLOCK = 4096
+RESCALE_BLOCK = 2048
+RESCALE_PROGRAMS = 8  # for each multiprocessor, as many as one of sm_90 holds at a time
 _PLAIN_FIELDS = ops.mask_of("max", "log_denom", "nll", "lse", "log_prob")
 _NO_GRADIENTS = Gradients(None, None, None, None)
 
@@ -150,9 +152,29 @@ def scan(
     return fields
 
 
+def _parts(call: _Call, row_loss: Tensor | None, has_kept: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Sums over blocks of rows: of the losses, where there are any, and of what keeps a row."""
+    num_parts = triton.cdiv(call.num_rows, REDUCE_BLOCK)
+    losses, kept = (
+        call.problem.base.ptr.new_empty(num_parts, dtype=torch.float64) if wanted else None
+        for wanted in (row_loss is not None, has_kept)
+    )
+    args = (row_loss, *call.problem[2:], call.num_rows, losses, kept)
+    launch.run(cross_entropy_parts_kernel, num_parts, *args, BLOCK=REDUCE_BLOCK, num_warps=8)
+    return losses, kept
+
+
+def _reduce(call: _Call, parts: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
+    """total, 0-d: the sum of `parts`, divided."""
+    _, _, target, weight, *numbers = call.problem
+    if divisor != BY_KEPT_ROWS:
+        target = weight = None
+    args = (parts, parts.numel(), total, normalizer, target, weight, *numbers, call.num_rows)
+    launch.run(cross_entropy_reduce_kernel, 1, *args, DIVISOR=divisor, BLOCK=REDUCE_BLOCK)
+
+
 def _divisor(call: _Call, normalizer: Tensor | None, mean: bool, has_gradient: bool) -> tuple:
     """(0-d tensor on the device or None, what to divide by). Nothing is read from the device."""
-    _, _, target, weight, ignore_index, V = call.problem
     values = call.problem.base.ptr
     if not mean:
         return None, BY_ONE
@@ -160,12 +182,21 @@ def _divisor(call: _Call, normalizer: Tensor | None, mean: bool, has_gradient: b
         if normalizer.device != values.device:  # a number on the CPU, beside sources on a GPU
             normalizer = torch.full((), normalizer.item(), dtype=torch.float64, device=values.device)
         return (normalizer.to(torch.float32) if normalizer.dtype == torch.bool else normalizer), BY_NORMALIZER
-    if not has_gradient or call.num_rows <= COUNTED_IN_PLACE:
+    if not has_gradient or call.num_rows <= FEW_ROWS:
         return None, BY_KEPT_ROWS
     divisor = values.new_empty((), dtype=torch.float64)
-    args = (target, weight, ignore_index, V, call.num_rows, divisor)
-    launch.run(cross_entropy_divisor_kernel, 1, *args, BLOCK=REDUCE_BLOCK)
+    _, kept = _parts(call, None, True)
+    _reduce(call, kept, divisor, None, BY_ONE)
     return divisor, BY_NORMALIZER
+
+
+def _total(call: _Call, row_loss: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
+    """The reduced loss. Its bits depend on the number of rows alone, as what is added to what does."""
+    if call.num_rows > FEW_ROWS:
+        row_loss, kept = _parts(call, row_loss, divisor == BY_KEPT_ROWS)
+        if kept is not None:
+            normalizer, divisor = kept, BY_PARTS
+    _reduce(call, row_loss, total, normalizer, divisor)
 
 
 def loss(
@@ -202,18 +233,7 @@ def loss(
     with launch.on_device_of(base):
         divide = _divisor(call, normalizer, mean, bool(grads))
         _forward(call, wanted, fields, row_loss, divide, (kept, share, z_loss or None), named_grads)
-        normalizer, divisor = divide
-        launch.run(
-            cross_entropy_reduce_kernel,
-            1,
-            row_loss,
-            total,
-            normalizer,
-            *call.problem[2:],
-            call.num_rows,
-            DIVISOR=divisor,
-            BLOCK=REDUCE_BLOCK,
-        )
+        _total(call, row_loss, total, *divide)
     return [total, *fields, *grads]
 
 
@@ -286,7 +306,8 @@ def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: 
     num_rows, width = grad.shape[:-1].numel(), grad.shape[-1]
     if target is None and grad.numel() <= launch.MAX_INT32:  # narrow rows would leave most of a block empty
         num_rows, width = 1, grad.numel()
-    args = (grad, factor, None if target is None else target.contiguous(), ignore_index, width)
-    num_programs = num_rows * triton.cdiv(width, RESCALE_BLOCK)
+    args = (grad, factor, None if target is None else target.contiguous(), ignore_index, num_rows, width)
+    most = RESCALE_PROGRAMS * max(launch.device_of(grad.device).multiprocessors, 1)
+    num_programs = min(num_rows * triton.cdiv(width, RESCALE_BLOCK), most)
     with launch.on_device_of(grad):
         launch.run(cross_entropy_rescale_kernel, num_programs, *args, BLOCK=RESCALE_BLOCK, num_warps=8)

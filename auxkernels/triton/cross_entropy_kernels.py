@@ -46,6 +46,7 @@ from .row_state import (
 BY_ONE = tl.constexpr(0)
 BY_NORMALIZER = tl.constexpr(1)
 BY_KEPT_ROWS = tl.constexpr(2)
+BY_PARTS = tl.constexpr(3)
 
 NUM_FIELDS = tl.constexpr(len(ops.FIELDS))
 NUM_FLOAT_FIELDS = tl.constexpr(ops.NUM_FLOAT_FIELDS)
@@ -177,7 +178,19 @@ def loss_of(end, kept, share, z_loss, divisor):
     return loss, a, g, s
 
 
-# -- divisor -----------------------------------------------------------------------------------------------------------
+# -- sums over rows ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def kept_of(rows, target, weight, ignore_index, V, num_rows):
+    """1 for rows that are not ignored, or the weight of their target; float64."""
+    y = tl.load(target + rows, mask=rows < num_rows, other=0).to(tl.int64)
+    kept = (rows < num_rows) & (y != ignore_index)
+    if weight is None:
+        number = kept.to(tl.float64)
+    else:
+        number = tl.load(weight + y, mask=kept & (y >= 0) & (y < V), other=0.0).to(tl.float64)
+    return number
 
 
 @triton.jit
@@ -185,13 +198,17 @@ def kept_rows(target, weight, ignore_index, V, num_rows, BLOCK: tl.constexpr):
     """Number of rows that are not ignored, or the sum of their targets' weights; float64."""
     lanes = tl.zeros([BLOCK], tl.float64)
     for first in range(0, num_rows, BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        y = tl.load(target + rows, mask=rows < num_rows, other=0).to(tl.int64)
-        kept = (rows < num_rows) & (y != ignore_index)
-        if weight is None:
-            lanes += kept.to(tl.float64)
-        else:
-            lanes += tl.load(weight + y, mask=kept & (y >= 0) & (y < V), other=0.0).to(tl.float64)
+        lanes += kept_of(first + tl.arange(0, BLOCK), target, weight, ignore_index, V, num_rows)
+    return lane_sum(lanes)
+
+
+@triton.jit
+def sum_of_numbers(ptr, count, BLOCK: tl.constexpr):
+    """In float64 and in an order that depends on their number alone."""
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        lanes += tl.load(ptr + i, mask=i < count, other=0.0).to(tl.float64)
     return lane_sum(lanes)
 
 
@@ -206,16 +223,28 @@ def divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR: t
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_rows"])
-def cross_entropy_divisor_kernel(
-    target, weight, ignore_index: tl.int64, V, num_rows: tl.int64, divisor, BLOCK: tl.constexpr
+def cross_entropy_parts_kernel(
+    row_loss, target, weight, ignore_index: tl.int64, V, num_rows: tl.int64, losses, kept, BLOCK: tl.constexpr
 ):
-    tl.store(divisor, kept_rows(target, weight, ignore_index, V, num_rows, BLOCK))
+    """Sums over a block of rows, for cross_entropy_reduce_kernel to add up. `losses` or `kept` None: not wanted.
+
+    What a kernel has stored is there for the next one. The last program could add up here as well, but the counter by
+    which it knew itself would have to order memory accesses, and be 0 before and after in each stream and graph.
+    """
+    part = tl.program_id(0).to(tl.int64)
+    rows = part * BLOCK + tl.arange(0, BLOCK)
+    if losses is not None:
+        loss = tl.load(row_loss + rows, mask=rows < num_rows, other=0.0)
+        tl.store(losses + part, lane_sum(loss.to(tl.float64)))
+    if kept is not None:
+        tl.store(kept + part, lane_sum(kept_of(rows, target, weight, ignore_index, V, num_rows)))
 
 
-@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+@triton.jit(do_not_specialize=["ignore_index", "num_rows", "num_parts"])
 def cross_entropy_reduce_kernel(
-    row_loss,
-    loss,
+    parts,
+    num_parts: tl.int64,
+    total,
     normalizer,
     target,
     weight,
@@ -225,13 +254,12 @@ def cross_entropy_reduce_kernel(
     DIVISOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The 0-d loss: a float64 sum in an order that depends on the number of rows alone."""
-    lanes = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, num_rows, BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        lanes += tl.load(row_loss + rows, mask=rows < num_rows, other=0.0).to(tl.float64)
-    divisor = divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR, BLOCK)
-    tl.store(loss, lane_sum(lanes) / divisor)
+    """The 0-d sum of `parts`, row losses or sums of them, divided. BY_PARTS: by the sum of as many normalizers."""
+    if DIVISOR == BY_PARTS:
+        divisor = sum_of_numbers(normalizer, num_parts, BLOCK)
+    else:
+        divisor = divisor_of(normalizer, target, weight, ignore_index, V, num_rows, DIVISOR, BLOCK)
+    tl.store(total, sum_of_numbers(parts, num_parts, BLOCK) / divisor)
 
 
 # -- kernels over rows -------------------------------------------------------------------------------------------------
@@ -396,19 +424,24 @@ def cross_entropy_bwd_kernel(
     fill_tails(grads, base, aux, row, stop, V, LANES * WIDTH)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_rescale_kernel(grad, factor, target, ignore_index: tl.int64, width, BLOCK: tl.constexpr):
-    """grad *= factor on the rows that count: 0 * -1 is -0.0 and 0 * inf NaN, which ignored rows must not become."""
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+def cross_entropy_rescale_kernel(
+    grad, factor, target, ignore_index: tl.int64, num_rows: tl.int64, width, BLOCK: tl.constexpr
+):
+    """grad *= factor on the rows that count: 0 * -1 is -0.0 and 0 * inf NaN, which ignored rows must not become.
+
+    The usual factor is 1, and programs cost time even if they leave at once: there are few, which walk all blocks.
+    """
     factor = tl.load(factor).to(tl.float32)
     if factor != 1.0:
-        program = tl.program_id(0).to(tl.int64)
         blocks = tl.cdiv(width, BLOCK)
-        row = program // blocks
-        is_kept = True
-        if target is not None:
-            is_kept = tl.load(target + row).to(tl.int64) != ignore_index
-        if is_kept:
-            cols = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-            place = grad + row * width + cols
-            g = tl.load(place, mask=cols < width, other=0.0).to(tl.float32)
-            tl.store(place, (g * factor).to(grad.dtype.element_ty), mask=cols < width)
+        for block in range(tl.program_id(0).to(tl.int64), num_rows * blocks, tl.num_programs(0)):
+            row = block // blocks  # 64-bit, as num_rows is
+            is_kept = True
+            if target is not None:
+                is_kept = tl.load(target + row).to(tl.int64) != ignore_index
+            if is_kept:
+                cols = (block % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+                place = grad + row * width + cols
+                g = tl.load(place, mask=cols < width, other=0.0).to(tl.float32)
+                tl.store(place, (g * factor).to(grad.dtype.element_ty), mask=cols < width)
