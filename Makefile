@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build test test-wheel test-sanitized lint format bench demo clean
+.PHONY: help venv build oldest-triton test test-wheel test-sanitized lint format bench demo clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,16 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 
 build: venv  ## compile the native modules in place; ninja knows what has changed
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# beside the development environment's, in a process of its own. Large, and needed for those tests alone.
+OLDEST_TRITON := $(shell sed -n 's/^triton = \["triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
+
+oldest-triton: build/triton-$(OLDEST_TRITON)/.complete  ## fetch the oldest Triton allowed, which some tests compile with
+
+build/triton-$(OLDEST_TRITON)/.complete: | venv
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --no-deps --target $(@D) triton==$(OLDEST_TRITON)
+	touch $@
 
 test: build  ## run the tests
 	$(BIN)/python -m pytest -n 2

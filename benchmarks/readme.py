@@ -36,7 +36,8 @@ IMPLEMENTATIONS = {
     "triton": Implementation(
         "triton",
         ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
-        "compiles ahead of time without spills in the loops (`make test`; heads without logits: NVIDIA only)",
+        "compiles ahead of time without spills in the loops (`make test`; for sm_90 with Triton 3.6 too; heads without "
+        "logits: NVIDIA only)",
     ),
     "native": Implementation(
         "native (CUDA C++)",
