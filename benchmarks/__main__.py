@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import random
 import sys
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from . import chart, cross_entropy, cross_entropy_heads, harness, machine, report, soft_embedding
 
 OPS = {op.OP: op for op in (cross_entropy, cross_entropy_heads, soft_embedding)}
+BASELINES = tuple(dict.fromkeys(level for op in OPS.values() for level in op.BASELINES))
 PASSES = tuple(dict.fromkeys(name for op in OPS.values() for name in op.PASSES))
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,7 +27,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--quick", action="store_true", help="a quarter of an hour on two cores (the default)")
     grid.add_argument("--full", action="store_true", help="every pass, dtype and input over all shapes")
-    parser.add_argument("--op", choices=("all", *OPS), default="all")
+    grid.add_argument("--lattice", action="store_true", help="sizes for the choice between implementations on a GPU")
+    parser.add_argument("--op", dest="ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=_one_of(OPS))
+    parser.add_argument("--baselines", choices=BASELINES, metavar="LEVEL", help=f"no more than: {_one_of(BASELINES)}")
     parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, metavar="PASS", help=_one_of(PASSES))
     dtypes = cross_entropy.DTYPES
     parser.add_argument("--dtype", dest="dtypes", nargs="+", choices=dtypes, metavar="DTYPE", help=_one_of(dtypes))
@@ -65,12 +69,27 @@ def _positive(text: str) -> int:
 
 
 def choose_specs(op, options: argparse.Namespace, device: torch.device) -> list:
+    """The cases, each with no more baselines than are wanted."""
+    return [_with_at_most(op, spec, options.baselines) for spec in _specs(op, options, device)]
+
+
+def _with_at_most(op, spec, baselines: str | None):
+    """A level that an operator does not have takes nothing away."""
+    levels = op.BASELINES
+    is_less = baselines in levels and levels.index(baselines) < levels.index(spec.baselines)
+    return spec._replace(baselines=baselines) if is_less else spec
+
+
+def _specs(op, options: argparse.Namespace, device: torch.device) -> list:
     """The grid's cases that pass the filters; with shapes given, their product with the filters instead."""
     if options.shapes:
         passes = [name for name in options.passes or ["training"] if name in op.PASSES]
         shapes = [shape for shape in options.shapes if len(shape) == len(op.SHAPE_FORM.split("x"))]
         return op.product_specs(passes, shapes, options.dtypes or ["bf16", "fp32"], options.inputs or op.INPUTS)
-    specs = op.full_specs(device) if options.full else op.quick_specs(device)
+    if options.lattice:
+        specs = cross_entropy.lattice_specs() if op is cross_entropy else []
+    else:
+        specs = op.full_specs(device) if options.full else op.quick_specs(device)
     if options.dtypes and "fp16" in options.dtypes:  # in no grid: it is asked for by name, in place of bf16
         specs = specs + [spec._replace(dtype="fp16") for spec in specs if spec.dtype == "bf16"]
     filters = (("pass_name", options.passes), ("dtype", options.dtypes), ("inputs", options.inputs))
@@ -95,6 +114,9 @@ def run(specs: list, options: argparse.Namespace, device: torch.device, console:
                     break
                 settings.on_step(f"drawing inputs of {spec.pass_name} {harness.shape_text(spec.shape)}", 0.0)
                 num_done += 1
+                # a collection for each implementation would go through all that is imported, a second for every case
+                gc.collect()
+                gc.freeze()
                 try:
                     case = op.build(spec, device, options.seed, options.reference)
                     case_rows = [{**row, **environment} for row in harness.run_case(case, settings)]
@@ -118,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 180)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    ops = list(OPS.values()) if options.op == "all" else [OPS[options.op]]
+    ops = [OPS[name] for name in options.ops]
     specs = [(op, spec) for op in ops for spec in choose_specs(op, options, device)]
     if device.type == "cuda":  # what tunes other packages for half a minute comes last, where the time may be over
         specs.sort(key=lambda of_op: of_op[1].baselines == "slow")

@@ -10,11 +10,11 @@ from itertools import groupby
 from .report import Bar, case_key
 
 
-def at_least(text: str, bar: float, unit: str, measure: Callable, *arguments) -> Bar:
+def at_least(text: str, bar: float | None, unit: str, measure: Callable, *arguments) -> Bar:
     return Bar(text, ">=", bar, unit, functools.partial(measure, *arguments))
 
 
-def at_most(text: str, bar: float, unit: str, measure: Callable, *arguments) -> Bar:
+def at_most(text: str, bar: float | None, unit: str, measure: Callable, *arguments) -> Bar:
     return Bar(text, "<=", bar, unit, functools.partial(measure, *arguments))
 
 
@@ -35,6 +35,7 @@ class Measure:
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
+    own: str = "auxkernels"  # whose speed-up is meant
 
     def times(self, pass_name: str, dtype: str, name: str, rows: list[dict]) -> dict[tuple, dict]:
         """Timed rows of one implementation, by shape and kind of input."""
@@ -44,7 +45,7 @@ class Measure:
 
     def speed_up(self, pass_name: str, dtype: str, baselines: tuple[str, ...], rows: list[dict]) -> float | None:
         """How many times faster than the fastest of the baselines."""
-        own = self.times(pass_name, dtype, "auxkernels", rows)
+        own = self.times(pass_name, dtype, self.own, rows)
         found = (self.times(pass_name, dtype, baseline, rows) for baseline in baselines)
         ratios = (row["time_us"] / own[i]["time_us"] for other in found for i, row in other.items() if i in own)
         return min(ratios, default=None)

@@ -33,10 +33,15 @@ GPU_SHAPE = (8192, 128256)
 GPU_NARROW_SHAPES = ((8192, 32000), (8192, 50257))
 GPU_WIDE_SHAPES = ((8192, 151936), (4096, 262144))
 GPU_DECODE_SHAPES = tuple((rows, columns) for columns in (32000, 128256) for rows in (1, 8, 64))
+# sizes for the choice between implementations: at least two numbers of rows, so that a box is more than a point
+LATTICE = tuple(itertools.product((8192, 1024, 64), (32000, 128256, 50257, 151936)))
 # what is timed beside auxkernels and the copy, each level with those before it; other packages are for GPUs
 BASELINES = ("eager", "compiled", "all")
 # ours on GPUs, beside "auxkernels", which is whichever of them is chosen without a word
 OWN_BACKENDS = {"auxkernels (triton)": "triton", "auxkernels (cuda)": "native"}
+# a pass with statistics and the pass that does the same without them
+PLAIN = {"stats": "forward", "stats_training": "training"}
+LOSS_ALONE = "loss alone"
 
 
 class Spec(NamedTuple):
@@ -78,6 +83,18 @@ def _quick_specs_cuda() -> list[Spec]:
         Spec("training", GPU_DECODE_SHAPES[-1], "bf16", "flat", "eager"),
         _overhead_spec(),
     ]
+
+
+def lattice_specs() -> list[Spec]:
+    """Sizes beside the quick grid's by which "auto" chooses on a GPU, with as little beside them as a check needs.
+
+    A few seconds each, in the order of their worth: 16-bit logits first, many rows first.
+    """
+    specs = []
+    for dtype in ("bf16", "fp32"):
+        specs += product_specs(("training", "forward"), LATTICE, [dtype], ["flat"], "eager")
+    quick = {spec[:4] for spec in _quick_specs_cuda()}
+    return [spec for spec in specs if spec[:4] not in quick]
 
 
 def _full_specs_cuda() -> list[Spec]:
@@ -276,6 +293,9 @@ def _implementations(spec: Spec, base, aux, target, device, with_reference: bool
         entries.append(Implementation("auxkernels kernel alone", prepare_kernel, "ours"))
     for name, backend in OWN_BACKENDS.items() if is_cuda else ():
         entries.append(entry(name, functools.partial(ours_on, backend, spec.pass_name), "ours"))
+        if spec.pass_name in PLAIN:  # what statistics cost is their time over that of the loss alone
+            loss_alone = functools.partial(ours_on, backend, PLAIN[spec.pass_name])
+            entries.append(entry(f"{name} {LOSS_ALONE}", loss_alone, "ours"))
     return [*entries, entry("auxkernels", ours, "ours")]
 
 
@@ -403,35 +423,46 @@ def _cpu_bars() -> list[Bar]:
     ]
 
 
-def _over_best_composite(rows: list[dict]) -> float | None:
+def _over_best_composite(name: str, rows: list[dict]) -> float | None:
     """Times faster than the fastest of eager, torch.compile and the other packages' kernels on a sum.
 
     None where no other package was timed: the best of what is left says nothing of them.
     """
-    measure = Measure(OP, (GPU_SHAPE,))
+    measure = Measure(OP, (GPU_SHAPE,), name)
     if measure.speed_up("training", "bf16", tuple(COMPOSITES), rows) is None:
         return None
     return measure.speed_up("training", "bf16", ("eager", "eager upcast", "compile upcast", *COMPOSITES), rows)
 
 
 def _cuda_bars() -> list[Bar]:
-    main, decode, own = Measure(OP, (GPU_SHAPE,)), Measure(OP, GPU_DECODE_SHAPES), "auxkernels"
-    in_loss, alone = "auxkernels return_stats", "auxkernels logit_stats"
-    composite = "bf16 training, times faster than the best composite of existing kernels"
+    """Of each implementation by its name: which of them "auto" is changes with what has been measured."""
+    return [bar for name in OWN_BACKENDS for bar in _cuda_bars_of(name)]
+
+
+def _cuda_bars_of(name: str) -> list[Bar]:
+    main, decode = Measure(OP, (GPU_SHAPE,)), Measure(OP, GPU_DECODE_SHAPES)
+    title, plain = name.removeprefix("auxkernels "), f"{name} {LOSS_ALONE}"
+    composite = f"{title} bf16 training, times faster than the best composite of existing kernels"
 
     def share(shape: tuple[int, int], bar: float) -> Bar:
-        text = f"bf16 training {shape[0]} x {shape[1]}, share of floor"
-        return at_least(text, bar, "%", Measure(OP, (shape,)).share_of_floor, "training", "bf16", own)
+        text = f"{title} bf16 training {shape[0]} x {shape[1]}, share of floor"
+        return at_least(text, bar, "%", Measure(OP, (shape,)).share_of_floor, "training", "bf16", name)
+
+    def statistics(text: str, pass_name: str) -> Bar:
+        return at_most(f"{title} {text}", 5, "%", main.extra_cost, pass_name, "bf16", name, plain)
+
+    def of_decode(dtype: str) -> Bar:
+        # where a call is a few launches there is no model to take a bar from: the first measurement sets it
+        text = f"{title} {dtype} decode, 1 to 64 rows, of the floor's time"
+        return at_most(text, None, "x", decode.of_floor, "forward", dtype, name)
 
     return [
         share(GPU_SHAPE, 90),
-        at_least(composite, 1.6, "x", _over_best_composite),
+        at_least(composite, 1.6, "x", _over_best_composite, name),
         *(share(shape, 85) for shape in GPU_NARROW_SHAPES),
-        at_most("bf16 all statistics over plain forward", 5, "%", main.extra_cost, "stats", "bf16", in_loss, own),
-        at_most("bf16 logit_stats over plain forward", 5, "%", main.extra_cost, "stats", "bf16", alone, own),
-        at_most("bf16 all statistics, training", 5, "%", main.extra_cost, "stats_training", "bf16", in_loss, own),
-        at_most("bf16 decode, 1 to 64 rows, of the floor's time", 1.1, "x", decode.of_floor, "forward", "bf16", own),
-        at_most("fp32 decode, 1 to 64 rows, of the floor's time", 1.1, "x", decode.of_floor, "forward", "fp32", own),
+        statistics("bf16 logit_stats over plain forward", "stats"),
+        statistics("bf16 all statistics, training", "stats_training"),
+        *(of_decode(dtype) for dtype in ("bf16", "fp32")),
     ]
 
 

@@ -30,11 +30,14 @@ def floor_text(row: dict) -> str:
 
 
 class Bar(NamedTuple):
-    """A number that an operator promises; `measure(rows)` returns it in `unit`, or None where it was not run."""
+    """A number that an operator promises, None where a first measurement has to set it.
+
+    `measure(rows)` returns it in `unit`, or None where it was not run.
+    """
 
     text: str
     comparison: str
-    bar: float
+    bar: float | None
     unit: str
     measure: Callable[[list[dict]], float | None]
 
@@ -147,11 +150,17 @@ def bars_table(bars: list[Bar], rows: list[dict], title: str) -> Table | None:
         table.add_column(name, justify="right", no_wrap=True)
     values = [bar.measure(rows) for bar in bars]
     for bar, value in zip(bars, values, strict=True):
-        bound = f"{bar.comparison} {bar.bar:g} {bar.unit}"
+        bound = "not set" if bar.bar is None else f"{bar.comparison} {bar.bar:g} {bar.unit}"
         if value is None:
             table.add_row(f"[dim]{bar.text}", bound, "[dim]not run", "")
             continue
-        is_met = value >= bar.bar if bar.comparison == ">=" else value <= bar.bar
         digits = 2 if bar.unit == "x" else 1
-        table.add_row(bar.text, bound, f"{value:.{digits}f} {bar.unit}", "[green]yes" if is_met else "[red]no")
+        table.add_row(bar.text, bound, f"{value:.{digits}f} {bar.unit}", _is_met_text(bar, value))
     return None if all(value is None for value in values) else table
+
+
+def _is_met_text(bar: Bar, value: float) -> str:
+    if bar.bar is None:
+        return ""
+    is_met = value >= bar.bar if bar.comparison == ">=" else value <= bar.bar
+    return "[green]yes" if is_met else "[red]no"

@@ -7,8 +7,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
-from . import cross_entropy, cross_entropy_heads, harness, peers, soft_embedding
+from . import __main__ as command
+from . import cross_entropy, cross_entropy_heads, harness, peers, report, soft_embedding
 from .bars import Measure
 from .cross_entropy import GPU_SHAPE, Spec
 from .cross_entropy_heads_fused import FUSED_LOSSES
@@ -145,21 +147,75 @@ def bar_values(rows):
 
 
 def test_the_best_composite_is_of_all_and_needs_one_of_another_package():
-    text = "bf16 training, times faster than the best composite of existing kernels"
+    text = "(cuda) bf16 training, times faster than the best composite of existing kernels"
     spec = Spec("training", GPU_SHAPE, "bf16", "flat")
-    times_us = {"copy (floor)": 90.0, "auxkernels": 100.0, "eager": 500.0, "compile upcast": 210.0}
+    times_us = {"copy (floor)": 90.0, "auxkernels (cuda)": 100.0, "eager": 500.0, "compile upcast": 210.0}
     assert bar_values(case_rows("cross_entropy", spec, times_us, 90.0))[text] is None
     rows = case_rows("cross_entropy", spec, times_us | {"Liger": 250.0, "QuACK": 180.0}, 90.0)
     assert bar_values(rows)[text] == 1.8
     rows = case_rows("cross_entropy", spec, times_us | {"Liger": 250.0}, 90.0)
     assert bar_values(rows)[text] == 2.1
-    assert bar_values(rows)["bf16 training 8192 x 128256, share of floor"] == 90
+    assert bar_values(rows)["(cuda) bf16 training 8192 x 128256, share of floor"] == 90
 
 
-def test_decode_is_measured_by_its_worst_shape():
+def test_bars_on_gpus_are_of_each_implementation_and_not_of_the_one_that_is_chosen():
+    spec = Spec("training", GPU_SHAPE, "bf16", "flat")
+    times_us = {"auxkernels": 95.0, "auxkernels (cuda)": 100.0, "auxkernels (triton)": 180.0, "eager": 360.0}
+    values = bar_values(case_rows("cross_entropy", spec, times_us | {"Liger": 360.0}, 90.0))
+    for name, share, times in (("cuda", 90, 3.6), ("triton", 50, 2.0)):
+        assert values[f"({name}) bf16 training 8192 x 128256, share of floor"] == share
+        assert values[f"({name}) bf16 training, times faster than the best composite of existing kernels"] == times
+    heads = Spec("training", cross_entropy_heads.GPU_SHAPE, "bf16", "flat")
+    rows = case_rows("cross_entropy_heads", heads, times_us, 90.0)
+    shares = [bar.measure(rows) for bar in cross_entropy_heads.BARS["cuda"] if "share" in bar.text]
+    assert shares == [50, 90]
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_statistics_cost_what_they_take_over_the_same_implementations_loss(name):
+    own, alone = f"auxkernels ({name})", f"auxkernels ({name}) loss alone"
+    rows = []
+    for pass_name, cost in (("stats", 1.5), ("stats_training", 1.25)):
+        assert {own, alone} <= set(names_on("cuda", Spec(pass_name, GPU_SHAPE, "bf16", "flat")))
+        times_us = {alone: 100.0, own: 100.0 * cost, "auxkernels": 50.0}
+        rows += case_rows("cross_entropy", Spec(pass_name, GPU_SHAPE, "bf16", "flat"), times_us, 90.0)
+    values = bar_values(rows)
+    assert values[f"({name}) bf16 logit_stats over plain forward"] == 50
+    assert values[f"({name}) bf16 all statistics, training"] == 25
+
+
+def test_decode_is_measured_by_its_worst_shape_and_has_no_bar_before_it_was():
     rows = []
     for i, shape in enumerate(cross_entropy.GPU_DECODE_SHAPES):
         spec = Spec("forward", shape, "bf16", "flat")
-        rows += case_rows("cross_entropy", spec, {"launch (floor)": 4.0, "auxkernels": 4.0 + i}, 4.0)
-    assert bar_values(rows)["bf16 decode, 1 to 64 rows, of the floor's time"] == pytest.approx(2.25, rel=1e-3)
+        rows += case_rows("cross_entropy", spec, {"launch (floor)": 4.0, "auxkernels (triton)": 4.0 + i}, 4.0)
+    text = "(triton) bf16 decode, 1 to 64 rows, of the floor's time"
+    assert bar_values(rows)[text] == pytest.approx(2.25, rel=1e-3)
     assert Measure("cross_entropy", ((9, 9),)).of_floor("forward", "bf16", "auxkernels", rows) is None
+    (bar,) = [bar for bar in cross_entropy.BARS["cuda"] if bar.text == text]
+    assert bar.bar is None
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(report.bars_table([bar], rows, "title"))
+    (line,) = [line for line in captured.get().splitlines() if "decode" in line]
+    assert "not set" in line and "2.25 x" in line and "yes" not in line and "no " not in line.replace("not set", "")
+
+
+def test_no_more_baselines_are_timed_than_are_wanted():
+    options = ["--shape", "8192x128256", "--pass", "training", "--dtype", "bf16", "--inputs", "flat"]
+    device = torch.device("cuda")
+
+    def levels(op, *more):
+        return {spec.baselines for spec in command.choose_specs(op, command.parse_arguments([*options, *more]), device)}
+
+    assert levels(cross_entropy) == {"all"} and levels(cross_entropy, "--baselines", "eager") == {"eager"}
+    assert levels(cross_entropy, "--baselines", "slow") == {"all"}  # a level of heads alone
+    quick = command.choose_specs(cross_entropy_heads, command.parse_arguments(["--baselines", "upcast"]), device)
+    assert {spec.baselines for spec in quick} == {"eager", "upcast"}
+
+
+def test_the_lattice_is_of_the_operator_that_has_a_choice():
+    options = command.parse_arguments(["--lattice", "--dtype", "bf16"])
+    found = command.choose_specs(cross_entropy, options, torch.device("cuda"))
+    assert {spec.dtype for spec in found} == {"bf16"} and {spec.shape[0] for spec in found} == {64, 1024, 8192}
+    assert command.choose_specs(soft_embedding, options, torch.device("cuda")) == []
