@@ -1,8 +1,8 @@
 """``python -m benchmarks.choices``: writes for which sizes the CUDA C++ kernels were the faster, from measured rows.
 
 Source: rows of CUDA devices in benchmarks/results/<device>.jsonl in which "auxkernels (triton)" and
-"auxkernels (cuda)" were timed in the same rounds, where the `tests` part of <device>-check.jsonl has passed and could
-use both. `python -m benchmarks --op cross_entropy --full` measures a lattice of sizes.
+"auxkernels (cuda)" were timed in the same rounds, on devices on which <device>-check.jsonl verifies the CUDA C++
+kernels, which are what would be chosen. `python -m benchmarks --lattice` and the quick grid measure a lattice of sizes.
 
 Result: auxkernels/native/cuda_choices.json, {"9.0": {"device", "commit", "faster": [box, ...]}}. A box is {"pass",
 "num_bytes" of a logit, "min_vocab", "max_vocab", "min_rows", "max_rows"}, bounds included: a rectangle with measured
@@ -95,7 +95,7 @@ def choices(results: Path) -> dict[str, dict]:
     by_capability: dict[str, list[list[dict]]] = {}
     for rows in read_devices(results):
         parts = checks.get(rows[0]["device_slug"], {})
-        if is_verified(parts, "native") and is_verified(parts, "triton"):
+        if is_verified(parts, "native"):
             by_capability.setdefault(rows[0]["capability"], []).append(_of_newest_commit(rows))
     found = {}
     for capability, devices in sorted(by_capability.items()):
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = choices(options.results)
     if not found:
-        print(f"nothing to choose by: no CUDA device with passed tests and times of {TRITON} and {CUDA}")
+        print(f"nothing to choose by: no CUDA device that verifies {CUDA} has times of it and {TRITON}")
         return 0
     write_atomically(options.output, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
     for capability, choice in found.items():

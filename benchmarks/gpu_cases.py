@@ -1,25 +1,32 @@
-"""Sixty small calls of every operator, for what has to be seen on a device: sanitizers, repetition, graphs, streams.
+"""Sixty small calls of every operator, for what has to be seen on a device: values, repetition, graphs, streams.
 
 `python -m benchmarks.gpu_cases` runs them all and compares each with the reference: what a sanitizer is put around.
+Several processes can share the cases (`--first`, `--every`): each has kernels to compile and an interpreter to wait
+for, and what takes one process's device context away leaves the others theirs.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import auxkernels as ak
-from auxkernels import backends
+from auxkernels import backends, native
+
+from . import machine
 
 NUM_ROWS = 37
 NUM_REPEATS = 250
@@ -27,7 +34,8 @@ IGNORE_INDEX = -100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of ours, those that are checked by name where they can be used
 BY_NAME = ("triton", "native")
-TIME_IS_OVER = "time is over"
+# of the cases that are called hundreds of times or captured: every so many-th
+THIN = 3
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 4e-3}  # norm-relative, against the reference on the same inputs
 
 
@@ -83,11 +91,25 @@ def unusable(device: torch.device) -> dict[str, str | None]:
     found = {}
     for name in BY_NAME:
         try:
-            backends.resolve(name, device, torch.float32)
+            # by cross-entropy, the only operator that every one of them has
+            backends.resolve(name, device, torch.float32, has_cuda_kernels=True)
             found[name] = None
         except RuntimeError as error:
             found[name] = str(error)
     return found
+
+
+def describe(device: torch.device) -> dict:
+    """The machine, why an implementation cannot be used there, and which file the compiled CUDA module is."""
+    return machine.describe(device) | {"unusable": unusable(device), "module": _module_text()}
+
+
+def _module_text() -> str | None:
+    found = importlib.util.find_spec("auxkernels.native._cuda")
+    if found is None:
+        return None
+    path, said = Path(found.origin), native.build_record().get("cuda", "without a record of its build")
+    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, {said}"
 
 
 def _draw(generator: torch.Generator, *shape: int, dtype: str, scale: float = 2.0) -> Tensor:
@@ -266,56 +288,98 @@ def _works_in_graphs_and_streams(case: Case, backend: str, device: torch.device)
 CHECKS = {"values": _values, "repeats": _repeats_alike, "graphs": _works_in_graphs_and_streams}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cases", description=__doc__.partition(":")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--check", choices=CHECKS, default="values", help="what is checked of each call (values)")
+    parser.add_argument(
+        "--check", nargs="+", choices=CHECKS, default=["values"], help="what is checked of each call (values)"
+    )
     parser.add_argument("--every", type=int, default=1, help="only every n-th case (1)")
+    parser.add_argument("--first", type=int, default=0, help="from this case on (0)")
+    parser.add_argument("--only", nargs="+", choices=(*BY_NAME, "auto"), help="by these implementations (all)")
+    parser.add_argument("--repeats", type=int, default=NUM_REPEATS, help=f"runs that must be alike ({NUM_REPEATS})")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further call begins (none)")
-    parser.add_argument("--usable", action="store_true", help="only say, as JSON, why each implementation is unusable")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--describe", action="store_true", help="only say, as JSON, what the machine is and can use")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     device = torch.device(options.device)
-    if options.usable:
-        print(json.dumps(unusable(device)))
+    if options.describe:
+        print(json.dumps(describe(device)))
         return 0
-    check = functools.partial(CHECKS[options.check], device=device)
-    findings = list(each(all_cases()[:: options.every], device, check, options.seconds, _print_line))
-    return int(any(problem is not None for _, problem in findings))
+    deadline = time.perf_counter() + options.seconds
+    found = []
+    for name in options.check:
+        # the first of several processes takes the first of the kept cases, whatever is kept
+        cases = all_cases()[:: THIN if name != "values" else 1][options.first :: options.every]
+        check = functools.partial(CHECKS[name], device=device)
+        if name == "repeats":
+            check = functools.partial(check, num_repeats=options.repeats)
+        found += each(name, calls_of(cases, device, options.only), device, check, deadline, _print_line)
+        if not is_alive(device):
+            break
+    return int(any(problem is not None for _, problem in found))
 
 
 def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
+def calls_of(cases: list[Case], device: torch.device, only: list[str] | None = None) -> list[tuple[Case, str]]:
+    """The cases with each implementation that serves them.
+
+    CUDA C++ comes first: it needs no compiling, and whatever guards its memory accesses was written by hand.
+    """
+    calls = [(case, backend) for case in cases for backend in case.usable(device) if not only or backend in only]
+    return sorted(calls, key=lambda call: call[1] != "native")
+
+
+def is_alive(device: torch.device) -> bool:
+    """Whether the device still answers: an illegal access ends every later call of its process too."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def each(
-    cases: list[Case],
+    name: str,
+    calls: list[tuple[Case, str]],
     device: torch.device,
     check: Callable[[Case, str], str | None],
-    seconds: float = math.inf,
+    deadline: float = math.inf,
     say: Callable[[str], None] = lambda line: None,
-):
-    """Yields a line and the problem, if any, for each case and each implementation that serves it.
+) -> Iterator[tuple[str, str | None]]:
+    """Yields a line and the problem, if any, for each call; says the lines, and how it ended.
 
-    CUDA C++ comes first: it needs no compiling, and whatever guards its memory accesses was written by hand. After
-    `seconds` no further call begins, and the last line says so.
+    The last line is "done", or why calls are missing: after `deadline` no further call begins, and none where the
+    device no longer answers, which would only repeat the last finding.
     """
-    calls = [(case, backend) for case in cases for backend in case.usable(device)]
-    calls.sort(key=lambda call: call[1] != "native")
-    deadline = time.perf_counter() + seconds
-    for number, (case, backend) in enumerate(calls):
+    ending = "done"
+    num_begun = 0
+    for case, backend in calls:
         if time.perf_counter() > deadline:
-            say(f"{TIME_IS_OVER}: {number} of {len(calls)} calls")
-            return
+            ending = "time is over"
+            break
+        num_begun += 1
         try:
             problem = check(case, backend)
-        except RuntimeError as error:  # a failed launch is this case's finding
+        except Exception as error:  # what does not compile or launch is this case's finding, not the end
             if backend != "auto" and "cannot be used" in str(error):  # with this case's options
                 continue
-            problem = f"{type(error).__name__}: {error}"
-        name = f"{case.dtype} {case.name}{'' if backend == 'auto' else f' ({backend})'}"
-        line = f"ok   {name}" if problem is None else f"FAIL {name}: {problem}"
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        called = f"{name}: {case.dtype} {case.name}{'' if backend == 'auto' else f' ({backend})'}"
+        line = f"ok   {called}" if problem is None else f"FAIL {called}: {problem}"
         say(line)
         yield line, problem
+        if problem is not None and not is_alive(device):
+            ending = "device lost"
+            break
+    say(f"{ending} {name}: {num_begun} of {len(calls)} calls")
 
 
 if __name__ == "__main__":

@@ -1,203 +1,166 @@
-"""``python -m benchmarks.gpu_check``: everything that only a CUDA device can show, in one command of nine minutes.
+"""``python -m benchmarks.gpu_check --run 1 --output DIR``: what only a CUDA device can show, in runs of 330 s.
 
-build       the native modules, where there is a compiler
-tests       the suite's GPU part (`pytest -m gpu`), Triton and CUDA C++, more than 2**31 elements included
-repeats     250 runs of every third case give the same bits
-graphs      every third case captured in a CUDA graph, replayed on other inputs, and run on a side stream
-memcheck    the sixty cases under compute-sanitizer, without torch's caching allocator, which would hide overruns
-racecheck   every fourth of them
-benchmark   the quick grid with every baseline that is installed, as many cases as the time allows
+Each run ends by itself. What it finds is in DIR as it is found, in three files: check-<run>.log (all that is said, line
+by line), <device>-check.jsonl (a row for each part) and <device>.jsonl (the benchmark's rows, case by case). A step
+that outlives its limit is stopped, and so is what the deadline falls into; what it had found remains. The first steps
+are worth most. A step for an implementation that cannot be used there says so.
 
-Each part writes one JSON line, with device, driver, versions, baselines and commit, to
-benchmarks/results/<device>-check.jsonl; its whole output goes to <device>-check-<part>.log beside it. A part that
-outlives its share of the time is stopped.
+The commit must be known: of a copy without its history, --commit or AUXKERNELS_COMMIT says it
+(`git describe --always --dirty --abbrev=12 --exclude='*'`). A compiled module that was brought along
+(auxkernels/native/_cuda.*.so for that Python, and _build.json) is used, and named; where none loads, one is built.
+
+Expected seconds are ESTIMATES, made before any of it has run on a GPU: 10 s for a process to begin, 16 cores, one H200.
+
+run 1
+machine          12   a process; 0.5 GB copied 8 times, 6 products of 8192 x 8192
+(build           60   only without a module: one file takes nvcc 27 s, 16 cores do not help it)
+calls-native     22   4 processes: begin, then 9 cases, 3 x 250 runs of 2 ms, 3 graphs each; compares with the reference
+quick            60   begin, 18 cases of 2 s (float64 check, 7 implementations, 0.5 s of rounds), 20 kernels of Triton
+tests-native     85   10 s to begin and collect, 2205 tests: 1000 CPU-s on 14 processes
+calls-triton     55   8 processes: begin, 8 cases, 14 kernels of 0.8 s, 3 x 250 runs of 4 ms with 8 on one GPU, 3 graphs
+peers            55   begin, torch.compile 25 s, other packages' kernels, eight implementations
+
+run 2
+machine          12
+tests-triton     95   10 s to begin, 1120 tests: 1000 kernels of 0.8 s and as many launchers of 0.2 s on 14 processes
+lattice         105   begin, 39 cases of 1.8 s, 25 kernels of Triton
+memcheck-native  40   begin under the tool 20 s, 36 cases of 0.5 s
+synccheck-native 30   begin under the tool 20 s, 18 cases of 0.5 s
+racecheck-native 25   begin under the tool 15 s, 9 cases of 1 s; a finding is a lead: it may not know these barriers
+
+run 3, where there is time
+machine          12
+operators        60   begin, 17 cases of heads and lookups of 2.5 s
+tests-rest      240   torch.compile, registration, plain torch, Triton's other files: 3000 CPU-s on 14 processes
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
 import os
-import re
-import shutil
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import gpu_cases, machine, report
+from . import gpu_steps, machine, report
+from .gpu_steps import Outcome, Place
+from .processes import Log
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-# seconds of each part, where the whole check may take `WHOLE`
-WHOLE = 540
-LIMITS = {
-    "build": 40,
-    "tests": 190,
-    "repeats": 30,
-    "graphs": 30,
-    "memcheck": 80,
-    "racecheck": 40,
-    "benchmark": 130,
+RUN_SECONDS = 330.0
+# of a run, what is left for Python itself to begin and to end
+MARGIN_SECONDS = 8.0
+# what is left of the time must be worth beginning with
+LEAST_SECONDS = 20.0
+MACHINE_SECONDS, BUILD_SECONDS = 40.0, 75.0
+
+
+class Step(NamedTuple):
+    """`limit` and `expected` in seconds; `run` gives the outcome of each of its parts."""
+
+    name: str
+    limit: float
+    expected: float
+    run: Callable[[Place, float], dict[str, Outcome]]
+
+
+HEADLINE = ("--shape", "8192x128256", "--pass", "training", "--dtype", "bf16", "--inputs", "flat")
+OPERATORS = ("--op", "cross_entropy_heads", "soft_embedding", "--baselines", "eager")
+RUNS: dict[int, tuple[Step, ...]] = {
+    1: (
+        Step("calls-native", 50, 22, gpu_steps.calls("native")),
+        Step("quick", 85, 60, gpu_steps.benchmark("quick", "--op", "cross_entropy", "--baselines", "eager")),
+        Step("tests-native", 130, 85, gpu_steps.suite("native")),
+        Step("calls-triton", 85, 55, gpu_steps.calls("triton")),
+        Step("peers", 80, 55, gpu_steps.benchmark("peers", "--op", "cross_entropy", *HEADLINE)),
+    ),
+    2: (
+        Step("tests-triton", 110, 95, gpu_steps.suite("triton")),
+        Step("lattice", 115, 105, gpu_steps.benchmark("lattice", "--lattice", "--op", "cross_entropy")),
+        Step("memcheck-native", 50, 40, gpu_steps.sanitizer("memcheck", every=1)),
+        Step("synccheck-native", 35, 30, gpu_steps.sanitizer("synccheck", every=2)),
+        Step("racecheck-native", 40, 25, gpu_steps.sanitizer("racecheck", every=4)),
+    ),
+    3: (
+        Step("operators", 75, 60, gpu_steps.benchmark("operators", *OPERATORS)),
+        Step("tests-rest", 270, 240, gpu_steps.rest_of_suite),
+    ),
 }
-# what a process takes to begin
-START_SECONDS = 8
-# a sanitizer's last call begins this long before its time is over, process start included
-SUMMARY_SECONDS = 25
-# the benchmark's last case begins this long before its time is over: it may have other packages to compile
-LAST_CASE_SECONDS = 40
+MACHINE_EXPECTED = 12.0
 
 
-class Outcome(NamedTuple):
-    """What a part found. status: passed, failed, stopped (out of time) or skipped; `found`: more for its row."""
+class Check:
+    """One run: its deadline, its files, and the rows that it has written."""
 
-    status: str
-    detail: str
-    found: dict[str, dict] | None = None
+    def __init__(self, number: int, output: Path, seconds: float, console: Console):
+        self.number, self.output, self.console = number, output, console
+        self.deadline = time.perf_counter() + seconds - MARGIN_SECONDS
+        self.log = Log(output / f"check-{number}.log")
+        self.rows: list[dict] = []
+        self.environment: dict = {}
 
+    def left(self) -> float:
+        return self.deadline - time.perf_counter()
 
-# -- parts, each in a process of its own -------------------------------------------------------------------------------
+    def write(self, part: str, outcome: Outcome, seconds: float) -> None:
+        """A row, on the disk at once."""
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        said = {"part": part, "status": outcome.status, "detail": outcome.detail, "seconds": round(seconds, 1)}
+        row = {**said, "run": self.number, **self.environment, "date": date}
+        report.append_rows(self.output / f"{self.environment['device_slug']}-check.jsonl", [row])
+        self.rows.append(row)
+        text = f"{part}: {outcome.status}, {seconds:.0f} s: {outcome.detail}"
+        self.log.say("check", text)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-
-def _run(command: list[str], log: Path, seconds: float, **variables: str) -> tuple[int | None, str]:
-    """Exit status, None where it was stopped, and the output."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
-    with log.open("w") as file:
-        try:
-            done = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, cwd=ROOT, env=environment
-            )
-            status = done.returncode
-        except subprocess.TimeoutExpired:
-            status = None
-    return status, log.read_text(errors="replace")
-
-
-def _last(pattern: str, output: str) -> str:
-    found = re.findall(pattern, output, flags=re.MULTILINE)
-    lines = output.strip().splitlines()
-    return found[-1] if found else (lines[-1][:120] if lines else "no output")
-
-
-def _outcome(status: int | None, detail: str) -> Outcome:
-    return Outcome("stopped" if status is None else "passed" if status == 0 else "failed", detail)
-
-
-def build(log: Path, seconds: float) -> Outcome:
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    status, output = _run(command, log, seconds, MAX_JOBS=os.environ.get("MAX_JOBS", str(os.cpu_count() or 2)))
-    from auxkernels import native
-
-    said = "; ".join(f"{name}: {text}" for name, text in native.build_record().items())
-    return _outcome(status, said or _last(r".+", output))
-
-
-def tests(log: Path, seconds: float) -> Outcome:
-    workers = str(min(12, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", workers, "tests"]
-    start = time.perf_counter()
-    found = {"unusable": _unusable(log)}
-    status, output = _run(command, log, max(seconds - (time.perf_counter() - start), 5.0))
-    outcome = _outcome(status, _last(r"^\d+ (?:passed|failed|skipped|error|deselected).*$", output))
-    if outcome.status == "passed" and not re.search(r"\b[1-9]\d* passed", outcome.detail):
-        outcome = outcome._replace(status="skipped")  # nothing ran, so nothing was shown
-    return outcome._replace(found=found)
-
-
-def _unusable(log: Path) -> dict[str, str | None]:
-    """Why each implementation cannot be used (None: it can), asked in a process that sees what was just built."""
-    _, output = _run([sys.executable, "-m", "benchmarks.gpu_cases", "--usable"], log, 60.0)
-    try:
-        return json.loads(output.splitlines()[-1])
-    except (IndexError, ValueError):
-        return dict.fromkeys(gpu_cases.BY_NAME, f"not known: {_last(r'.+', output)}")
-
-
-def _calls(check: str) -> Callable[[Path, float], Outcome]:
-    """Every third case by each implementation that serves it, until the time is over.
-
-    In a process of its own: this one has looked for the compiled modules before they were built, and a kernel that goes
-    wrong takes its process's whole context with it.
-    """
-
-    def run(log: Path, seconds: float) -> Outcome:
-        limits = ["--every", "3", "--seconds", f"{max(seconds - START_SECONDS, 1.0):.0f}"]
-        command = [sys.executable, "-m", "benchmarks.gpu_cases", "--check", check, *limits]
-        status, output = _run(command, log, seconds)
-        lines = [line for line in output.splitlines() if line.startswith(("ok ", "FAIL ", gpu_cases.TIME_IS_OVER))]
-        failed = [line for line in lines if line.startswith("FAIL ")]
-        if failed:
-            return Outcome("failed", f"{len(failed)} of {len(lines)} calls: {failed[0][:120]}")
-        if lines and lines[-1].startswith(gpu_cases.TIME_IS_OVER):
-            return Outcome("stopped", lines[-1])
-        return _outcome(status, f"{len(lines)} calls" if status == 0 else _last(r".+", output))
-
-    return run
-
-
-def _sanitizer(tool: str, every: int) -> Callable[[Path, float], Outcome]:
-    def run(log: Path, seconds: float) -> Outcome:
-        program = shutil.which("compute-sanitizer")
-        if program is None:
-            return Outcome("skipped", "compute-sanitizer is not installed")
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_cases"]
-        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        # it ends by itself, so that the tool gets to its summary of what did run
-        limits = ["--every", str(every), "--seconds", f"{max(seconds - SUMMARY_SECONDS, 1.0):.0f}"]
-        status, output = _run([*command, *limits], log, seconds, **variables)
-        num_ok = len(re.findall(r"^ok ", output, flags=re.MULTILINE))
-        outcome = _outcome(status, f"{num_ok} calls; {_last(r'(?:ERROR|RACECHECK) SUMMARY: .*', output)}")
-        is_over = status == 0 and gpu_cases.TIME_IS_OVER in output
-        return outcome._replace(status="stopped") if is_over else outcome
-
-    return run
-
-
-def benchmark(log: Path, seconds: float) -> Outcome:
-    limit = max(seconds - LAST_CASE_SECONDS, 10.0)
-    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.5"]
-    status, output = _run([*command, "--time-limit", f"{limit:.0f}"], log, seconds)
-    done = re.findall(r"^(\d+)/(\d+) ", output, flags=re.MULTILINE)
-    num_done, num_cases = done[-1] if done else ("0", "?")
-    outcome = _outcome(status, f"{num_done} of {num_cases} cases; {_last(r'^rows: .*$', output)}")
-    return outcome._replace(status="stopped") if status == 0 and num_done != num_cases else outcome
-
-
-PARTS: dict[str, Callable[[Path, float], Outcome]] = {
-    "build": build,
-    "tests": tests,
-    "repeats": _calls("repeats"),
-    "graphs": _calls("graphs"),
-    "memcheck": _sanitizer("memcheck", every=1),
-    "racecheck": _sanitizer("racecheck", every=4),
-    "benchmark": benchmark,
-}
-
-
-# -- the check ---------------------------------------------------------------------------------------------------------
-
-
-def run_parts(names: list[str], output: Path, environment: dict, console: Console) -> list[dict]:
-    """One row for each part, written as it ends. What a part leaves of its time goes to those that follow."""
-    rows, slug, deadline = [], environment["device_slug"], time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        deadline += LIMITS[name]
+    def begin(self) -> str | None:
+        """Learns what the machine is, and builds the module where none can be used; why that is not known, or None."""
         start = time.perf_counter()
-        outcome = PARTS[name](output / f"{slug}-check-{name}.log", max(deadline - start, 5.0))
-        seconds = round(time.perf_counter() - start, 1)
-        said = {"status": outcome.status, "detail": outcome.detail, **(outcome.found or {})}
-        row = {"part": name, **said, "seconds": seconds, **environment}
-        report.append_rows(output / f"{slug}-check.jsonl", [row])
-        console.print(f"[dim]{name}: {outcome.status}, {seconds} s", soft_wrap=True)
-        rows.append(row)
-    return rows
+        found = gpu_steps.describe(self.log, min(MACHINE_SECONDS, self.left()))
+        if isinstance(found, str):
+            return found
+        self.environment = found
+        self.write("machine", Outcome("passed", f"driver {found['driver']}"), time.perf_counter() - start)
+        self._provide_module()
+        return None
+
+    def _provide_module(self) -> None:
+        start = time.perf_counter()
+        outcome = Outcome("passed", f"brought along: {self.environment['module']}")
+        if self.environment["unusable"].get("native") is not None:
+            outcome = gpu_steps.build(self.log, min(BUILD_SECONDS, self.left()))
+            if outcome.status == "passed":
+                again = gpu_steps.describe(self.log, min(MACHINE_SECONDS, self.left()))
+                self.environment = again if isinstance(again, dict) else self.environment
+                reason = self.environment["unusable"].get("native")
+                detail = f"built here: {self.environment['module']}"
+                outcome = Outcome("failed", f"{detail}; {reason}") if reason else Outcome("passed", detail)
+        self.write("module", outcome, time.perf_counter() - start)
+
+    def take(self, step: Step) -> None:
+        """One step within its limit and what is left of the run."""
+        start = time.perf_counter()
+        seconds = min(step.limit, self.left())
+        if seconds < min(LEAST_SECONDS, step.limit):
+            self.write(step.name, Outcome("skipped", "no time was left"), 0.0)
+            return
+        place = Place(self.environment, self.log, self.output)
+        try:
+            outcomes = step.run(place, seconds)
+        except KeyboardInterrupt:
+            self.write(step.name, Outcome("stopped", "the check was interrupted"), time.perf_counter() - start)
+            raise
+        except Exception as error:  # of this program itself: the other steps go on
+            outcomes = {step.name: Outcome("failed", f"{type(error).__name__}: {error}")}
+        for part, outcome in outcomes.items():
+            self.write(part, outcome, time.perf_counter() - start)
 
 
 def table_of(rows: list[dict]) -> Table:
@@ -211,21 +174,50 @@ def table_of(rows: list[dict]) -> Table:
     return table
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="all of them")
+    parser.add_argument("--run", type=int, choices=RUNS, default=1, help="which run (1)")
+    names = [step.name for steps in RUNS.values() for step in steps]
+    parser.add_argument("--steps", nargs="+", choices=names, metavar="STEP", help="these instead of a run's")
+    parser.add_argument("--seconds", type=float, default=RUN_SECONDS, help=f"for the whole run ({RUN_SECONDS:.0f})")
+    parser.add_argument("--commit", help="of a copy without its history (AUXKERNELS_COMMIT)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if not torch.cuda.is_available():
-        console.print("there is no CUDA device here: nothing was checked")
+    if options.commit:
+        os.environ["AUXKERNELS_COMMIT"] = options.commit
+    if machine.git_commit()[0] is None:
+        console.print("no commit is known, and nothing can be said of none: give --commit or AUXKERNELS_COMMIT")
         return 2
-    rows = run_parts(options.parts, options.output, machine.describe(torch.device("cuda")), console)
-    console.print(table_of(rows))
-    console.print("baselines: " + "; ".join(f"{name} {said}" for name, said in rows[0]["peers"].items()))
-    return int(any(row["status"] in ("failed", "stopped") for row in rows))
+    known = {step.name: step for steps in RUNS.values() for step in steps}
+    steps = [known[name] for name in options.steps] if options.steps else RUNS[options.run]
+    check = Check(options.run, options.output.resolve(), options.seconds, console)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if reason := check.begin():
+            console.print(f"nothing was checked: {reason}", markup=False, soft_wrap=True)
+            return 2
+        for step in steps:
+            check.take(step)
+    except KeyboardInterrupt:
+        check.log.say("check", "interrupted")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not check.rows:
+        return 2
+    console.print(table_of(check.rows))
+    console.print("baselines: " + "; ".join(f"{name} {said}" for name, said in check.rows[0]["peers"].items()))
+    return int(any(row["status"] in ("failed", "stopped") for row in check.rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     threads = torch.get_num_threads()
-    commit, is_dirty = _git_commit()
+    commit, is_dirty = git_commit()
     suffix = "" if device.type == "cuda" else f" {threads} thread{'s' if threads > 1 else ''}"
     return {
         "device": name,
@@ -136,8 +136,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout and whether tracked files differ from it; the results themselves do not count."""
+def git_commit() -> tuple[str | None, bool | None]:
+    """Commit of the checkout and whether tracked files differ from it; the results themselves do not count.
+
+    AUXKERNELS_COMMIT says it of a copy without its history, as `git describe --dirty` does: a hash, and perhaps
+    "-dirty".
+    """
+    if given := os.environ.get("AUXKERNELS_COMMIT"):
+        return given.removesuffix("-dirty")[:12], given.endswith("-dirty")
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]

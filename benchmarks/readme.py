@@ -1,6 +1,7 @@
 """``python -m benchmarks.readme``: writes what README says of GPUs from the rows in benchmarks/results.
 
-"Verified on" follows from <device>-check.jsonl, of each part the newest row; "Speed" from the rows of CUDA devices in
+"Verified on" follows from <device>-check.jsonl, of each part the newest row, and for each implementation from its own
+parts ("tests-native"), whatever became of the others'; "Speed" from the rows of CUDA devices in
 <device>.jsonl, of each case the newest run. Both lie between markers in README; all else there is written by hand.
 """
 
@@ -46,11 +47,13 @@ IMPLEMENTATIONS = {
         "where there is an nvcc)",
     ),
 }
-# what each part of gpu_check shows where it has passed
+# what each part of gpu_check beside the tests shows where it has passed: "repeats-native" and so on
 SHOWN = {
+    "values": "small calls of every kind",
     "repeats": "250 runs alike",
     "graphs": "CUDA graphs and streams",
     "memcheck": "memcheck",
+    "synccheck": "synccheck",
     "racecheck": "racecheck",
 }
 
@@ -64,9 +67,16 @@ def newest_parts(rows: list[dict]) -> dict[str, dict]:
 
 
 def is_verified(parts: dict[str, dict], name: str) -> bool:
-    """Whether the suite's GPU part has passed, and could use the implementation."""
-    tests = parts.get("tests")
-    return tests is not None and tests["status"] == "passed" and tests.get("unusable", {}).get(name, "") is None
+    """Whether the suite's tests of the implementation have passed, and none of its small calls gave wrong values."""
+    tests, values = parts.get(f"tests-{name}"), parts.get(f"values-{name}")
+    has_wrong_values = values is not None and values["status"] == "failed"
+    return tests is not None and tests["status"] == "passed" and not has_wrong_values
+
+
+def _reason_against(parts: dict[str, dict], name: str) -> str | None:
+    """Why it could not be used there; None if it could, or if nobody has asked."""
+    newest = max(parts.values(), key=lambda row: row["date"])
+    return newest.get("unusable", {}).get(name)
 
 
 def verified_text(checks: list[dict[str, dict]]) -> str:
@@ -83,8 +93,7 @@ def verified_text(checks: list[dict[str, dict]]) -> str:
 
 
 def _may_have_run(parts: dict[str, dict], name: str) -> bool:
-    tests = parts.get("tests")
-    return tests is None or tests.get("unusable", {}).get(name) is None
+    return _reason_against(parts, name) is None
 
 
 def _not_verified(implementation: Implementation, name: str, checks: list[dict[str, dict]]) -> list[str]:
@@ -98,7 +107,7 @@ def _capability(parts: dict[str, dict]) -> str:
 
 
 def _device_line(name: str, parts: dict[str, dict]) -> str:
-    row = parts.get("tests") or next(iter(parts.values()))
+    row = parts.get(f"tests-{name}") or next(iter(parts.values()))
     versions = f"driver {row.get('driver')}, CUDA {row.get('cuda')}, torch {row['torch']}"
     versions += f", triton {row['triton']}" if name == "triton" else ""
     device = f"{row['device']} (sm_{_capability(parts).replace('.', '')}), {versions}"
@@ -106,25 +115,33 @@ def _device_line(name: str, parts: dict[str, dict]) -> str:
 
 
 def _status(name: str, parts: dict[str, dict]) -> str:
-    tests = parts.get("tests")
+    shown = _shown_text(name, parts)
+    if (reason := _reason_against(parts, name)) is not None:
+        return f"**it could not be used there ({_escaped(reason)}): unverified**"
+    tests = parts.get(f"tests-{name}")
     if tests is None:
-        return "**the tests have not been run there: unverified**"
-    source = f"commit {commit_text(tests)}, {tests['date'][:10]}"
+        return f"**its tests have not been run there: unverified**{shown}"
+    source = f"{_escaped(tests['detail'])}; commit {commit_text(tests)}, {tests['date'][:10]}"
     if tests["status"] != "passed":
-        return f"**the tests did not pass there ({_escaped(tests['detail'])}; {source}): unverified**"
-    reason = tests.get("unusable", {}).get(name, "it is not known whether the tests could use it")
-    if reason is not None:
-        return f"**the tests could not use it there ({_escaped(reason)}; {source}): unverified**"
+        return f"**its tests did not pass there ({source}): unverified**{shown}"
+    if not is_verified(parts, name):
+        return f"**its tests passed ({source}) and small calls did not: unverified**{shown}"
+    return f"verified by its part of `pytest -m gpu` ({source}){shown}"
+
+
+def _shown_text(name: str, parts: dict[str, dict]) -> str:
+    """What the implementation's other parts have shown, and which of them have not."""
+    commits = {row["commit"] for part, row in parts.items() if part == f"tests-{name}"}
     passed, others = [], []
-    for part, shown in SHOWN.items():
-        row = parts.get(part, {"status": "missing"})
+    for check, shown in SHOWN.items():
+        row = parts.get(f"{check}-{name}")
+        if row is None:
+            continue
         if row["status"] == "passed":
-            is_same = commit_text(row) == commit_text(tests)
-            passed.append(shown if is_same else f"{shown} (commit {commit_text(row)})")
-        elif part in parts:
-            others.append(f"{part} {row['status']} ({_escaped(row['detail'])})")
-    text = f"verified by `pytest -m gpu` ({_escaped(tests['detail'])}; {source})"
-    text += f"; also {', '.join(passed)}" if passed else ""
+            passed.append(shown if row["commit"] in commits else f"{shown} (commit {commit_text(row)})")
+        else:
+            others.append(f"{check} {row['status']} ({_escaped(row['detail'])})")
+    text = f"; also {', '.join(passed)}" if passed else ""
     return text + (f"; **not: {', '.join(others)}**" if others else "")
 
 
@@ -139,8 +156,8 @@ def _escaped(text: str) -> str:
 
 def _command_text(checks: list[dict[str, dict]]) -> str:
     text = """\
-On a CUDA machine `python -m benchmarks.gpu_check` builds, runs the GPU part of the suite (`pytest -m gpu`), sanitizers,
-repetition, graph capture and the benchmark in nine minutes, and writes what it found to `benchmarks/results/`."""
+What only a GPU can show, `python -m benchmarks.gpu_check` finds out in two runs of at most 330 s and keeps in
+`benchmarks/results/`; see "GPU check"."""
     return text + ("" if checks else " It has not been run yet.")
 
 

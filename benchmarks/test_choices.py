@@ -7,7 +7,7 @@ import pytest
 from . import choices, report
 from .choices import CUDA, TRITON, Box
 from .cross_entropy import Spec
-from .gpu_rows_testing import case_rows, check_row
+from .gpu_rows_testing import case_rows, check_row, rows_of_tests
 
 
 def rows_of(ratios, pass_name="training", dtype="bf16", inputs="flat", **changes):
@@ -23,7 +23,7 @@ def chosen(tmp_path, rows, checks=None):
     """What the file would hold."""
     for row in rows:
         report.append_rows(tmp_path / f"{row['device_slug']}.jsonl", [row])
-    for row in [check_row("tests")] if checks is None else checks:
+    for row in rows_of_tests() if checks is None else checks:
         report.append_rows(tmp_path / f"{row['device_slug']}-check.jsonl", [row])
     return choices.choices(tmp_path)
 
@@ -100,22 +100,29 @@ def test_no_box_holds_a_size_that_was_lost():
     assert all(any(box.holds(*size) for box in found) for size, is_won in won.items() if is_won)
 
 
-UNUSABLE = {"triton": None, "native": "the CUDA module was not built"}
+NATIVE = "tests-native"
 DOUBTFUL = {
     "no check": [],
-    "tests failed": [check_row("tests", "failed")],
-    "tests stopped": [check_row("tests", "stopped")],
-    "nothing tested": [check_row("tests", "skipped")],
-    "without the module": [check_row("tests", unusable=UNUSABLE)],
-    "other parts": [check_row("memcheck")],
-    "another device": [check_row("tests", device="Imaginary A100")],
-    "failed since": [check_row("tests"), check_row("tests", "failed", date="2027-01-01")],
+    "tests failed": [check_row(NATIVE, "failed")],
+    "tests stopped": [check_row(NATIVE, "stopped")],
+    "nothing tested": [check_row(NATIVE, "skipped")],
+    "wrong values": [check_row(NATIVE), check_row("values-native", "failed")],
+    "Triton's tests": [check_row("tests-triton")],
+    "other parts": [check_row("memcheck-native")],
+    "another device": [check_row(NATIVE, device="Imaginary A100")],
+    "failed since": [check_row(NATIVE), check_row(NATIVE, "failed", date="2027-01-01")],
 }
 
 
 @pytest.mark.parametrize("doubt", DOUBTFUL)
 def test_without_passed_tests_on_the_device_nothing_is_chosen(tmp_path, doubt):
     assert chosen(tmp_path, rows_of(GRID), DOUBTFUL[doubt]) == {}
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped", None])
+def test_what_became_of_tritons_tests_does_not_matter_to_a_choice_of_cuda(tmp_path, status):
+    checks = [check_row(NATIVE), *([check_row("tests-triton", status)] if status else [])]
+    assert len(boxes_of(chosen(tmp_path, rows_of(GRID), checks))) == 1
 
 
 def test_both_must_have_been_timed_in_the_same_run(tmp_path):
@@ -145,7 +152,7 @@ def test_the_newest_run_and_commit_count(tmp_path):
 def test_devices_of_one_capability_must_agree_and_others_are_apart(tmp_path):
     other, older = {"device": "Imaginary H200"}, {"device": "Imaginary A100", "capability": "8.0"}
     rows = [*rows_of(GRID), *rows_of(GRID | {(8192, 128256): 0.9}, **other), *rows_of(GRID, **older)]
-    found = chosen(tmp_path, rows, [check_row("tests"), check_row("tests", **other), check_row("tests", **older)])
+    found = chosen(tmp_path, rows, [*rows_of_tests(), *rows_of_tests(**other), *rows_of_tests(**older)])
     assert found["9.0"]["device"] == "Imaginary H100, Imaginary H200" and list(found) == ["8.0", "9.0"]
     assert not any(Box(*box[2:]).holds(128256, 8192) for box in boxes_of(found))
     assert len(found["8.0"]["faster"]) == 1

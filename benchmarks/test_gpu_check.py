@@ -1,6 +1,9 @@
-"""The GPU check without a GPU: its cases, its bookkeeping, and that a defect is seen."""
+"""The GPU check's plan, what its steps read off their processes, and that little time or a defect loses no evidence."""
 
-import json
+import os
+import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,232 +12,401 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cross_entropy, cross_entropy_heads, gpu_cases, gpu_check, machine, peers, soft_embedding
+from benchmarks import cross_entropy, gpu_check, gpu_steps, machine, peers, processes, report
+from benchmarks.gpu_steps import Outcome
+from benchmarks.processes import Ended, Log
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "d", "device_slug": "d", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
+ENVIRONMENT |= {"peers": {"eager": "2"}, "unusable": {"triton": None, "native": None}, "module": "_cuda.so, built"}
+USABLE, NOT_BUILT = {"triton": None, "native": None}, {"triton": None, "native": "was not built"}
 
 
-def test_there_are_sixty_cases_of_distinct_names():
-    names = [(case.name, case.dtype) for case in gpu_cases.all_cases()]
-    assert len(names) == len(set(names)) == 60
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_case_agrees_with_the_reference_on_cpu():
-    assert [case.check(CPU) for case in gpu_cases.all_cases()] == [None] * 60
+@pytest.mark.parametrize("number", gpu_check.RUNS)
+def test_each_run_is_expected_to_end_before_its_deadline(number):
+    steps = gpu_check.RUNS[number]
+    expected = gpu_check.MACHINE_EXPECTED + sum(step.expected for step in steps)
+    assert expected <= gpu_check.RUN_SECONDS - gpu_check.MARGIN_SECONDS <= 330
+    for step in steps:
+        assert step.expected < step.limit and step.limit >= gpu_check.LEAST_SECONDS
 
 
-def test_a_wrong_gradient_is_a_finding(monkeypatch):
-    case = gpu_cases.all_cases()[0]
-    run = gpu_cases.Case.run
-
-    def wrong(self, inputs, backend="auto"):
-        found = run(self, inputs, backend)
-        if backend != "reference":
-            found["grad aux"] = found["grad aux"] * 1.001
-        return found
-
-    monkeypatch.setattr(gpu_cases.Case, "run", wrong)
-    assert "grad aux is off by 1.0e-03" in case.check(CPU)
-    assert "grad aux is off by 1.0e-03" in case.check(CPU, "native")
+def test_the_commands_text_has_every_step_with_its_expected_seconds():
+    told = dict(re.findall(r"^([a-z-]+) +(\d+)   ", gpu_check.__doc__, flags=re.MULTILINE))
+    wanted = {step.name: f"{step.expected}" for steps in gpu_check.RUNS.values() for step in steps}
+    assert told == wanted | {"machine": f"{gpu_check.MACHINE_EXPECTED:.0f}"}
+    assert "ESTIMATES" in gpu_check.__doc__
 
 
-def test_equal_seeds_give_equal_inputs_and_others_do_not():
-    case = gpu_cases.all_cases()[0]
-    a, b, c = (case.inputs(CPU, seed)["aux"] for seed in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+def test_all_that_is_shown_in_readme_has_a_step():
+    from benchmarks import readme
+
+    checks = {*gpu_steps.CHECKS, "memcheck", "synccheck", "racecheck"}
+    assert set(readme.SHOWN) == checks and set(readme.IMPLEMENTATIONS) == set(gpu_steps.CALLED)
 
 
-def test_the_parts_fit_nine_minutes():
-    assert list(gpu_check.LIMITS) == list(gpu_check.PARTS)
-    assert sum(gpu_check.LIMITS.values()) <= gpu_check.WHOLE == 9 * 60
+def test_the_lattice_has_two_numbers_of_rows_or_more_at_every_width_and_in_short_steps():
+    from benchmarks import choices
+
+    device = torch.device("cuda")
+    known = {spec[:4] for spec in (*cross_entropy.lattice_specs(), *cross_entropy.quick_specs(device))}
+    for dtype in ("bf16", "fp32"):
+        for pass_name in ("forward", "training"):
+            won = {shape[::-1]: True for p, shape, d, i in known if (p, d, i) == (pass_name, dtype, "flat")}
+            (box, *_) = sorted(choices.boxes(won), key=lambda box: -(box.max_rows - box.min_rows) * box.max_vocab)
+            assert box.holds(128256, 4096) and box.holds(32000, 100) and box.holds(151936, 8192)
+    assert {spec.baselines for spec in cross_entropy.lattice_specs()} == {"eager"}
 
 
-def test_rows_are_written_as_parts_end_and_unused_time_goes_on(monkeypatch, tmp_path):
-    given = []
+def test_the_suites_parts_together_are_all_of_it_and_each_test_is_in_one():
+    """By collecting some of the files: of both parts, of one, and of none."""
+    files = [f"tests/{name}" for name in ("test_gpu.py", "test_tensors.py", "test_heads_compile.py")]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
 
-    def part(log, seconds):
-        given.append(seconds)
-        log.write_text("said")
-        return gpu_check.Outcome("passed", "detail")
+    def collected(*options):
+        done = subprocess.run([*command, *options], cwd=processes.ROOT, capture_output=True, text=True)
+        return {line for line in done.stdout.splitlines() if "::" in line}
 
-    monkeypatch.setattr(gpu_check, "PARTS", {"build": part, "tests": part})
-    rows = gpu_check.run_parts(["build", "tests"], tmp_path, ENVIRONMENT, Console(quiet=True))
-    assert given[0] == pytest.approx(40, abs=1) and given[1] == pytest.approx(230, abs=2)
-    lines = (tmp_path / "d-check.jsonl").read_text().splitlines()
-    assert [json.loads(line)["part"] for line in lines] == ["build", "tests"] == [row["part"] for row in rows]
-    assert (tmp_path / "d-check-tests.log").read_text() == "said"
-
-
-def test_a_process_that_outlives_its_time_is_stopped(tmp_path):
-    status, output = gpu_check._run(
-        [sys.executable, "-c", "print('begun'); import time; time.sleep(60)"], tmp_path / "log", 3.0
-    )
-    assert status is None and output == "begun\n"
+    whole, parts = collected(), {}
+    for name, selected in gpu_steps.SELECTED.items():
+        its_files = {f"tests/{file}" for file in gpu_steps.FILES[name]}
+        parts[name] = {test for test in whole if selected in test and test.partition("::")[0] in its_files}
+        assert len(parts[name]) >= 17
+    rest = collected("-k", gpu_steps.rest_expression())
+    assert rest == whole - parts["native"] - parts["triton"] and len(rest) > 50
 
 
-def calls_that_say(monkeypatch, said: str, status: int) -> gpu_check.Outcome:
-    monkeypatch.setattr(gpu_check, "_run", lambda command, log, seconds: (status, said))
-    return gpu_check._calls("repeats")(Path("log"), 30.0)
+def test_every_file_of_the_suites_parts_exists_and_none_imports_transformers():
+    for name in {*gpu_steps.NATIVE_FILES, *gpu_steps.TRITON_FILES}:
+        assert "transformers" not in (processes.ROOT / "tests" / name).read_text()
 
 
-def test_a_case_that_fails_is_named(monkeypatch):
-    outcome = calls_that_say(monkeypatch, "ok   bf16 one\nFAIL fp32 loss, mean, V 33: differs\n", 1)
-    assert outcome.status == "failed" and outcome.detail == "1 of 2 calls: FAIL fp32 loss, mean, V 33: differs"
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def python(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def test_what_a_stopped_process_had_said_remains_and_its_children_end_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
+    child = tmp_path / "child"
+    text = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, lambda *_: print('interrupted', flush=True))
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+open({str(child)!r}, 'w').write(str(child.pid))
+print('begun', flush=True)
+while True: time.sleep(0.05)
+"""
+    start = time.perf_counter()
+    ended = processes.run({"a": python(text), "b": python("print('done')")}, Log(tmp_path / "log"), 5.0)
+    assert time.perf_counter() - start < 30
+    assert ended["a"] == Ended(None, "begun\ninterrupted\n") and ended["b"] == Ended(0, "done\n")
+    assert "[a] begun" in (tmp_path / "log").read_text() and "[b] $ " in (tmp_path / "log").read_text()
+    state = Path(f"/proc/{child.read_text()}/stat")
+    for _ in range(100):  # until the system has ended it
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child is still there")
+
+
+def test_an_interrupted_check_leaves_no_process_behind(tmp_path, monkeypatch):
+    def interrupt(self, deadline):
+        raise KeyboardInterrupt
+
+    started = []
+    monkeypatch.setattr(processes._Process, "wait", interrupt)
+    kill = processes._Process.kill
+    monkeypatch.setattr(processes._Process, "kill", lambda self: (started.append(self), kill(self)))
+    with pytest.raises(KeyboardInterrupt):
+        processes.run({"a": python("import time; time.sleep(60)")}, Log(tmp_path / "log"), 60.0)
+    assert started[0].process.returncode == -signal.SIGKILL
+
+
+# -- what is read off an output ----------------------------------------------------------------------------------------
+
+
+def ended(*lines: str, status: int | None = 0) -> Ended:
+    return Ended(status, "".join(f"{line}\n" for line in lines))
+
+
+OK, BAD = "ok   values: bf16 one", "FAIL values: fp32 loss, mean, V 33 (native): differs"
+DONE, OVER, LOST = (f"{text} values: 1 of 1 calls" for text in ("done", "time is over", "device lost"))
 
 
 @pytest.mark.parametrize(
-    "said, status, outcome",
+    "shards, status, detail",
     [
-        ("ok   bf16 one\nok   bf16 two\n", 0, ("passed", "2 calls")),
-        ("ok   bf16 one\ntime is over: 1 of 20 calls\n", 0, ("stopped", "time is over: 1 of 20 calls")),
-        ("Traceback\nImportError: no torch\n", 1, ("failed", "ImportError: no torch")),
-        ("ok   bf16 one\n", -11, ("failed", "ok   bf16 one")),
+        ([ended(OK, DONE), ended(OK, DONE)], "passed", "2 calls"),
+        ([ended(OK, DONE), ended(OK, BAD, DONE, status=1)], "failed", "2 calls alike or right, 1 not: fp32 loss, mean"),
+        ([ended(OK, DONE), ended(OK, OVER)], "stopped", "in 1 of 2 processes: time is over values"),
+        ([ended(OK, DONE), ended(OK, status=None)], "stopped", "in 1 of 2 processes: it was stopped"),
+        ([ended(OK, DONE), ended(BAD, LOST, status=1)], "failed", "1 not: fp32 loss"),
+        ([ended(OK, DONE), ended(OK, status=-11)], "failed", "1 not: ended by itself, status -11, after: ok   values"),
+        ([ended("ImportError: no torch", status=1)], "stopped", "it did not come to that"),
+        ([ended("done values: 0 of 0 calls")], "skipped", "0 calls"),
     ],
 )
-def test_calls_pass_only_where_their_process_does(monkeypatch, said, status, outcome):
-    assert calls_that_say(monkeypatch, said, status)[:2] == outcome
+def test_calls_have_passed_only_where_every_process_has_done_all_of_them(shards, status, detail):
+    outcome = gpu_steps._calls_outcome("values", shards)
+    assert outcome.status == status and detail in outcome.detail
 
 
-def test_calls_run_in_a_process_of_their_own(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_cases", "--device", "cpu", "--check", "repeats", "--every", "30"]
-    status, output = gpu_check._run(command, tmp_path / "log", 100.0)
-    assert status == 0 and [line[:2] for line in output.splitlines()] == ["ok", "ok"]
+def test_a_check_that_failed_does_not_fail_another():
+    shard = ended(OK, DONE, "FAIL repeats: bf16 one: 1 of 9 runs differ", "done repeats: 1 of 1 calls", status=1)
+    found = [gpu_steps._calls_outcome(check, [shard]).status for check in gpu_steps.CHECKS]
+    assert found == ["passed", "failed", "stopped"]
 
 
-def test_equal_bits_count_nan_as_equal():
-    a = {"x": torch.tensor([1.0, torch.nan])}
-    assert gpu_cases._same_bits(a, {"x": torch.tensor([1.0, torch.nan])})
-    assert not gpu_cases._same_bits(a, {"x": torch.tensor([1.0, 2.0])})
+GREEN, RED = "[gw0] [ 10%] PASSED tests/a.py::b[native-cuda] ", "[gw1] [ 20%] FAILED tests/a.py::c[native-cuda] "
+TAIL = "=========== 2 passed, 1 skipped in 9.5s ==========="
+
+
+@pytest.mark.parametrize(
+    "output, status, detail",
+    [
+        (ended(GREEN, GREEN, TAIL), "passed", "2 passed, 1 skipped in 9.5s"),
+        (ended(GREEN, RED, "=== 1 failed, 1 passed in 3.0s ===", status=1), "failed", "1 failed, 1 passed in 3.0s"),
+        (ended(GREEN, GREEN, status=None), "stopped", "2 passed, 0 failed, then the time was over"),
+        (ended(GREEN, RED, status=None), "failed", "1 passed, 1 failed, then the time was over"),
+        (
+            ended(
+                "=== 9 skipped in 3.0s ===",
+            ),
+            "skipped",
+            "9 skipped in 3.0s",
+        ),
+        (ended("=== 9 deselected in 3.0s ===", status=5), "skipped", "9 deselected in 3.0s"),
+        (ended("ERROR: unrecognized arguments: -n", status=4), "failed", "0 passed, 0 failed, status 4 after: ERROR"),
+        (ended("===== 2 errors in 0.5s =====", status=2), "failed", "2 errors in 0.5s"),
+    ],
+)
+def test_a_suite_has_passed_only_where_some_test_has_and_none_failed(output, status, detail):
+    outcome = gpu_steps.suite_outcome(output)
+    assert outcome.status == status and outcome.detail.startswith(detail)
+
+
+CLEAN, DIRTY = "========= ERROR SUMMARY: 0 errors", "========= ERROR SUMMARY: 10 errors"
+
+
+@pytest.mark.parametrize(
+    "output, status",
+    [
+        (ended(OK, DONE, CLEAN), "passed"),
+        (ended(OK, DONE, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"), "passed"),
+        (ended(OK, DONE, DIRTY, status=9), "failed"),
+        (ended(OK, BAD, DONE, CLEAN, status=1), "failed"),
+        (ended(OK, OVER, CLEAN), "stopped"),
+        (ended(OK, DONE, status=None), "stopped"),
+        (ended("Error: Device not supported", status=1), "stopped"),
+        (ended(CLEAN), "stopped"),
+    ],
+)
+def test_a_sanitizer_that_saw_some_calls_only_has_not_passed(output, status):
+    assert gpu_steps.sanitizer_outcome(output).status == status
+
+
+@pytest.mark.parametrize(
+    "output, status, detail",
+    [
+        (ended("1/2 a", "2/2 b", "rows: d.jsonl"), "passed", "2 of 2 cases"),
+        (ended("1/2 a", "time is over: 1 of 2 cases finished"), "stopped", "1 of 2 cases"),
+        (ended("1/2 a", status=None), "stopped", "1 of 2 cases"),
+        (ended("Traceback", "ImportError: rich", status=1), "failed", "0 of ? cases, status 1 after: ImportError"),
+        (ended("1/1 a", "training 8 x 9 bf16 flat, auxkernels (cuda): wrong: loss"), "failed", "1 of 1 cases; 1 not"),
+        (ended("1/1 a", "training 8 x 9 bf16 flat, Liger: unavailable: none"), "passed", "1 of 1 cases"),
+    ],
+)
+def test_a_benchmark_says_how_far_it_came_and_whether_ours_were_right(output, status, detail):
+    outcome = gpu_steps.benchmark_outcome(output)
+    assert outcome.status == status and outcome.detail.startswith(detail)
+
+
+def test_an_implementation_that_cannot_be_used_is_skipped_with_its_reason(tmp_path):
+    place = gpu_steps.Place(ENVIRONMENT | {"unusable": NOT_BUILT}, Log(tmp_path / "log"), tmp_path)
+    steps = (gpu_steps.calls("native"), gpu_steps.suite("native"), gpu_steps.sanitizer("memcheck", 1))
+    found = {part: outcome for step in steps for part, outcome in step(place, 9.0).items()}
+    parts = ["values-native", "repeats-native", "graphs-native", "tests-native", "memcheck-native"]
+    assert list(found) == parts and set(found.values()) == {Outcome("skipped", "was not built")}
+
+
+def test_without_the_tool_nothing_is_said_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    place = gpu_steps.Place(ENVIRONMENT, Log(tmp_path / "log"), tmp_path)
+    outcome = gpu_steps.sanitizer("racecheck", 4)(place, 9.0)["racecheck-native"]
+    assert outcome == Outcome("skipped", "compute-sanitizer is not installed")
+
+
+# -- a run, its steps played -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """What the machine says it is, time after time; the last remains."""
+
+    def say(*environments):
+        left = list(environments)
+        monkeypatch.setattr(gpu_steps, "describe", lambda log, seconds: left.pop(0) if len(left) > 1 else left[0])
+
+    say(ENVIRONMENT)
+    return say
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Lets run 1 be these steps, each a function of (place, seconds)."""
+
+    def use(**functions):
+        made = tuple(gpu_check.Step(name, 50, 20, function) for name, function in functions.items())
+        monkeypatch.setattr(gpu_check, "RUNS", {1: made})
+
+    return use
+
+
+def run(tmp_path, *options: str) -> tuple[int, list[dict]]:
+    code = gpu_check.main(["--run", "1", "--commit", "0123456789ab", "--output", str(tmp_path), *options])
+    return code, report.read_rows(tmp_path / "d-check.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def no_commit_is_left_behind(monkeypatch):
+    monkeypatch.delenv("AUXKERNELS_COMMIT", raising=False)
+    yield
+    os.environ.pop("AUXKERNELS_COMMIT", None)
+
+
+def passed(place, seconds):
+    return {"one": Outcome("passed", "1 calls")}
+
+
+def test_rows_are_there_as_steps_end_and_a_faulty_step_stops_no_other(tmp_path, described, steps):
+    seen = []
+
+    def look(place, seconds):
+        seen.extend(row["part"] for row in report.read_rows(tmp_path / "d-check.jsonl"))
+        return {"two": Outcome("passed", ""), "three": Outcome("passed", "")}
+
+    def faulty(place, seconds):
+        raise ValueError("of this program")
+
+    steps(one=passed, faulty=faulty, two=look)
+    code, rows = run(tmp_path)
+    assert seen == ["machine", "module", "one", "faulty"]
+    assert [row["part"] for row in rows] == [*seen, "two", "three"] and code == 1
+    assert rows[3]["detail"] == "ValueError: of this program" and rows[1]["detail"].startswith("brought along: _cuda")
+    assert {row["run"] for row in rows} == {1} and len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_step_gets_more_than_what_is_left_and_the_last_ones_say_so(tmp_path, described, steps):
+    given = []
+
+    def slow(place, seconds):
+        given.append(seconds)
+        time.sleep(0.3)
+        return passed(place, seconds)
+
+    steps(one=slow, two=slow, three=slow)
+    seconds = gpu_check.MARGIN_SECONDS + gpu_check.LEAST_SECONDS + 0.2
+    code, rows = run(tmp_path, "--seconds", str(seconds))
+    assert len(given) == 1 and given[0] <= gpu_check.LEAST_SECONDS + 0.2
+    assert [row["detail"] for row in rows[3:]] == ["no time was left"] * 2 and code == 0
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT"])
+def test_an_interrupted_run_keeps_its_rows_and_says_so(tmp_path, described, steps, how):
+    def interrupted(place, seconds):
+        os.kill(os.getpid(), getattr(signal, how))
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    steps(one=passed, two=interrupted, three=passed)
+    code, rows = run(tmp_path)
+    assert code == 1 and [row["part"] for row in rows] == ["machine", "module", "one", "two"]
+    assert rows[-1]["detail"] == "the check was interrupted" and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_module_that_is_missing_is_built_and_one_that_was_brought_is_not(tmp_path, described, steps, monkeypatch):
+    built = []
+
+    def build(log, seconds):
+        built.append(seconds)
+        return Outcome("passed", "built here")
+
+    monkeypatch.setattr(gpu_steps, "build", build)
+    steps(one=passed)
+    run(tmp_path)
+    assert not built
+    described(ENVIRONMENT | {"unusable": NOT_BUILT, "module": None}, ENVIRONMENT)
+    rows = run(tmp_path)[1][-3:]
+    assert [row["detail"] for row in rows[1:2]] == ["built here: _cuda.so, built"] and rows[2]["unusable"] == USABLE
+    described(ENVIRONMENT | {"unusable": NOT_BUILT, "module": None})
+    rows = run(tmp_path)[1][-3:]
+    assert rows[1]["status"] == "failed" and rows[1]["detail"] == "built here: None; was not built"
+    monkeypatch.setattr(gpu_steps, "build", lambda log, seconds: Outcome("skipped", "there is no nvcc"))
+    assert run(tmp_path)[1][-2]["detail"] == "there is no nvcc"
+
+
+def test_the_build_is_of_the_cuda_module_alone(tmp_path, monkeypatch):
+    asked = []
+
+    def alone(name, command, log, seconds, **variables):
+        asked.append((command[1:], variables["AUXKERNELS_BUILD"]))
+        return Ended(statuses.pop(0), "said\n")
+
+    statuses = [0, 1, None]
+    monkeypatch.setattr(gpu_steps, "alone", alone)
+    monkeypatch.setenv("CUDACXX", f"{sys.executable} --flag")
+    found = [gpu_steps.build(Log(tmp_path / "log"), 9.0) for _ in range(3)]
+    assert found == [Outcome("passed", "built here"), Outcome("failed", "said"), Outcome("stopped", "said")]
+    assert asked[0] == (["setup.py", "--quiet", "build_ext", "--inplace"], "cuda")
+    monkeypatch.setenv("CUDACXX", "no-such-compiler")
+    assert gpu_steps.build(Log(tmp_path / "log"), 9.0) == Outcome("skipped", "there is no nvcc")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_nothing_is_claimed(capsys):
-    assert gpu_check.main([]) == 2 and "nothing was checked" in capsys.readouterr().out
+def test_without_a_device_nothing_is_claimed(tmp_path, capsys):
+    code, rows = run(tmp_path)
+    assert (code, rows) == (2, []) and "nothing was checked: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["check-1.log"]
 
 
-def test_repeats_of_a_call_are_compared(monkeypatch):
-    case = gpu_cases.all_cases()[0]
-    assert gpu_cases._repeats_alike(case, "auto", CPU, num_repeats=3) is None
-    run, calls = gpu_cases.Case.run, []
-
-    def drifting(self, inputs, backend="auto"):
-        calls.append(backend)
-        return {name: t + (len(calls) == 3) for name, t in run(self, inputs, backend).items()}
-
-    monkeypatch.setattr(gpu_cases.Case, "run", drifting)
-    assert gpu_cases._repeats_alike(case, "reference", CPU, num_repeats=3) == "1 of 3 runs differ"
-    assert set(calls) == {"reference"}
+def test_a_machine_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "alone", lambda *_, **__: Ended(None, "begun\n"))
+    assert gpu_steps.describe(Log(tmp_path / "log"), 1.0) == "it took too long"
 
 
-CUDA = torch.device("cuda")
+def test_an_interruption_before_anything_is_known_leaves_nothing_claimed(tmp_path, monkeypatch):
+    def describe(log, seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_steps, "describe", describe)
+    assert run(tmp_path) == (2, [])
 
 
-def named_usable(monkeypatch, **reasons):
-    monkeypatch.setattr(gpu_cases, "unusable", lambda device: {"triton": None, "native": None} | reasons)
+def test_without_a_commit_nothing_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "git_commit", lambda: (None, None))
+    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 2
+    assert "AUXKERNELS_COMMIT" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
-def test_on_a_gpu_both_implementations_of_logits_are_checked_by_name(monkeypatch):
-    named_usable(monkeypatch)
-    cases = gpu_cases.all_cases()
-    both = [case for case in cases if case.usable(CUDA) == ("triton", "native")]
-    assert len(both) == 36 and {case.usable(CUDA) for case in cases if case not in both} == {("auto",)}
-    assert {case.usable(CPU) for case in cases} == {("auto",)}
-    named_usable(monkeypatch, native="was not built")
-    assert both[0].usable(CUDA) == ("triton",)
-    named_usable(monkeypatch, native="was not built", triton="is not installed")
-    assert both[0].usable(CUDA) == ("auto",)
+def test_steps_can_be_named_instead_of_a_run(tmp_path, described, steps):
+    steps(one=passed, two=passed)
+    assert [row["part"] for row in run(tmp_path, "--steps", "two")[1]] == ["machine", "module", "one"]
 
 
-def test_an_option_that_an_implementation_lacks_is_no_finding_and_a_failed_launch_is(monkeypatch):
-    named_usable(monkeypatch)
-
-    def check(case, backend):
-        if backend == "native":
-            raise RuntimeError("backend='native' cannot be used: no softcap")
-        raise RuntimeError("CUDA error: an illegal memory access")
-
-    (finding,) = gpu_cases.each(gpu_cases.all_cases()[:1], CUDA, check)
-    assert finding[0].startswith("FAIL fp32 loss, mean, V 33 (triton): RuntimeError: CUDA error")
-    lines = [line for line, _ in gpu_cases.each(gpu_cases.all_cases()[:1], CUDA, lambda case, backend: None)]
-    assert lines == [f"ok   fp32 loss, mean, V 33 ({name})" for name in ("native", "triton")]
-
-
-def test_calls_end_with_their_time_and_say_so():
-    lines = []
-    some = gpu_cases.all_cases()[::3]
-    done = list(gpu_cases.each(some, CPU, lambda case, backend: time.sleep(0.05), 0.2, lines.append))
-    assert 1 <= len(done) < 20 and lines[-1] == f"time is over: {len(done)} of 20 calls"
-    assert len(list(gpu_cases.each(some, CPU, lambda case, backend: None, 60.0))) == 20
-
-
-@pytest.mark.parametrize("said, status", [("", "passed"), ("time is over: 2 of 60 calls\n", "stopped")])
-def test_a_sanitizer_that_saw_some_calls_only_has_not_passed(monkeypatch, tmp_path, said, status):
-    commands = []
-
-    def run(command, log, seconds, **variables):
-        commands.append(command)
-        return 0, f"ok   a\nok   b\n{said}========= ERROR SUMMARY: 0 errors\n"
-
-    monkeypatch.setattr(gpu_check, "_run", run)
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
-    outcome = gpu_check.PARTS["memcheck"](tmp_path / "log", 80.0)
-    assert (outcome.status, outcome.detail) == (status, "2 calls; ERROR SUMMARY: 0 errors")
-    assert commands[0][-4:] == ["--every", "1", "--seconds", "55"]
-
-
-def outcome_of_suite(monkeypatch, tmp_path, status, output, usable='{"triton": null, "native": "was not built"}'):
-    """The part `tests`, where the suite ends with `status` and `output`."""
-
-    def run(command, log, seconds, **variables):
-        return (0, usable) if "benchmarks.gpu_cases" in command else (status, output)
-
-    monkeypatch.setattr(gpu_check, "_run", run)
-    return gpu_check.tests(tmp_path / "log", 60.0)
-
-
-def test_the_suite_says_what_passed_and_which_implementations_it_could_see(monkeypatch, tmp_path):
-    outcome = outcome_of_suite(monkeypatch, tmp_path, 0, "......\n3000 passed, 12 skipped in 99.1s (0:01:39)\n")
-    assert outcome.status == "passed" and outcome.detail.startswith("3000 passed, 12 skipped")
-    assert outcome.found == {"unusable": {"triton": None, "native": "was not built"}}
-    assert outcome_of_suite(monkeypatch, tmp_path, 1, "1 failed, 9 passed in 3s").status == "failed"
-    assert outcome_of_suite(monkeypatch, tmp_path, None, "....").status == "stopped"
-
-
-def test_a_suite_of_skipped_tests_has_not_passed(monkeypatch, tmp_path):
-    assert outcome_of_suite(monkeypatch, tmp_path, 0, "5896 skipped in 9.9s").status == "skipped"
-    broken = outcome_of_suite(monkeypatch, tmp_path, 0, "1 passed in 1s", usable="Traceback\nImportError: no torch")
-    assert broken.found["unusable"]["triton"] == "not known: ImportError: no torch"
-
-
-@pytest.mark.parametrize("printed, status", [("2/2 a\n", "passed"), ("1/2 a\ntime is over: 1 of 2", "stopped")])
-def test_a_benchmark_that_ran_out_of_time_says_so(monkeypatch, tmp_path, printed, status):
-    commands = []
-
-    def run(command, log, seconds, **variables):
-        commands.append(command)
-        return 0, f"{printed}\nrows: benchmarks/results/d.jsonl\n"
-
-    monkeypatch.setattr(gpu_check, "_run", run)
-    outcome = gpu_check.benchmark(tmp_path / "log", 130.0)
-    assert (outcome.status, outcome.detail.split(";")[0]) == (status, f"{printed[0]} of 2 cases")
-    assert commands[0][-2:] == ["--time-limit", "90"]
-
-
-# seconds of a case on a GPU, guessed: inputs, float64 check and rounds; torch.compile; what other packages compile
-SETUP_SECONDS = {cross_entropy.OP: 2.0, cross_entropy_heads.OP: 2.5, soft_embedding.OP: 1.0}
-COMPILE_SECONDS, PEER_SECONDS = 6.0, {cross_entropy.OP: 6.0, cross_entropy_heads.OP: 20.0}
-
-
-def test_the_quick_grid_fits_its_part_with_every_baseline_installed():
-    seconds = 10.0  # until the first case
-    for op in (cross_entropy, cross_entropy_heads, soft_embedding):
-        for spec in op.quick_specs(CUDA):
-            is_small = op is cross_entropy and spec.shape[0] <= 64  # its rounds are over at once
-            seconds += 1.2 if is_small else 0.5 + SETUP_SECONDS[op.OP]
-            seconds += COMPILE_SECONDS * (spec.baselines not in ("eager", "none"))
-            seconds += PEER_SECONDS.get(op.OP, 0.0) * (spec.baselines in ("all", "slow"))
-    assert seconds <= gpu_check.LIMITS["benchmark"]
+def test_the_table_has_a_line_for_each_row(described, tmp_path, steps, capsys):
+    steps(one=passed)
+    run(tmp_path)
+    console = Console(width=120)
+    console.print(gpu_check.table_of(report.read_rows(tmp_path / "d-check.jsonl")))
+    out = capsys.readouterr().out
+    assert "baselines: eager 2" in out and len(re.findall("│ one .*1 calls", out)) == 2
 
 
 def test_rows_name_every_baseline_with_its_version_or_why_it_is_missing():

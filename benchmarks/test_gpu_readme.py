@@ -8,7 +8,7 @@ from . import cross_entropy, readme, report
 from . import gpu_rows_testing as invented
 from .chart import draw, newest_cases, shown_cases
 from .cross_entropy import Spec
-from .gpu_rows_testing import case_rows, check_row
+from .gpu_rows_testing import case_rows, check_row, rows_of_tests
 
 TEXT = """# title
 
@@ -58,13 +58,15 @@ def test_rows_of_a_cpu_say_nothing_of_gpus(tmp_path):
 
 
 def test_passed_tests_verify_the_device_they_ran_on(tmp_path):
-    memcheck = check_row("memcheck", detail="96 calls; ERROR SUMMARY: 0 errors")
-    graphs = check_row("graphs", commit="fedcba987654")
-    verified, _ = texts(tmp_path, [check_row("tests"), memcheck, check_row("repeats"), graphs])
+    memcheck = check_row("memcheck-native", detail="36 calls; ERROR SUMMARY: 0 errors")
+    graphs = check_row("graphs-native", commit="fedcba987654")
+    verified, _ = texts(tmp_path, [*rows_of_tests(), memcheck, check_row("repeats-native"), graphs])
     (line,) = lines_with(verified, "| native (CUDA C++) |", "Imaginary H100")
-    assert "(sm_90), driver 570.1, CUDA 12.8, torch 2.13.0 | verified by `pytest -m gpu` (3000 passed, 12 skip" in line
+    assert "(sm_90), driver 570.1, CUDA 12.8, torch 2.13.0 | verified by its part of `pytest -m gpu` (3000 pas" in line
     assert "commit 0123456789ab, 2026-12-01); also 250 runs alike, " in line
     assert line.endswith("alike, CUDA graphs and streams (commit fedcba987654), memcheck |")
+    (line,) = lines_with(verified, "| triton |", "Imaginary H100")
+    assert "verified by its part" in line and "; also" not in line  # what CUDA C++ has shown is not Triton's
     assert says_of_cuda(verified, "sm_80, sm_100", "unverified there")
     assert lines_with(verified, "| triton | sm_80, sm_100, sm_120, gfx942 |", "**unverified there**")
     assert "It has not been run yet" not in verified
@@ -72,53 +74,73 @@ def test_passed_tests_verify_the_device_they_ran_on(tmp_path):
 
 @pytest.mark.parametrize("status", ["failed", "stopped", "skipped"])
 def test_without_passed_tests_no_row_is_called_verified(tmp_path, status):
-    checks = [check_row("tests", status, detail="1 failed, 9 passed | odd"), check_row("memcheck")]
-    verified, _ = texts(tmp_path, checks)
+    failed = rows_of_tests(status, detail="1 failed, 9 passed | odd")
+    verified, _ = texts(tmp_path, [*failed, check_row("memcheck-native")])
     for line in lines_with(verified, "Imaginary H100"):
-        assert "**the tests did not pass there (1 failed, 9 passed \\| odd; commit 0123456789ab, 2026-12-01)" in line
+        assert "**its tests did not pass there (1 failed, 9 passed \\| odd; commit 0123456789ab, 2026-12-01)" in line
         assert "verified by" not in line
     assert "sm_80, sm_90a, sm_100" in verified
 
 
+@pytest.mark.parametrize("status", ["failed", "stopped", None])
+@pytest.mark.parametrize("other, name", [("triton", "native"), ("native", "triton")])
+def test_each_implementation_is_verified_by_its_own_part_alone(tmp_path, name, other, status):
+    rows = [check_row(f"tests-{name}")]
+    rows += [check_row(f"{part}-{other}", status) for part in ("tests", "values", "repeats")] if status else []
+    verified, speed = texts(tmp_path, rows, invented.quick_grid())
+    (good, bad) = (readme.IMPLEMENTATIONS[n].title for n in (name, other))
+    assert lines_with(verified, f"| {good} | Imaginary H100", "verified by its part")
+    assert not lines_with(verified, f"| {bad} | Imaginary H100", "verified by")
+    assert f"**Tests have not passed there: {bad}.**" in speed
+
+
+def test_wrong_values_of_small_calls_outweigh_passed_tests(tmp_path):
+    verified, _ = texts(tmp_path, [*rows_of_tests(), check_row("values-triton", "failed", detail="1 not: bf16 loss")])
+    (line,) = lines_with(verified, "| triton | Imaginary H100")
+    assert "and small calls did not: unverified**; **not: values failed (1 not: bf16 loss)**" in line
+    assert lines_with(verified, "| native (CUDA C++) | Imaginary H100", "verified by its part")
+
+
 def test_a_check_without_its_tests_verifies_nothing(tmp_path):
-    verified, _ = texts(tmp_path, [check_row("memcheck")])
-    assert len(lines_with(verified, "Imaginary H100", "**the tests have not been run there: unverified**")) == 2
+    verified, _ = texts(tmp_path, [check_row("memcheck-native")])
+    assert len(lines_with(verified, "Imaginary H100", "**its tests have not been run there: unverified**")) == 2
+    assert lines_with(verified, "| native (CUDA C++) |", "unverified**; also memcheck (commit 0123456789ab) |")
 
 
-def test_an_implementation_that_the_tests_could_not_use_is_unverified(tmp_path):
+def test_an_implementation_that_cannot_be_used_is_unverified(tmp_path):
     missing = {"triton": None, "native": "the CUDA module was not built: no nvcc"}
-    verified, _ = texts(tmp_path, [check_row("tests", unusable=missing)])
-    assert lines_with(verified, "| triton | Imaginary H100", "verified by `pytest -m gpu`")
+    rows = [check_row("tests-triton", unusable=missing), check_row("tests-native", "skipped", unusable=missing)]
+    verified, _ = texts(tmp_path, rows)
+    assert lines_with(verified, "| triton | Imaginary H100", "verified by its part")
     (line,) = lines_with(verified, "| native (CUDA C++) | Imaginary H100")
-    assert "**the tests could not use it there (the CUDA module was not built: no nvcc; " in line
+    assert "**it could not be used there (the CUDA module was not built: no nvcc): unverified**" in line
     assert says_of_cuda(verified, "sm_80, sm_90a, sm_100", "has not run on a GPU: unverified")
     assert lines_with(verified, "| triton | sm_80, sm_100, sm_120, gfx942 |", "**unverified there**")
-    unknown = check_row("tests", date="2026-12-02", unusable={})
-    verified, _ = texts(tmp_path, [unknown])
-    assert "verified by" not in verified
 
 
 def test_a_part_that_failed_is_named_beside_passed_tests(tmp_path):
-    verified, _ = texts(tmp_path, [check_row("tests"), check_row("racecheck", "failed", detail="1 hazard")])
-    for line in lines_with(verified, "Imaginary H100"):
-        assert line.endswith("2026-12-01); **not: racecheck failed (1 hazard)** |")
+    rows = [*rows_of_tests(), check_row("racecheck-native", "failed", detail="1 hazard")]
+    verified, _ = texts(tmp_path, rows)
+    (line,) = lines_with(verified, "| native (CUDA C++) | Imaginary H100")
+    assert line.endswith("2026-12-01); **not: racecheck failed (1 hazard)** |")
 
 
 def test_of_each_part_the_newest_row_counts(tmp_path):
-    old, new = check_row("tests", date="2026-12-02"), check_row("tests", "failed", date="2026-12-03", detail="1 failed")
-    verified, _ = texts(tmp_path, [new, old])
+    old = rows_of_tests(date="2026-12-02")
+    new = rows_of_tests("failed", date="2026-12-03", detail="1 failed")
+    verified, _ = texts(tmp_path, [*new, *old])
     assert "verified by" not in verified and "1 failed" in verified
-    verified, _ = texts(tmp_path, [check_row("tests", date="2026-12-04", commit="fedcba987654", is_dirty=True)])
+    verified, _ = texts(tmp_path, rows_of_tests(date="2026-12-04", commit="fedcba987654", is_dirty=True))
     assert "verified by" in verified and "commit fedcba987654 with changes, 2026-12-04" in verified
 
 
 def test_devices_are_told_apart(tmp_path):
     other = {"device": "Imaginary A100", "capability": "8.0"}
-    checks = [check_row("tests"), check_row("tests", "failed", detail="1 failed", **other)]
+    checks = [*rows_of_tests(), *rows_of_tests("failed", detail="1 failed", **other)]
     rows = [*invented.quick_grid(), *invented.quick_grid(**other)]
     verified, speed = texts(tmp_path, checks, rows)
     assert len(lines_with(verified, "Imaginary H100", "verified by")) == 2
-    assert len(lines_with(verified, "Imaginary A100 (sm_80)", "the tests did not pass there")) == 2
+    assert len(lines_with(verified, "Imaginary A100 (sm_80)", "its tests did not pass there")) == 2
     a100, h100 = (speed.index(f"Imaginary {name}, driver") for name in ("A100", "H100"))
     assert a100 < h100 and speed.count("**Tests have not passed there: triton, native (CUDA C++).**") == 1
     assert "**Tests have not passed" in speed[a100:h100]
@@ -178,7 +200,7 @@ def test_only_what_is_between_the_markers_changes(tmp_path, capsys):
     text = path.read_text()
     assert readme.main([*options, "--check"]) == 0 and readme.main(options) == 0 and path.read_text() == text
     assert "by hand" in text and text.endswith("-->\nthe end\n") and "old" not in text
-    report.append_rows(tmp_path / "d-check.jsonl", [check_row("tests")])
+    report.append_rows(tmp_path / "d-check.jsonl", rows_of_tests())
     assert readme.main([*options, "--check"]) == 1
     assert "out of date" in capsys.readouterr().out
 
