@@ -130,6 +130,8 @@ def run(specs: list, options: argparse.Namespace, device: torch.device, console:
         except KeyboardInterrupt:
             console.print(f"[yellow]interrupted: {num_done} of {len(specs)} cases begun")
             return rows, True
+        finally:
+            gc.unfreeze()
     return rows, False
 
 

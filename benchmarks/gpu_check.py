@@ -15,7 +15,7 @@ run 1
 machine          12   a process; 0.5 GB copied 8 times, 6 products of 8192 x 8192
 (build           60   only without a module: one file takes nvcc 27 s, 16 cores do not help it)
 calls-native     22   4 processes: begin, then 9 cases, 3 x 250 runs of 2 ms, 3 graphs each; compares with the reference
-quick            60   begin, 18 cases of 2 s (float64 check, 7 implementations, 0.5 s of rounds), 20 kernels of Triton
+quick            60   begin, 19 cases of 2 s (float64 check, 7 implementations, 0.5 s of rounds), 20 kernels of Triton
 tests-native     85   10 s to begin and collect, 2205 tests: 1000 CPU-s on 14 processes
 calls-triton     55   8 processes: begin, 8 cases, 14 kernels of 0.8 s, 3 x 250 runs of 4 ms with 8 on one GPU, 3 graphs
 peers            55   begin, torch.compile 25 s, other packages' kernels, eight implementations
@@ -30,7 +30,7 @@ racecheck-native 25   begin under the tool 15 s, 9 cases of 1 s; a finding is a 
 
 run 3, where there is time
 machine          12
-operators        60   begin, 17 cases of heads and lookups of 2.5 s
+operators        60   begin, 18 cases of heads and lookups of 2.5 s
 tests-rest      240   torch.compile, registration, plain torch, Triton's other files: 3000 CPU-s on 14 processes
 """
 

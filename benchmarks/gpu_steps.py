@@ -48,6 +48,8 @@ TRITON_FILES = (
     *("test_backward_form.py", "test_soft_embedding.py", "test_heads.py"),
 )
 FILES = {"native": NATIVE_FILES, "triton": TRITON_FILES}
+# without the models, whose tests import transformers and need no GPU
+REST = ("tests", "--ignore=tests/models")
 SELECTED = {"native": "native-cuda", "triton": "triton-cuda"}
 
 
@@ -171,7 +173,7 @@ def suite(name: str) -> Step:
 
 def rest_of_suite(place: Place, seconds: float) -> dict[str, Outcome]:
     """What is in neither part."""
-    return {"tests-rest": _suite("tests-rest", rest_expression(), ["tests", "--ignore=tests/models"], place, seconds)}
+    return {"tests-rest": _suite("tests-rest", rest_expression(), list(REST), place, seconds)}
 
 
 def rest_expression() -> str:

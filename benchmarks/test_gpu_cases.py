@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from benchmarks import gpu_cases, harness, machine
+from benchmarks import __main__ as command
+from benchmarks import cross_entropy, gpu_cases, harness, machine, report
 from benchmarks.standin import device as standin
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -236,6 +237,85 @@ def test_a_large_call_is_timed_by_events_and_a_small_one_by_the_host(on_standin)
 def test_peak_memory_is_the_allocators_own_count(on_standin):
     begun = []
     assert harness.peak_bytes(lambda: begun.append(1), CUDA) == 2 << 20 and begun == [1]
+
+
+HEADLINE = [
+    "--device",
+    "cuda",
+    "--op",
+    "cross_entropy",
+    "--shape",
+    "8192x128256",
+    "--dtype",
+    "bf16",
+    "--inputs",
+    "flat",
+]
+
+
+def timed(tmp_path, *options):
+    """Exit status and rows of the benchmark on the stand-in: training and forward at one size."""
+    passes = ["--pass", "training", "forward", "--baselines", "eager", "--rounds", "1", "--no-plot"]
+    code = command.main([*HEADLINE, *passes, "--output", str(tmp_path), *options])
+    return code, [row["pass"] for row in report.read_rows(tmp_path / "stand-in-gpu.jsonl")]
+
+
+def test_after_its_time_the_benchmark_begins_no_case_and_says_so(on_standin, tmp_path, capsys):
+    code, passes = timed(tmp_path, "--time-limit", "1e-9")
+    assert (code, passes) == (2, []) and "time is over: 0 of 2 cases finished" in capsys.readouterr().out
+
+
+def test_a_case_that_does_not_fit_the_device_is_left_out_and_the_next_is_timed(
+    on_standin, tmp_path, monkeypatch, capsys
+):
+    build = cross_entropy.build
+
+    def too_large(spec, *args):
+        if spec.pass_name == "training":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(spec, *args)
+
+    monkeypatch.setattr(cross_entropy, "build", too_large)
+    code, passes = timed(tmp_path)
+    assert code == 0 and set(passes) == {"forward"}
+    assert "1/2 training 8192 x 128256 bf16: does not fit the device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at, code", [("training", 130), ("forward", 130)])
+def test_an_interrupted_benchmark_keeps_the_cases_before(on_standin, tmp_path, monkeypatch, capsys, at, code):
+    build = cross_entropy.build
+
+    def interrupted(spec, *args):
+        if spec.pass_name == at:
+            raise KeyboardInterrupt
+        return build(spec, *args)
+
+    monkeypatch.setattr(cross_entropy, "build", interrupted)
+    found, passes = timed(tmp_path)
+    assert found == code and set(passes) == ({"training"} if at == "forward" else set())
+    assert "interrupted: " in capsys.readouterr().out
+
+
+def test_a_wrong_index_is_a_finding(monkeypatch):
+    case = next(case for case in gpu_cases.all_cases() if case.name.startswith("statistics"))
+    run = gpu_cases.Case.run
+    wrong = lambda self, inputs, backend="auto": {  # noqa: E731
+        name: value + (value.dtype == torch.int64 and backend != "reference")
+        for name, value in run(self, inputs, backend).items()
+    }
+    monkeypatch.setattr(gpu_cases.Case, "run", wrong)
+    assert case.check(CPU) == "output 2 differs"
+
+
+def test_without_a_compiled_module_none_is_named(monkeypatch):
+    monkeypatch.setattr(gpu_cases.importlib.util, "find_spec", lambda name: None)
+    assert gpu_cases._module_text() is None
+
+
+def test_a_copy_without_its_history_has_no_commit_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("AUXKERNELS_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.git_commit() == (None, None)
 
 
 def test_the_driver_is_unknown_where_its_tool_is_missing(monkeypatch, tmp_path):

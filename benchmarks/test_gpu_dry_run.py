@@ -1,4 +1,4 @@
-"""Both runs of the GPU check from end to end on a stand-in for the device: real commands, real processes, real files.
+"""All runs of the GPU check from end to end on a stand-in for the device: real commands, real processes, real files.
 
 What is smaller than on a device: sizes, numbers of cases and rounds, and of the suite one file.
 """
@@ -30,6 +30,8 @@ def play(patch: pytest.MonkeyPatch, **variables: str) -> None:
     patch.setattr(gpu_steps, "FILES", dict.fromkeys(gpu_steps.FILES, ("test_confident_rows.py",)))
     selected = {name: f"{expression} and softcap" for name, expression in gpu_steps.SELECTED.items()}
     patch.setattr(gpu_steps, "SELECTED", selected)
+    rest = "tests/test_confident_rows.py::test_smoothing_and_weights_do_not_spoil_the_loss_of_a_confident_row"
+    patch.setattr(gpu_steps, "REST", (rest,))
     patch.setattr(gpu_cases, "NUM_REPEATS", 3)
     runs = {
         number: tuple(step._replace(limit=PATIENCE * step.limit) for step in steps)
@@ -50,19 +52,19 @@ def check(output: Path, *options: str) -> tuple[int, list[dict]]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What both runs leave, each in a folder of its own: {run: (exit status, rows, folder)}."""
+    """What the runs leave, each in a folder of its own: {run: (exit status, rows, folder)}."""
     results = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUXKERNELS_COMMIT", "")  # to be as it was afterwards
         play(patch)
-        for number in (1, 2):
+        for number in gpu_check.RUNS:
             folder = tmp_path_factory.mktemp(f"run{number}")
             results[number] = (*check(folder, "--run", str(number)), folder)
     return results
 
 
-def both(found, tmp_path: Path) -> Path:
-    """The files of both runs together, as they are kept."""
+def kept(found, tmp_path: Path) -> Path:
+    """The files of all runs together, as they are kept."""
     for _, _, folder in found.values():
         for path in folder.glob("*.jsonl"):
             report.append_rows(tmp_path / path.name, report.read_rows(path))
@@ -73,6 +75,7 @@ CALLS = {name: [f"{check}-{name}" for check in ("values", "repeats", "graphs")] 
 PARTS = {
     1: ["machine", "module", *CALLS["native"], "quick", "tests-native", *CALLS["triton"], "peers"],
     2: ["machine", "module", "tests-triton", "lattice", "memcheck-native", "synccheck-native", "racecheck-native"],
+    3: ["machine", "module", "operators", "tests-rest"],
 }
 
 
@@ -103,7 +106,7 @@ def test_the_log_has_every_command_and_what_it_said_line_by_line(found):
 
 @pytest.mark.slow
 def test_readme_and_the_table_of_choices_can_be_made_of_what_is_found(found, tmp_path):
-    results = both(found, tmp_path)
+    results = kept(found, tmp_path)
     (parts,) = readme.read_checks(results)
     assert readme.is_verified(parts, "native") and readme.is_verified(parts, "triton")
     verified, speed = readme.sections(results, tmp_path / "README.md").values()
@@ -121,7 +124,7 @@ def test_readme_and_the_table_of_choices_can_be_made_of_what_is_found(found, tmp
 
 @pytest.mark.slow
 def test_what_goes_wrong_with_one_implementation_is_found_and_leaves_the_other_verified(found, tmp_path, monkeypatch):
-    results = both(found, tmp_path)
+    results = kept(found, tmp_path)
     monkeypatch.setenv("AUXKERNELS_COMMIT", "")
     play(monkeypatch, STANDIN_DEFECT="native:illegal", STANDIN_SANITIZER="3")
     code, rows = check(results, "--steps", "calls-native", "tests-native", "memcheck-native")

@@ -25,7 +25,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 NAME, CAPABILITY = "Stand-in GPU", (9, 0)
 # the largest tensor that is made on the device, and what each side of a larger one becomes
 MAX_ELEMENTS, MAX_SIDE, MAX_LENGTH = 1 << 16, 256, 1 << 12
-# of the sixty cases, every so many-th
+# of the sixty small calls, every so many-th in a process that has imported them (one that is started has all)
 KEPT_CASES = 7
 FACTORIES = (torch.empty, torch.ones, torch.zeros, torch.randn)
 
