@@ -152,9 +152,7 @@ class Call(NamedTuple):
         if self.requires_grad():
             parts = distinct(self.parts)
             edges = anchors(parts)
-            loss, *fields = OnePass.apply(
-                self.form, saveable(self.target), weight, *options, len(parts), *parts, *edges
-            )
+            loss, *fields = OnePass.apply(self.form, saveable(self.target), weight, *options, edges, *parts)
         else:
             loss, *fields = self.form.loss(self.parts, self.target, weight, options, ())
         return loss, ops.named_fields(wanted, fields)[0] if wanted else {}
@@ -228,14 +226,15 @@ class OnePass(torch.autograd.Function):
     """Loss and gradients made together; backward only rescales where the upstream gradient is not 1."""
 
     @staticmethod
-    def forward(ctx, form, target, weight, normalizer, eps, z_loss, mean, wanted, num_parts, *parts_and_anchors):
-        parts, edges = parts_and_anchors[:num_parts], parts_and_anchors[num_parts:]
-        needs = ctx.needs_input_grad[9 : 9 + num_parts]
+    def forward(ctx, form, target, weight, normalizer, eps, z_loss, mean, wanted, edges, *parts):
+        needs = ctx.needs_input_grad[9:]
         loss, *rest = form.loss(parts, target, weight, (normalizer, eps, z_loss, mean, wanted), needs)
         num_grads = sum(needs)
         fields, grads = rest[: len(rest) - num_grads], rest[len(rest) - num_grads :]
-        ctx.save_for_backward(target, *edges, *grads)
-        ctx.form, ctx.needs, ctx.num_edges = form, needs, len(edges)
+        ctx.save_for_backward(target, *grads)
+        ctx.form, ctx.needs = form, needs
+        # no inputs: compiled autograd adds a gradient of None to the one that the part has
+        ctx.edges = edges
         ctx.layouts = [(part.dtype, part.dim()) if isinstance(part, Tensor) else None for part in parts]
         ctx.handed_out = False
         ctx.mark_non_differentiable(*fields)
@@ -251,7 +250,7 @@ class OnePass(torch.autograd.Function):
                 )
             ctx.handed_out = True
         target, *saved = ctx.saved_tensors
-        edges, grads = saved[: ctx.num_edges], _spread(saved[ctx.num_edges :], ctx.needs)
+        grads = _spread(saved, ctx.needs)
         factor = upstream.detach()
         for i, (kind, grad) in enumerate(zip(ctx.form.kinds(), grads, strict=True)):
             if grad is None:
@@ -262,7 +261,7 @@ class OnePass(torch.autograd.Function):
                 grads[i] = per_row if dim else per_row.sum()
             else:
                 grads[i] = _rescaled(grad, factor, target if kind == ROWS else None, ctx.form).to(dtype)
-        return (*[None] * 9, *once(_WHO, grads, (*edges, upstream)), *[None] * ctx.num_edges)
+        return (*[None] * 9, *once(_WHO, grads, (*ctx.edges, upstream)))
 
 
 def _rescaled(grad: Tensor, factor: Tensor, target: Tensor | None, form: Matrices | Chunks) -> Tensor:
