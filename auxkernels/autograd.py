@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def distinct(tensors: tuple) -> tuple:
@@ -29,6 +30,34 @@ def anchors(tensors: tuple) -> list[Tensor]:
     if torch.compiler.is_compiling():
         return []
     return [t[..., None][:0].clone() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _has_transform() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+# a constant of the trace: torch.compile enters the transforms that it traces, and guards those around it. set by hand,
+# because torch.compiler.assume_constant_result imports the compiler, which takes seconds
+_has_transform._dynamo_marked_constant = True
+
+
+def is_traced_in_transform() -> bool:
+    """Whether torch.compile traces inside a transform of torch.func or forward-mode differentiation.
+
+    There it says of inputs that no gradient is wanted, and runs an autograd function without its derivative.
+    """
+    return torch.compiler.is_compiling() and _has_transform()
+
+
+def apply(function: type[torch.autograd.Function], who: str, *args):
+    """function.apply(*args); what torch.compile would trace wrongly is left to eager mode, which has an error for it."""
+    if is_traced_in_transform():
+        # raised in a call that does nothing else, so that eager mode, without fullgraph, takes up all of it
+        raise RuntimeError(
+            f"{who} has no rule for torch.func's transforms (grad, vjp, jvp, vmap, ...) and forward-mode "
+            "differentiation: use torch.autograd.grad, or backend='reference'"
+        )
+    return function.apply(*args)
 
 
 class DelayedError(torch.autograd.Function):

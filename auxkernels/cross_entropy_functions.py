@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .autograd import anchors, distinct, once, saveable
+from .autograd import anchors, apply, distinct, is_traced_in_transform, once, saveable
 from .chunked import cross_entropy as chunked
 
 # what a part's gradient is: one row for each row of the target, one for all rows, or a number for each row
 ROWS, SHARED, SCALE = range(3)
+_WHO = "aux_cross_entropy or logit_stats"
 
 
 class Matrices(NamedTuple):
@@ -115,7 +116,8 @@ class Call(NamedTuple):
     target: Tensor | None
 
     def requires_grad(self) -> bool:
-        if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
+        # a dual number: autograd says that it has no forward mode here
+        if forward_ad._current_level >= 0 or is_traced_in_transform():
             return True
         if not torch.is_grad_enabled():
             return False
@@ -143,7 +145,7 @@ class Call(NamedTuple):
         if not self.requires_grad():
             return ops.named_fields(wanted, self.form.scan(self.parts, self.target, weight, wanted))[0]
         parts = distinct(self.form.tensors(self.parts))
-        rows = RowScan.apply(self.form, saveable(self.target), saveable(weight), wanted, *parts)
+        rows = apply(RowScan, _WHO, self.form, saveable(self.target), saveable(weight), wanted, *parts)
         return dict(zip(ops.fields_in(wanted), rows, strict=True))
 
     def loss_in_one_pass(self, weight: Tensor | None, options: tuple) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,13 +154,10 @@ class Call(NamedTuple):
         if self.requires_grad():
             parts = distinct(self.parts)
             edges = anchors(parts)
-            loss, *fields = OnePass.apply(self.form, saveable(self.target), weight, *options, edges, *parts)
+            loss, *fields = apply(OnePass, _WHO, self.form, saveable(self.target), weight, *options, edges, *parts)
         else:
             loss, *fields = self.form.loss(self.parts, self.target, weight, options, ())
         return loss, ops.named_fields(wanted, fields)[0] if wanted else {}
-
-
-_WHO = "aux_cross_entropy and logit_stats"
 
 
 class RowScan(torch.autograd.Function):

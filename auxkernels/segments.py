@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, native, ops
-from .autograd import once
+from .autograd import apply, once
 
 _library = torch.library.Library("auxkernels", "FRAGMENT")
 _library.define("segments_to_tokens(Tensor rows, Tensor segment_ids, str backend) -> Tensor")
@@ -26,7 +26,7 @@ def segments_to_tokens(rows: Tensor, segment_ids: Tensor, backend: str = "auto")
     """
     checks.segments(rows, segment_ids)
     backend = backends.resolve(backend, rows.device, rows.dtype if rows.dtype == torch.float64 else torch.float32)
-    return _SegmentsToTokens.apply(rows, segment_ids, backend)
+    return apply(_SegmentsToTokens, "segments_to_tokens", rows, segment_ids, backend)
 
 
 class _SegmentsToTokens(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, checks, ops, plain_lookup, reference
-from .autograd import distinct, once, saveable
+from .autograd import apply, distinct, is_traced_in_transform, once, saveable
 from .chunked import soft_embedding as chunked
 from .sources import Head, SourceLike, as_sources
 
@@ -111,7 +111,8 @@ class _Problem(NamedTuple):
         return self.softcaps, self.autocast, self.top_k, self.hard, self.backend
 
     def requires_grad(self) -> bool:
-        if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
+        # a dual number: autograd says that it has no forward mode here
+        if forward_ad._current_level >= 0 or is_traced_in_transform():
             return True
         tensors = (*self.parts, self.temperature, self.table)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -195,7 +196,7 @@ def _run(problem: _Problem, wanted: int) -> tuple[Tensor, dict[str, Tensor]]:
     numbers = (problem.gumbel, problem.seed, problem.mask)
     if problem.requires_grad():
         numbers = tuple(saveable(None if t is None else t.detach()) for t in numbers)
-        mixture, *fields = _SoftEmbedding.apply(constants, wanted, *numbers, *distinct(tensors))
+        mixture, *fields = apply(_SoftEmbedding, "soft_embedding", constants, wanted, *numbers, *distinct(tensors))
     else:
         arguments = _arguments(constants, problem.parts, problem.table, problem.temperature, *numbers)
         mixture, *fields = chunked.forward(*arguments, wanted, problem.backend)
