@@ -50,7 +50,7 @@ def is_traced_in_transform() -> bool:
 
 
 def apply(function: type[torch.autograd.Function], who: str, *args):
-    """function.apply(*args); what torch.compile would trace wrongly is left to eager mode, which has an error for it."""
+    """function.apply(*args); what torch.compile would trace wrongly is left to eager mode, which has an error."""
     if is_traced_in_transform():
         # raised in a call that does nothing else, so that eager mode, without fullgraph, takes up all of it
         raise RuntimeError(
