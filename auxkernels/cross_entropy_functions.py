@@ -116,15 +116,13 @@ class Call(NamedTuple):
     target: Tensor | None
 
     def requires_grad(self) -> bool:
-        # a dual number: autograd says that it has no forward mode here
-        if forward_ad._current_level >= 0 or is_traced_in_transform():
+        if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
             return True
-        if not torch.is_grad_enabled():
-            return False
-        for part in self.parts:  # noqa: SIM110, any() would take a microsecond of a call's thirty
-            if isinstance(part, Tensor) and part.requires_grad:
-                return True
-        return False
+        if torch.is_grad_enabled():
+            for part in self.parts:  # any() would take a microsecond of a call's thirty
+                if isinstance(part, Tensor) and part.requires_grad:
+                    return True
+        return is_traced_in_transform()
 
     def has_half_gradient(self) -> bool:
         # fp16 gradients made in the forward pass would underflow before the grad scaler's factor arrives. those of a

@@ -111,11 +111,12 @@ class _Problem(NamedTuple):
         return self.softcaps, self.autocast, self.top_k, self.hard, self.backend
 
     def requires_grad(self) -> bool:
-        # a dual number: autograd says that it has no forward mode here
-        if forward_ad._current_level >= 0 or is_traced_in_transform():
+        if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
             return True
         tensors = (*self.parts, self.temperature, self.table)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return True
+        return is_traced_in_transform()
 
 
 def _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backend) -> _Problem:

@@ -1,0 +1,236 @@
+"""Transforms and compilation together: an error or the truth, never a gradient of zero.
+
+torch.compile says of the inputs of torch.func's transforms that they require no gradient, drops forward mode's
+tangents, and would run an autograd function without its derivative.
+"""
+
+import pytest
+import torch
+from torch import func
+from torch.autograd import forward_ad, functional
+from torch.utils.checkpoint import checkpoint
+
+from auxkernels import Head, Logits, aux_cross_entropy, logit_stats, segments_to_tokens, soft_embedding
+
+ROWS, V, WIDTH = 4, 9, 3
+ERRORS = (RuntimeError, NotImplementedError, torch._dynamo.exc.TorchDynamoException)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _with_stats(found):
+    mixture, stats = found
+    return mixture.square().sum() + stats.entropy.sum() + stats.usage.square().sum()
+
+
+def _all_stats(stats):
+    return (stats.entropy + stats.kl_to_base - stats.lse + stats.log_prob * stats.base_log_prob).sum()
+
+
+def operator(name: str, backend: str):
+    """(a function to a number, its argument)."""
+    made = torch.Generator().manual_seed(1)
+    base, z = (torch.randn(ROWS, V, generator=made) for _ in range(2))
+    hidden, weight, table = (torch.randn(n, WIDTH, generator=made) for n in (ROWS, V, V))
+    tables = torch.randn(2, V, WIDTH, generator=made)
+    y, ids = torch.tensor([0, 8, -100, 3]), torch.tensor([0, 2, -1, 2])
+    mask, weights = torch.arange(V) == 1, torch.rand(V, generator=made)
+
+    def loss(aux, **options):
+        return aux_cross_entropy(base, aux, y, backend=backend, **options)
+
+    def mixed(scores, table=table, **options):
+        return soft_embedding(scores, table, backend=backend, **options)
+
+    return {
+        "mean": (loss, z),
+        "sum and options": (
+            lambda x: loss(x, reduction="sum", label_smoothing=0.1, z_loss=0.1, weight=weights),
+            z,
+        ),
+        "normalizer": (lambda x: loss(x, normalizer=7), z),
+        "none": (lambda x: loss(x, reduction="none").square().sum(), z),
+        "recompute": (lambda x: loss(x, recompute=True), z),
+        "return_stats": (lambda x: loss(x, return_stats=True)[0], z),
+        "scale": (lambda x: loss(Logits(z, scale=x, softcap=5.0)), torch.tensor(1.3)),
+        "hidden": (lambda x: loss(Head(x, weight)), hidden),
+        "weight of a head": (lambda x: loss([Head(hidden, x), z], reduction="none").sum(), weight),
+        "logit_stats": (lambda x: _all_stats(logit_stats(base, x, y, backend=backend)), z),
+        "soft": (lambda x: mixed(x).square().sum(), z),
+        "table": (lambda x: mixed(z, x, top_k=3).square().sum(), table),
+        "temperature": (lambda x: mixed(z, temperature=x, mask=mask).square().sum(), torch.tensor(0.7)),
+        "hard": (lambda x: mixed(x, hard=True, gumbel=0.5, seed=3).square().sum(), z),
+        "tables and stats": (lambda x: _with_stats(mixed(Head(x, weight), tables, return_stats=True)), hidden),
+        "segments": (lambda x: segments_to_tokens(x, ids, backend).square().sum(), hidden),
+    }[name]
+
+
+OPERATORS = (
+    *("mean", "sum and options", "normalizer", "none", "recompute", "return_stats", "scale", "hidden"),
+    *("weight of a head", "logit_stats", "soft", "table", "temperature", "hard", "tables and stats", "segments"),
+)
+FEW = ("mean", "none", "logit_stats", "tables and stats", "segments")
+
+
+def gradient(f, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+def dual(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def twofold(x):
+    return torch.stack([x, x * 2])
+
+
+def _doubled(f):
+    return lambda v: func.grad(lambda u: f(u * 2))(v / 2) / 2
+
+
+# what a transform makes of f at x, compiled by c
+TO_GRADIENT = {
+    "grad": lambda f, x, c: c(func.grad(f))(x),
+    "grad of a leaf": lambda f, x, c: c(func.grad(f))(x.clone().requires_grad_()),
+    "grad without grad mode": lambda f, x, c: torch.no_grad()(c(func.grad(f)))(x),
+    "grad of an intermediate": lambda f, x, c: c(_doubled(f))(x),
+    "grad_and_value": lambda f, x, c: c(func.grad_and_value(f))(x)[0],
+    "vjp": lambda f, x, c: c(lambda v: func.vjp(f, v)[1](torch.ones(()))[0])(x),
+    "jacrev": lambda f, x, c: c(func.jacrev(f))(x),
+    "jacfwd": lambda f, x, c: c(func.jacfwd(f))(x),
+    "grad of a checkpoint": lambda f, x, c: c(func.grad(lambda v: checkpoint(f, v, use_reentrant=False)))(x),
+    "grad around compile": lambda f, x, c: func.grad(c(f))(x),
+    "functionalize": lambda f, x, c: gradient(c(func.functionalize(f)), x),
+}
+TO_TANGENT = {
+    "jvp": lambda f, x, c: c(lambda v: func.jvp(f, (v,), (torch.ones_like(v),))[1])(x),
+    "linearize": lambda f, x, c: c(lambda v: func.linearize(f, v)[1](torch.ones_like(v)))(x),
+    "dual number": lambda f, x, c: c(lambda v: dual(f, v))(x),
+    "dual number around compile": lambda f, x, c: dual(c(f), x),
+}
+TO_EACH = {
+    "vmap of grad": lambda f, x, c: c(func.vmap(func.grad(f)))(twofold(x)),
+    "grad of vmap": lambda f, x, c: c(func.grad(lambda v: func.vmap(f)(v).sum()))(twofold(x)),
+    "gradient of vmap": lambda f, x, c: gradient(c(lambda v: func.vmap(f)(v).sum()), twofold(x)),
+}
+TRANSFORMS = TO_GRADIENT | TO_TANGENT | TO_EACH
+
+
+def truth(transform: str, f, x):
+    if transform in TO_GRADIENT:
+        return gradient(f, x)
+    return gradient(f, x).sum() if transform in TO_TANGENT else torch.stack([gradient(f, row) for row in twofold(x)])
+
+
+def assert_error_or_truth(transform: str, name: str, backend: str, compiler):
+    f, x = operator(name, backend)
+    want = truth(transform, f, x)
+    try:
+        got = TRANSFORMS[transform](f, x, compiler)
+    except ERRORS:
+        return
+    assert got is not None
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_transforms_are_errors_that_say_what_to_do(native, name, transform):
+    f, x = operator(name, "native")
+    for compiler in ({"backend": "eager", "fullgraph": True}, {"backend": "aot_eager"}):
+        with pytest.raises(ERRORS, match=r"torch\.func's transforms|setup_context|functorch transforms"):
+            TRANSFORMS[transform](f, x, lambda g, options=compiler: torch.compile(g, **options))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["mean", "tables and stats"])
+def test_compiled_transforms_are_an_error_or_the_truth(native, name, transform):
+    assert_error_or_truth(transform, name, "native", lambda g: torch.compile(g, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_whole_graphs_without_a_compiler_are_an_error_or_the_truth(native, transform):
+    assert_error_or_truth(transform, "mean", "native", lambda g: torch.compile(g, backend="eager", fullgraph=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_generated_code_of_a_transform_is_an_error_or_the_truth(native, transform):
+    assert_error_or_truth(transform, "mean", "native", torch.compile)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap of grad", "dual number"])
+@pytest.mark.parametrize("name", ["mean", "logit_stats", "hard"])
+def test_compiled_transforms_of_the_reference_are_an_error_or_the_truth(name, transform):
+    assert_error_or_truth(transform, name, "reference", lambda g: torch.compile(g, backend="aot_eager"))
+
+
+def test_the_reference_has_the_compiled_gradient_that_the_error_promises():
+    for name in ("mean", "logit_stats", "soft"):
+        f, x = operator(name, "reference")
+        got = torch.compile(func.grad(f), backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(got, gradient(f, x))
+
+
+def test_a_graph_compiled_before_a_transform_does_not_serve_inside_it(native):
+    f, x = operator("mean", "native")
+    compiled = torch.compile(f, backend="aot_eager")
+    assert compiled(x).isfinite() and gradient(compiled, x).any()
+    for transform in (func.grad, lambda g: lambda v: dual(g, v)):
+        with pytest.raises(ERRORS):
+            transform(compiled)(x)
+    torch.testing.assert_close(gradient(compiled, x), gradient(f, x))
+
+
+# -- what has a right value --------------------------------------------------------------------------------------------
+
+RIGHT = {
+    "autograd.grad around": lambda f, x, c: gradient(c(f), x),
+    "autograd.grad within": lambda f, x, c: c(lambda v: gradient(f, v))(x),
+    "jacobian": lambda f, x, c: functional.jacobian(c(f), x),
+    "functional.vjp": lambda f, x, c: functional.vjp(c(f), x)[1],
+    "checkpoint": lambda f, x, c: gradient(c(lambda v: checkpoint(f, v, use_reentrant=False)), x),
+}
+
+
+@pytest.mark.parametrize("way", RIGHT)
+@pytest.mark.parametrize("name", FEW)
+def test_compiled_autograd_functions_have_the_gradients_of_eager(native, name, way):
+    f, x = operator(name, "native")
+    got = RIGHT[way](f, x, lambda g: torch.compile(g, backend="aot_eager"))
+    torch.testing.assert_close(got, gradient(f, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_compiled_functional_call_has_the_gradient_of_the_given_parameter(native, name):
+    f, x = operator(name, "native")
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = torch.nn.Parameter(torch.zeros_like(x))
+
+        def forward(self):
+            return f(self.x)
+
+    model = Model()
+    called = torch.compile(lambda v: func.functional_call(model, {"x": v}), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradient(called, x), gradient(f, x), rtol=1e-5, atol=1e-6)
+    assert model.x.grad is None
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_compiled_gradient_penalty_is_an_error(native, name):
+    f, x = operator(name, "native")
+    x = x.clone().requires_grad_()
+    loss = torch.compile(f, backend="aot_eager")(x)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward|differentiated twice"):
+        (loss + grad.square().sum()).backward()
