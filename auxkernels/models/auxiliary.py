@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..cross_entropy import aux_cross_entropy
 from . import auxiliary_inputs as reading
 from . import saving
+from .causal_lm import are_packed
 from .configuration import AuxiliaryConfig
 from .heads import check_output_head, detached, output_head, zero_output_head
 from .paired_cache import PairedCache
@@ -267,7 +268,10 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
 
         input_ids           [batch, new] int64, read by both models
         attention_mask      [batch, past + new], 0: padding, on either side
-        position_ids        [batch, new]; of the auxiliary's text, behind a prefix, they count on from it
+        position_ids        [batch, new]; of the auxiliary's text, behind a prefix, they count on from it, and where
+                            none are given they count what attention_mask lets through
+        use_cache           None: where a cache is given; in evaluation without labels as the configuration says, unless
+                            positions begin anew within a row (packed texts, which a cache would not keep apart)
         labels              [batch, new], shifted inside; keyword shift_labels: already shifted. -100: not counted
         logits_to_keep      how many of the last positions, or which, get logits; 0: all. The loss is over all
         aux_input_ids       [batch, prefix] int64, read by the auxiliary alone in front of the text, never predicted;
@@ -283,7 +287,8 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             reading.check_cache(past_key_values)
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and target is None and not self.training)
+            is_new = target is None and not self.training and not are_packed(attention_mask, position_ids)
+            use_cache = past_key_values is not None or (self.config.use_cache and is_new)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
 
@@ -353,7 +358,7 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         output = self.base.base_model(
             input_ids=prefix,
             attention_mask=mask,
-            position_ids=reading.prefix_positions(mask),
+            position_ids=reading.positions_of(mask),
             use_cache=False,
             output_hidden_states=True,
             **kwargs,

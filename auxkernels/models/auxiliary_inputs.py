@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .causal_lm import are_packed
 from .paired_cache import PairedCache
 
 IGNORE_INDEX = -100
@@ -30,18 +31,15 @@ class Text:
         mask = _text_mask(self.attention_mask, batch, self.past + new, device)
         positions = self.position_ids
         if positions is None:
-            positions = torch.arange(self.past, self.past + new, device=device)[None]
+            positions = positions_of(mask)[:, self.past :]
         elif positions.dim() != 2:
             raise ValueError(f"position_ids must be [batch, new] behind a prefix, got {list(positions.shape)}")
-        elif self._may_be_packed() and (positions.diff(dim=-1) != 1).any():
+        elif self.past == 0 and are_packed(self.attention_mask, positions):
             raise ValueError("position_ids of packed texts cannot stand behind a prefix: give each text its own row")
         positions = positions + (prefix_mask != 0).sum(dim=-1, keepdim=True)
         if prefix is not None:
-            positions = torch.cat([prefix_positions(prefix_mask), positions], dim=1)
+            positions = torch.cat([positions_of(prefix_mask), positions], dim=1)
         return torch.cat([prefix_mask.to(mask.dtype), mask], dim=1), positions
-
-    def _may_be_packed(self) -> bool:
-        return self.attention_mask is None and self.past == 0 and not torch.compiler.is_compiling()
 
 
 @dataclass
@@ -62,8 +60,8 @@ def aux_text(text: Text, input_ids: Tensor | None, mask: Tensor | None, pad_toke
     return AuxText(prefix, mask, *text.behind(mask, prefix))
 
 
-def prefix_positions(mask: Tensor) -> Tensor:
-    """Positions of the tokens that count, [batch, prefix]: 0, 1, ... without gaps."""
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions of the tokens that count, [batch, n]: 0, 1, ... without gaps."""
     return ((mask != 0).cumsum(dim=-1) - 1).clamp(min=0)
 
 

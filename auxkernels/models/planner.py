@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
+from .causal_lm import are_packed
 from .conditioning import (
     ActiveRows,
     Conditioning,
@@ -172,7 +173,8 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
 
         attention_mask        [batch, seq] says also after which tokens padding comes (`predicted_segments`), with a
                               cache its last seq columns; masks of other forms do not, so there ids must be aligned.
-        use_cache             None: in training none is made, unless past_key_values are given.
+        use_cache             None: unless past_key_values are given, none is made in training, where there are labels,
+                              or where positions begin anew within a row (packed texts, which it would not keep apart).
         segment_ids           int64 [batch, seq], the segment of each token, numbered from 0 over the whole batch;
                               negative: a token of no segment. Mode "fixed" does without: all tokens.
         segments_are_aligned  they already say of which segment the *predicted* token is (`predicted_segments`).
@@ -199,8 +201,10 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
             mask = None if segments_are_aligned else token_mask(attention_mask, shape)
             token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, mode, shape, self.lm.device)
             rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
-        if use_cache is None and self.training and past_key_values is None and plans is None:
-            use_cache = False  # a frozen model in eval mode would make one, which checkpointed layers fill twice
+        if use_cache is None and past_key_values is None and plans is None:
+            # a frozen model in eval mode would make one, which checkpointed layers fill twice
+            is_asked = not self.training and labels is None and shift_labels is None
+            use_cache = None if is_asked and not are_packed(attention_mask, position_ids) else False
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         outputs = self._lm_outputs(rows, token_segments, kwargs)

@@ -1,0 +1,98 @@
+"""What a composite must know of the causal language models in it, and of a call of one."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+# -- recurrent and convolutional states --------------------------------------------------------------------------------
+
+
+def is_stateful(*models: nn.Module) -> bool:
+    """Whether transformers says of any of these, or of a model inside, that it cannot take back what it has read."""
+    return any(getattr(module, "_is_stateful", False) for model in models for module in model.modules())
+
+
+def keeps_state(model) -> bool:
+    """Whether a model carries a recurrent or convolutional state along the tokens, padding between them included."""
+    layers = DynamicCache(config=model.config).layers
+    return is_stateful(model) or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+# -- packed texts ------------------------------------------------------------------------------------------------------
+
+
+def are_packed(attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether rows hold several texts, which positions that begin anew keep apart: where there is no mask or cache."""
+    if attention_mask is not None or position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
+        return False
+    return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+# -- mixtures of experts -----------------------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """Stands for a module that has been run, and returns what it returned."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args, **kwargs):
+        return self.outputs
+
+
+def wants_router_logits(model, given: bool | None) -> bool:
+    """Whether a model's routers are balanced: as the call says, else as its configuration does."""
+    configured = getattr(model.config.get_text_config(), "output_router_logits", None)
+    return bool(configured if given is None else given)
+
+
+def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:
+    """The weighted balancing loss that a mixture of experts adds to its own loss: 0-d, with a gradient.
+
+    outputs   what its base model returned, with router logits; None is returned where there are none
+    The model's own `forward` computes it, since families differ: behind a base model that has been run, with the last
+    token's logits and a cross-entropy of zero.
+    """
+    if not outputs.get("router_logits"):
+        return None
+    hidden, calls = outputs.last_hidden_state, []
+    given = type(outputs)(**{**outputs, "last_hidden_state": hidden[:, -1:]})
+
+    def no_loss(*args, **kwargs):
+        calls.append(args)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    shell = copy.copy(model)  # shares the weights; its base model and its loss are replaced, the model's are not
+    shell._modules = {**model._modules, model.base_model_prefix: _Given(given)}
+    shell.loss_function = no_loss
+    no_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    loss = shell.forward(
+        input_ids=no_ids, attention_mask=attention_mask, labels=no_ids, output_router_logits=True, return_dict=True
+    ).loss
+    if len(calls) != 1:
+        raise ValueError(
+            f"output_router_logits must be False for {type(model).__name__}, whose balancing loss cannot be told from "
+            "its cross-entropy"
+        )
+    return loss
+
+
+# -- what is frozen ----------------------------------------------------------------------------------------------------
+
+
+def check_frozen(model: nn.Module, name: str, hint: str = "") -> None:
+    """Raises ValueError where a model that is frozen has weights that require gradients, such as adapters."""
+    if torch.compiler.is_compiling() or not any(weight.requires_grad for weight in model.parameters()):
+        return
+    key = next(key for key, weight in model.named_parameters() if weight.requires_grad)
+    raise ValueError(
+        f"the frozen {name} must have no trainable weights, got {name}.{key}: PEFT keeps out of it with "
+        rf"exclude_modules=r'{name}\..*' and with whole names in modules_to_save{hint}"
+    )
