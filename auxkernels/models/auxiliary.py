@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..cross_entropy import aux_cross_entropy
 from . import auxiliary_inputs as reading
 from . import saving
-from .causal_lm import are_packed
+from .causal_lm import are_packed, is_stateful, keeps_state
 from .configuration import AuxiliaryConfig
 from .heads import check_output_head, detached, output_head, zero_output_head
 from .paired_cache import PairedCache
@@ -86,6 +86,9 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
                 weight.requires_grad_(False)  # nothing reads it
         self.post_init()
         self.generation_config = copy.deepcopy(base.generation_config)
+        self._is_stateful = is_stateful(base, aux)  # generation asks before it drafts tokens that may be taken back
+        is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
+        self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._freeze_base()
         self.train(aux.training)
@@ -275,7 +278,9 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         labels              [batch, new], shifted inside; keyword shift_labels: already shifted. -100: not counted
         logits_to_keep      how many of the last positions, or which, get logits; 0: all. The loss is over all
         aux_input_ids       [batch, prefix] int64, read by the auxiliary alone in front of the text, never predicted;
-                            with a cache it is read into it once. aux_attention_mask: 0: padding, anywhere
+                            with a cache it is read into it once. aux_attention_mask: 0: padding, anywhere. An
+                            auxiliary with a recurrent or convolutional state reads padding in front of all tokens that
+                            count, for which the first call with a cache must hold all of the text's left padding
         aux_scale           number, 0-d or [batch] tensor; None: config.aux_scale
         skip_logits         None: with labels in training mode
         num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
@@ -296,13 +301,15 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         text = reading.Text(input_ids, attention_mask, position_ids, past_key_values, past)
         scale = reading.row_scale(self.config.aux_scale if aux_scale is None else aux_scale, input_ids.shape)
         reader = self.aux if self.config.trunk_layer is None else self.base
-        behind = reading.aux_text(text, aux_input_ids, aux_attention_mask, reader.config.get_text_config().pad_token_id)
+        pad_token_id = reader.config.get_text_config().pad_token_id
+        behind = reading.aux_text(text, aux_input_ids, aux_attention_mask, pad_token_id, *self._keep_states)
         if past_key_values is not None:
             past_key_values.is_complete = False
         h_base, states = self._run_base(text, use_cache, output_hidden_states, kwargs)
         h_aux = self._run_aux(text, behind, use_cache, states, kwargs)
         if past_key_values is not None:
-            past_key_values.prefix_mask, past_key_values.is_complete = behind.prefix_mask, True
+            past_key_values.prefix_mask, past_key_values.arranged_mask = behind.prefix_mask, behind.arranged_mask
+            past_key_values.is_complete = True
 
         numbers = {} if target is None else self._loss(h_base, h_aux, target, scale, num_items_in_batch)
         if skip_logits is None:
@@ -336,12 +343,13 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
         prefix = behind.prefix
         if self.config.trunk_layer is None:
             tokens = text.input_ids if prefix is None else torch.cat([prefix, text.input_ids], dim=1)
-            inputs = {"input_ids": tokens}
+            inputs = {"input_ids": behind.arranged(tokens)}
         else:
             features = states[self.config.trunk_layer]
             if prefix is not None:
                 features = torch.cat([self._trunk_of_prefix(prefix, behind.prefix_mask, kwargs), features], dim=1)
-            inputs = {"inputs_embeds": self.trunk_projection(features.to(self.trunk_projection.weight.dtype))}
+            features = behind.arranged(features).to(self.trunk_projection.weight.dtype)
+            inputs = {"inputs_embeds": self.trunk_projection(features)}
         hidden = self.aux.base_model(
             **inputs,
             attention_mask=behind.attention_mask,
@@ -350,7 +358,7 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=bool(use_cache),
             **kwargs,
         ).last_hidden_state
-        return hidden if prefix is None else hidden[:, prefix.shape[1] :]
+        return behind.of_text(hidden)
 
     @torch.no_grad()
     def _trunk_of_prefix(self, prefix: Tensor, mask: Tensor, kwargs: dict) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,73 @@ class AuxText:
     prefix_mask: Tensor | None  # of the prefix in force, new or not
     attention_mask: Tensor | None
     position_ids: Tensor | None
+    order: Tensor | None = None  # [batch, prefix + new]: the token that is read at each place; None: as they stand
+    arranged_mask: Tensor | None = None  # of the first tokens in the order in which they were read; None: as they stand
+
+    def arranged(self, tokens: Tensor) -> Tensor:
+        """Prefix and text [batch, prefix + new, *] in the order in which they are read."""
+        return tokens if self.order is None else _gathered(tokens, self.order)
+
+    def of_text(self, hidden: Tensor) -> Tensor:
+        """What was read, [batch, prefix + new, D], to what stands for the text's tokens, [batch, new, D]."""
+        start = 0 if self.prefix is None else self.prefix.shape[1]
+        return hidden[:, start:] if self.order is None else _gathered(hidden, self.order.argsort(dim=1)[:, start:])
 
 
-def aux_text(text: Text, input_ids: Tensor | None, mask: Tensor | None, pad_token_id: int | None) -> AuxText:
-    """Checks everything and changes nothing, so that what raises here leaves the cache as it was."""
+def aux_text(
+    text: Text,
+    input_ids: Tensor | None,
+    mask: Tensor | None,
+    pad_token_id: int | None,
+    prefix_keeps_state: bool = False,
+    aux_keeps_state: bool = False,
+) -> AuxText:
+    """Checks everything and changes nothing, so that what raises here leaves the cache as it was.
+
+    prefix_keeps_state, aux_keeps_state   whether a model that reads the prefix, and whether the auxiliary, carries a
+                                          state along the tokens, which padding behind the first of them would change
+    """
     if text.cache is not None:
         text.cache.check_in_step()
     prefix, mask = prefix_to_read(text, input_ids, mask, pad_token_id)
-    return AuxText(prefix, mask, *text.behind(mask, prefix))
+    if prefix is not None and prefix_keeps_state:
+        order = _padding_first(mask)
+        prefix, mask = prefix.gather(1, order), mask.gather(1, order)
+    behind = AuxText(prefix, mask, *text.behind(mask, prefix))
+    return behind if mask is None or not aux_keeps_state else _without_gaps(text, behind)
+
+
+def _without_gaps(text: Text, behind: AuxText) -> AuxText:
+    """The text's left padding is read before the prefix; ValueError for padding that can no longer be moved there."""
+    length = behind.prefix_mask.shape[1]
+    if behind.prefix is not None:
+        if text.attention_mask is None:
+            return behind
+        is_text = _text_mask(text.attention_mask, len(behind.prefix), text.past + text.input_ids.shape[1], None) != 0
+        order = _padding_first(torch.cat([behind.prefix_mask != 0, is_text.cumsum(dim=1) > 0], dim=1))
+        mask = behind.attention_mask.gather(1, order)
+        positions = behind.position_ids.expand(len(order), -1).gather(1, order)
+        return replace(behind, attention_mask=mask, position_ids=positions, order=order, arranged_mask=mask)
+    first = text.cache.arranged_mask
+    first = behind.attention_mask[:, : length + text.past] if first is None else first[:, : length + text.past]
+    later = behind.attention_mask[:, first.shape[1] :]
+    if not torch.compiler.is_compiling() and (later[:, 1:] > later[:, :-1]).any():
+        raise ValueError(
+            "attention_mask must have its left padding in the call that reads the prefix, where the auxiliary keeps a "
+            "recurrent or convolutional state: give the whole prompt at once"
+        )
+    arranged = text.cache.arranged_mask
+    return replace(behind, attention_mask=torch.cat([first, later], dim=1), arranged_mask=arranged)
+
+
+def _padding_first(is_token: Tensor) -> Tensor:
+    """The order [batch, n] in which padding stands first, and what counts as it stood."""
+    return (is_token != 0).long().argsort(dim=1, stable=True)
+
+
+def _gathered(rows: Tensor, order: Tensor) -> Tensor:
+    """[batch, n, *] to [batch, m, *] by indices [batch, m]."""
+    return rows.gather(1, order.view(*order.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:]))
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -137,7 +196,7 @@ def check_inputs(input_ids, target, num_items_in_batch, kwargs: dict) -> None:
         )
 
 
-def _text_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+def _text_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device | None) -> Tensor:
     """The mask of `length` text tokens, [batch, length]: as given, or ones."""
     if attention_mask is None:
         return torch.ones((batch, length), dtype=torch.long, device=device)

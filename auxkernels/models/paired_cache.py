@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class PairedCache(Cache):
@@ -12,6 +14,8 @@ class PairedCache(Cache):
 
     base, aux     their caches; the auxiliary's holds `prefix_length` more tokens: the prefix that only it reads.
     prefix_mask   [batch, prefix_length], non-zero where the prefix counts; None: no prefix.
+    arranged_mask [batch, n], of the first n tokens in the auxiliary's cache where they were read in another order than
+                  they stand (padding first); None: as they stand.
     is_complete   False from the start of a call to its end: a call that failed leaves some layers behind others.
     Lengths and masks are the base's, because generation asks for the text's. What changes the batch or the length
     (reorder, repeat, select, crop, reset) is done to both, and the prefix stays.
@@ -21,6 +25,7 @@ class PairedCache(Cache):
         self.base = base
         self.aux = aux
         self.prefix_mask: Tensor | None = None
+        self.arranged_mask: Tensor | None = None
         self.is_complete = True
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -63,7 +68,12 @@ class PairedCache(Cache):
         raise TypeError("PairedCache holds two models' caches: update .base or .aux")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the text's last tokens from both, given what `Cache.crop` of this transformers takes."""
+        """Removes the text's last tokens from both, given what `Cache.crop` of this transformers takes.
+
+        Raises   ValueError where a layer holds a recurrent state, in which the removed tokens would stay.
+        """
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) and not layer.is_croppable for layer in self.layers):
+            raise ValueError("past_key_values hold a recurrent state, which cannot take back the tokens it has read")
         before = self.base.get_seq_length()
         self.base.crop(tokens_to_remove)
         self.aux.crop(self.base.get_seq_length() - before)
@@ -73,7 +83,7 @@ class PairedCache(Cache):
         super().reset()
         for layer in self.layers:
             _drop_states(layer)
-        self.prefix_mask = None
+        self.prefix_mask = self.arranged_mask = None
         self.is_complete = True
 
     def check_in_step(self) -> None:
@@ -87,18 +97,21 @@ class PairedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.prefix_mask is not None:
-            self.prefix_mask = self.prefix_mask.index_select(0, beam_idx.to(self.prefix_mask.device))
+        self._change_masks(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.prefix_mask is not None:
-            self.prefix_mask = self.prefix_mask.repeat_interleave(repeats, dim=0)
+        self._change_masks(lambda mask: mask.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self._change_masks(lambda mask: mask[indices])
+
+    def _change_masks(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.prefix_mask is not None:
-            self.prefix_mask = self.prefix_mask[indices]
+            self.prefix_mask = change(self.prefix_mask)
+        if self.arranged_mask is not None:
+            self.arranged_mask = change(self.arranged_mask)
 
 
 def _drop_states(layer: CacheLayerMixin) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
-from .causal_lm import are_packed
+from .causal_lm import are_packed, is_stateful
 from .conditioning import (
     ActiveRows,
     Conditioning,
@@ -70,6 +70,7 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
         super().__init__(config)
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
         self.config.text_config = self.lm.config
+        self._is_stateful = is_stateful(self.lm)  # generation asks before it drafts tokens that may be taken back
         self.planner = planner
         config.has_planner = planner is not None
         self.conditioning = Conditioning(
