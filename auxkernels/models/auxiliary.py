@@ -15,6 +15,7 @@ from ..cross_entropy import aux_cross_entropy
 from . import auxiliary_inputs as reading
 from . import saving
 from .causal_lm import are_packed, is_stateful, keeps_state
+from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
 from .heads import check_output_head, detached, output_head, zero_output_head
 from .paired_cache import PairedCache
@@ -49,7 +50,7 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     entropy_sum: Tensor | None = None
 
 
-class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
+class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMixin):
     """softmax(base logits + aux_scale * aux logits), the base frozen: `from_base_and_aux` or `from_pretrained`.
 
     base              the frozen model: in eval mode, without gradients and run under no_grad, whatever is called
@@ -61,6 +62,7 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = AuxiliaryConfig
     main_input_name = "input_ids"
+    _own_arguments = ("aux_input_ids", "aux_attention_mask", "aux_scale")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -224,7 +226,12 @@ class AuxiliaryForCausalLM(PreTrainedModel, GenerationMixin):
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def generate(self, *args, aux_scale: float | Tensor | None = None, **kwargs):
-        """As of transformers, with the arguments of `forward` for the auxiliary."""
+        """As of transformers, with the arguments of `forward` for the auxiliary.
+
+        They hold in every branch: under guidance_scale also for the unconditional text, and an assistant_model gets
+        them if it is one of this class. Raises ValueError for ways of generating that would leave them out: guidance
+        with beams or drafts, token healing, early exit, continuous batching, methods that transformers has moved out.
+        """
         if isinstance(aux_scale, Tensor) and aux_scale.dim() == 0:
             aux_scale = aux_scale.item()  # beams repeat the rows of every tensor
         return super().generate(*args, aux_scale=aux_scale, **kwargs)

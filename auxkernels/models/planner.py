@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
 from .causal_lm import are_packed, is_stateful
+from .composite_generation import GenerationOfComposites
 from .conditioning import (
     ActiveRows,
     Conditioning,
@@ -48,7 +49,14 @@ class PlannerCausalLMOutput(CausalLMOutputWithPast):
     segment_labels: Tensor | None = None
 
 
-class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlans, PreTrainedModel, GenerationMixin):
+class PlannerForCausalLM(
+    Freezing,
+    CheckpointingThroughHooks,
+    GenerationWithPlans,
+    GenerationOfComposites,
+    PreTrainedModel,
+    GenerationMixin,
+):
     """A causal LM conditioned on segment labels, with the planner that scores them. See `from_lm`.
 
     Submodules: `lm`, the language model; `conditioning`, a `Conditioning`; `planner`, the user's module or None.
@@ -58,6 +66,7 @@ class PlannerForCausalLM(Freezing, CheckpointingThroughHooks, GenerationWithPlan
     """
 
     config_class = PlannerConfig
+    _own_arguments = ("mode",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

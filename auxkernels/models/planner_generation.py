@@ -117,7 +117,8 @@ class GenerationWithPlans:
         is_segment_end   called with the tokens so far [batch, n]; returns bool [batch]: whether token n - 1 ends a
                          segment. Or the token ids that do.
         mode             instead of the configuration's. Mode "fixed" needs neither planner_fn nor is_segment_end.
-        Raises           ValueError: beam search, assisted decoding and chunked prefill together with a planner_fn.
+        Raises           ValueError: beam search, assisted decoding, chunked prefill and guidance_scale together with a
+                         planner_fn; in every mode what `GenerationOfComposites` refuses.
         """
         mode = check_mode(mode or self.config.mode)
         if mode == "fixed":
@@ -156,3 +157,5 @@ def _check_appends_only(own_config, args: tuple, kwargs: dict) -> None:
     for name in ("prompt_lookup_num_tokens", "assistant_model", "prefill_chunk_size", "assistant_early_exit"):
         if chosen(name) is not None:
             raise ValueError(f"{name} cannot be used with a planner_fn")
+    if chosen("guidance_scale") not in (None, 1):
+        raise ValueError("guidance_scale cannot be used with a planner_fn: the unconditional text would have no plans")

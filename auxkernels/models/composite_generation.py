@@ -1,0 +1,64 @@
+"""Where `generate` calls a composite or another model on its own account: with the call's arguments, or an error."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+_OTHER_DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
+
+
+class GenerationOfComposites:
+    """Mixed in before transformers' generation.
+
+    _own_arguments   those of `forward` that generate() passes on and that other models do not know
+    """
+
+    _own_arguments: ClassVar[tuple[str, ...]] = ()
+    # the others are code from elsewhere, which reads one model's head, states and cache
+    _supported_generation_modes: ClassVar[list[GenerationMode]] = [
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+        GenerationMode.ASSISTED_GENERATION,
+    ]
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        is_simple = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if has_guidance(generation_config) and not is_simple:
+            # transformers keeps one cache for the unconditional branch, which follows neither beams nor rejected tokens
+            raise ValueError(f"guidance_scale needs greedy search or sampling, got {generation_mode.value}")
+        if generation_config.token_healing:
+            raise ValueError("token_healing must be off: it generates without the arguments of this call")
+        for name in _OTHER_DRAFTS:
+            if getattr(generation_config, name, None):
+                raise ValueError(f"{name} must not be set: its drafts come from a part of one model")
+
+    def _get_logits_processor(self, generation_config, *args, model_kwargs: dict | None = None, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+        own = {name: model_kwargs[name] for name in self._own_arguments if (model_kwargs or {}).get(name) is not None}
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                processor.model = partial(self, **own)
+        return processors
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        if not isinstance(assistant_model, type(self)):
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in self._own_arguments}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises ValueError: continuous batching has one cache, and no place for the arguments of each text."""
+        raise ValueError(f"{type(self).__name__} cannot batch continuously (generate_batch): use generate")
+
+
+def has_guidance(generation_config) -> bool:
+    """Whether a configuration asks for classifier-free guidance."""
+    return getattr(generation_config, "guidance_scale", None) not in (None, 1)
