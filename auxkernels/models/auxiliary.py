@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..cross_entropy import aux_cross_entropy
 from . import auxiliary_inputs as reading
 from . import saving
-from .causal_lm import are_packed, is_stateful, keeps_state
+from .causal_lm import are_packed, is_stateful, keeps_state, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
 from .heads import check_output_head, detached, output_head, zero_output_head
@@ -33,7 +33,9 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     past_key_values `PairedCache`, with use_cache
     hidden_states   the base's, with output_hidden_states
     base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained, but
-                    not in training with config.label_smoothing, which smooths the loss alone
+                    not in training with config.label_smoothing, which smooths the loss alone, nor with router_loss
+    router_loss     a mixture of experts' weighted balancing loss, which the loss includes: the auxiliary's alone, where
+                    its configuration or the call says output_router_logits; else None
     token_accuracy, entropy           means over the counted tokens; entropy of the summed softmax, nats
     num_valid_tokens, num_correct_tokens, entropy_sum   what those are means of
     """
@@ -48,6 +50,7 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     num_valid_tokens: Tensor | None = None
     num_correct_tokens: Tensor | None = None
     entropy_sum: Tensor | None = None
+    router_loss: Tensor | None = None
 
 
 class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMixin):
@@ -312,13 +315,19 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         behind = reading.aux_text(text, aux_input_ids, aux_attention_mask, pad_token_id, *self._keep_states)
         if past_key_values is not None:
             past_key_values.is_complete = False
+        is_balanced = target is not None and wants_router_logits(self.aux, kwargs.pop("output_router_logits", None))
         h_base, states = self._run_base(text, use_cache, output_hidden_states, kwargs)
-        h_aux = self._run_aux(text, behind, use_cache, states, kwargs)
+        aux_kwargs = kwargs | ({"output_router_logits": True} if is_balanced else {})
+        aux_output = self._run_aux(text, behind, use_cache, states, aux_kwargs)
+        h_aux = behind.of_text(aux_output.last_hidden_state)
         if past_key_values is not None:
             past_key_values.prefix_mask, past_key_values.arranged_mask = behind.prefix_mask, behind.arranged_mask
             past_key_values.is_complete = True
 
         numbers = {} if target is None else self._loss(h_base, h_aux, target, scale, num_items_in_batch)
+        router = router_loss(self.aux, aux_output, behind.attention_mask) if is_balanced else None
+        if router is not None:
+            numbers |= {"loss": numbers["loss"] + router.to(numbers["loss"].device), "router_loss": router}
         if skip_logits is None:
             skip_logits = self.training and target is not None
         return AuxiliaryCausalLMOutput(
@@ -345,8 +354,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
             )
         return output.last_hidden_state, output.hidden_states if wants_states else None
 
-    def _run_aux(self, text: reading.Text, behind: reading.AuxText, use_cache: bool, states, kwargs: dict) -> Tensor:
-        """Last hidden states of the text, [batch, new, D]."""
+    def _run_aux(self, text: reading.Text, behind: reading.AuxText, use_cache: bool, states, kwargs: dict):
+        """What the auxiliary's base model returns for prefix and text, in the order in which they are read."""
         prefix = behind.prefix
         if self.config.trunk_layer is None:
             tokens = text.input_ids if prefix is None else torch.cat([prefix, text.input_ids], dim=1)
@@ -357,15 +366,14 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
                 features = torch.cat([self._trunk_of_prefix(prefix, behind.prefix_mask, kwargs), features], dim=1)
             features = behind.arranged(features).to(self.trunk_projection.weight.dtype)
             inputs = {"inputs_embeds": self.trunk_projection(features)}
-        hidden = self.aux.base_model(
+        return self.aux.base_model(
             **inputs,
             attention_mask=behind.attention_mask,
             position_ids=behind.position_ids,
             past_key_values=None if text.cache is None else text.cache.aux,
             use_cache=bool(use_cache),
             **kwargs,
-        ).last_hidden_state
-        return behind.of_text(hidden)
+        )
 
     @torch.no_grad()
     def _trunk_of_prefix(self, prefix: Tensor, mask: Tensor, kwargs: dict) -> Tensor:

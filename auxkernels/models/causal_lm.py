@@ -48,9 +48,9 @@ class _Given(nn.Module):
 
 
 def wants_router_logits(model, given: bool | None) -> bool:
-    """Whether a model's routers are balanced: as the call says, else as its configuration does."""
+    """Whether a model's routers are balanced: as the call says, else as its configuration does; if it has routers."""
     configured = getattr(model.config.get_text_config(), "output_router_logits", None)
-    return bool(configured if given is None else given)
+    return configured is not None and bool(configured if given is None else given)
 
 
 def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:

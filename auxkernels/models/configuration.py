@@ -46,6 +46,7 @@ class AuxiliaryConfig(PretrainedConfig):
         "num_valid_tokens",
         "num_correct_tokens",
         "entropy_sum",
+        "router_loss",
     ]
 
     def __init__(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
-from .causal_lm import are_packed, is_stateful
+from .causal_lm import are_packed, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .conditioning import (
     ActiveRows,
@@ -41,12 +41,15 @@ class PlannerCausalLMOutput(CausalLMOutputWithPast):
     label_entropy    0-d, mean entropy of the segments' label probabilities, nats; 0 where labels are given
     label_usage      [K], mean probability of each label over the segments
     segment_labels   int64 [S], the likeliest label of each segment, or the given one
+    router_loss      0-d, the weighted balancing loss of a mixture of experts, which the loss includes: of a language
+                     model that is not frozen, where its configuration or the call says output_router_logits; else None
     The first two are differentiable in modes "soft", "straight_through" and "gumbel". All are None in generation.
     """
 
     label_entropy: Tensor | None = None
     label_usage: Tensor | None = None
     segment_labels: Tensor | None = None
+    router_loss: Tensor | None = None
 
 
 class PlannerForCausalLM(
@@ -217,8 +220,13 @@ class PlannerForCausalLM(
             use_cache = None if is_asked and not are_packed(attention_mask, position_ids) else False
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        has_loss = labels is not None or shift_labels is not None
+        kwargs["output_router_logits"] = self._is_balanced(has_loss, kwargs.pop("output_router_logits", None))
         outputs = self._lm_outputs(rows, token_segments, kwargs)
         loss = self._loss(outputs.last_hidden_state, labels, shift_labels, num_items_in_batch)
+        if kwargs["output_router_logits"]:
+            statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
+            loss = loss if statistics["router_loss"] is None else loss + statistics["router_loss"].to(loss.device)
         skip_logits = loss is not None and self.training if skip_logits is None else skip_logits
         output = PlannerCausalLMOutput(
             loss=loss,
@@ -240,6 +248,10 @@ class PlannerForCausalLM(
         target = _shifted(labels) if shift_labels is None else shift_labels
         source = output_head(self.lm).source(hidden)
         return aux_cross_entropy(source, None, target.to(hidden.device), normalizer=num_items_in_batch)
+
+    def _is_balanced(self, has_loss: bool, given: bool | None) -> bool | None:
+        """Whether the routers of the language model are to be balanced; None: it is not told, as it may not know."""
+        return (has_loss and "lm" not in self._frozen and wants_router_logits(self.lm, given)) or None
 
     def _logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -43,6 +43,7 @@ class PlannerConfig(PretrainedConfig):
         "label_entropy",
         "label_usage",
         "segment_labels",
+        "router_loss",
     ]
 
     def __init__(

@@ -1,0 +1,108 @@
+"""The balancing loss of a mixture of experts: added where its routers are trained, as its own model adds it."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tiny import tiny_model  # noqa: E402
+
+from auxkernels.models import AuxiliaryForCausalLM, PlannerForCausalLM  # noqa: E402
+
+COMMON = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+MASK = torch.tensor([[1] * 9, [1] * 9, [1] * 5 + [0] * 4])
+
+
+def experts(family="mixtral", coefficient=10.0, balanced=True, seed=1):
+    common = {**SIZES, **COMMON, "output_router_logits": balanced}
+    sizes = {"intermediate_size": 24, **common}
+    if family == "mixtral":
+        config = transformers.MixtralConfig(num_local_experts=4, router_aux_loss_coef=coefficient, **sizes)
+    elif family == "qwen3_moe":
+        options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+        config = transformers.Qwen3MoeConfig(router_aux_loss_coef=coefficient, **options, **sizes)
+    elif family == "jetmoe":  # names of its own
+        options = {"num_local_experts": 4, "aux_loss_coef": coefficient, "kv_channels": 8}
+        options["num_key_value_heads"] = 1
+        config = transformers.JetMoeConfig(**{**sizes, **options})
+    else:
+        options = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 24, "moe_loss_weight": coefficient}
+        heads = {
+            "d_model": 16,
+            "n_heads": 2,
+            "n_layers": 2,
+            "max_seq_len": 32,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        }
+        config = transformers.DbrxConfig(ffn_config=options, output_router_logits=balanced, **heads, **COMMON)
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def router_part(model, **inputs):
+    """What the balancing loss adds to the model's own loss."""
+    return model(**inputs).loss - model(**inputs, output_router_logits=False).loss.detach()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "jetmoe", "dbrx"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
+def test_auxiliary_adds_what_the_model_alone_adds(family, mask, tokens):
+    labels = tokens if mask is None else torch.where(mask.bool(), tokens, -100)
+    inputs = {"input_ids": tokens, "labels": labels, "attention_mask": mask}
+    outputs = (alone := experts(family))(**inputs)
+    want = 10.0 * outputs.aux_loss
+    assert want > 1.0
+    want.backward()
+    model = AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), experts(family), zero_init=False)
+    got = model(**inputs)
+    torch.testing.assert_close(
+        (got.router_loss, got.loss - model(**inputs, output_router_logits=False).loss), (want, want)
+    )
+    got.router_loss.backward()
+    for weight, other in zip(alone.parameters(), model.aux.parameters(), strict=True):
+        if weight.grad is not None and weight.grad.any():
+            torch.testing.assert_close(other.grad, weight.grad, rtol=1e-3, atol=1e-4 * weight.grad.abs().max().item())
+
+
+def test_the_prefix_is_balanced_with_the_text(tokens):
+    prefix = torch.tensor([[7, 9, 11]]).expand(3, 3)
+    want = router_part(experts(), input_ids=torch.cat([prefix, tokens], 1), labels=torch.cat([prefix, tokens], 1))
+    model = AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), experts(), zero_init=False)
+    torch.testing.assert_close(model(tokens, labels=tokens, aux_input_ids=prefix).router_loss, want)
+
+
+def test_a_planner_that_trains_its_language_model_adds_it_and_a_frozen_one_does_not(tokens):
+    want = router_part(experts(), input_ids=tokens, labels=tokens)
+    losses = {}
+    for frozen in (False, True):
+        options = {"num_labels": 4, "label_dim": 4, "layers": [1], "mode": "fixed", "freeze_lm": frozen}
+        output = PlannerForCausalLM.from_lm(experts(), **options)(tokens, labels=tokens)
+        losses[frozen] = output.loss
+        assert (output.router_loss is None) == frozen
+    torch.testing.assert_close(losses[False] - losses[True], want)
+
+
+def test_a_frozen_base_adds_nothing_and_is_not_asked(tokens):
+    models = [AuxiliaryForCausalLM.from_base_and_aux(experts(balanced=b), tiny_model("gpt2")) for b in (True, False)]
+    got, want = (model(tokens, labels=tokens) for model in models)
+    assert torch.equal(got.loss, want.loss) and got.router_loss is None
+    assert torch.equal(models[0](tokens, labels=tokens, output_router_logits=True).loss, want.loss)
+
+
+def test_a_call_may_ask_for_it_and_calls_without_labels_have_none(tokens):
+    model = AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), experts(balanced=False), zero_init=False)
+    assert model(tokens, labels=tokens).router_loss is None
+    assert model(tokens, labels=tokens, output_router_logits=True).router_loss > 1.0
+    assert model(tokens, output_router_logits=True).router_loss is None
+
+
+def test_checkpointed_training_has_the_same_loss_and_gradients(tokens):
+    model = AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), experts(), zero_init=False).train()
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([weight.grad.clone() for weight in model.aux.parameters() if weight.grad is not None])
+        model.gradient_checkpointing_enable()
+    torch.testing.assert_close(*gradients)
