@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inputs import cut_rows, head, logits, targets
-from oracle import Case, check_plain, relative_error
+from oracle import Case, relative_error
+from tolerance import check_plain
 from torch.utils.checkpoint import checkpoint
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats, nn
