@@ -1,8 +1,8 @@
 """Tolerances for what goes through products of the library, whose order of summation is the processor's to choose.
 
-A rounding to a dtype multiplies by 1 + u x with |x| <= 1 and u its unit roundoff. A product of K terms, summed in float32
-(float64) in an order that nobody promises, errs by K u |a| @ |b| at worst; roundings being independent, by about
-sqrt(K) u |a| @ |b|. `product_error` is the first, a bound for every element.
+A rounding to a dtype multiplies by 1 + u x with |x| <= 1 and u its unit roundoff. A product of K terms, summed in
+float32 (float64) in an order that nobody promises, errs by K u |a| @ |b| at worst; roundings being independent, by
+about sqrt(K) u |a| @ |b|. `product_error` is the first, a bound for every element.
 
 `Drawn` is a whole call in float64 with every rounding of its plan drawn at random: products of operands and results in
 the heads' dtype, the sum of the sources and the row kernels in float32. The norm of the error that it shows over a few
@@ -70,7 +70,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """hidden [*, D] @ weight [V, D].T + bias with operands and results rounded to `dtype`, sums in float32 (float64)."""
+    """hidden [*, D] @ weight [V, D].T + bias; operands and results rounded to `dtype`, sums in float32 (float64)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, dtype, draw):
@@ -136,13 +136,13 @@ class Drawn(Plain):
         return _Product.apply(hidden, weight, bias, dtype, self.draw)
 
     def logits(self, source) -> Tensor:
-        """A term of the sum: an addition, a scale's own rounding and its product, a softcap's division, tanh, product."""
+        """Rounded by the addition, by a scale and its product, by a softcap's division, tanh and product."""
         z = super().logits(source)
         roundings = 1 + 4 * (source.softcap is not None) + 2 * (isinstance(source.scale, Tensor) or source.scale != 1.0)
         return _Rounded.apply(z, roundings * self.unit * z.detach().abs(), 2 * roundings * self.unit, self.draw)
 
     def _as_read(self, s: Tensor) -> Tensor:
-        """What the row kernels make of a sum: the error model of oracle.py, 4 u (1 + |s - max| + log d) in log p, 8 in p."""
+        """The error model of oracle.py: in log p 4 u (1 + |s - max| + log d), in p 8; a row's sums in any order."""
         z = s.detach() - s.detach().amax(-1, keepdim=True)
         condition = self.unit * (1 + z.abs() + z.exp().sum(-1, keepdim=True).log())
         return _Rounded.apply(s, 4 * condition, 8 * condition + self.unit * s.shape[-1] ** 0.5, self.draw)
@@ -179,7 +179,7 @@ class Drawn(Plain):
 
 
 def check_values(values_of, got: dict[str, Tensor], case: Case, products: torch.dtype | None = None) -> None:
-    """What an implementation gave for each of values_of(call), by name, within what the case's roundings may make of it.
+    """What an implementation gave for each of values_of(call), by name, within what its roundings may make of it.
 
     values_of is a function of a `Plain`, or of one that is `Drawn`.
     """
