@@ -45,6 +45,33 @@ def product_error(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Ten
     return 2 * a.shape[-1] * unit(summed_in(a.dtype, dtype)) * size + unit(dtype) * exact.abs() + tiny(dtype)
 
 
+# roundings of a row: the 8 (1 + |z| + log d) of oracle.py, logits up to 20 below the largest and thousands of classes
+OF_A_ROW = 8 * 32
+
+
+def assert_alike(got, want, roundings: float = OF_A_ROW) -> None:
+    """Two roads to the same numbers, of which neither need be exact: tensors, or sequences or dicts of them.
+
+    Each may be off by `roundings` of the largest number, since sums of as large ones may come out small, and by one of
+    the less precise dtype; sums are made in float32 at least. Integers, infinities and NaN are the same.
+    """
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        got, want = got.values(), want.values()
+    if not isinstance(want, Tensor):
+        for one, two in zip(got, want, strict=True):
+            assert_alike(one, two, roundings)
+        return
+    if not want.is_floating_point():
+        assert torch.equal(got, want)
+        return
+    own = max(unit(got.dtype), unit(want.dtype))
+    finite = want.detach()[want.isfinite()].double()
+    size = finite.abs().max().item() if finite.numel() else 0.0
+    atol = 2 * roundings * min(own, unit(torch.float32)) * size + max(tiny(got.dtype), tiny(want.dtype))
+    torch.testing.assert_close(got.double(), want.double(), rtol=2 * own, atol=atol, equal_nan=True)
+
+
 def tiny(dtype: torch.dtype) -> float:
     """The smallest number that a result may be flushed below: fp16 gradients are subnormal, others are not."""
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
@@ -54,6 +81,19 @@ def tensors_in(case: Case) -> list[Tensor]:
     """All tensors of a case's sources."""
     sources = [source for given in (case.base, case.aux) for source in sources_of(given)]
     return [tensor for source in sources for tensor in tensors_of(source, "").values()]
+
+
+class Draw:
+    """Of a seed: numbers between -1 and 1, as many as a tensor has."""
+
+    def __init__(self, seed: int):
+        self.seed, self.generators = seed, {}
+
+    def __call__(self, like: Tensor) -> Tensor:
+        if like.device not in self.generators:
+            self.generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
+        uniform = torch.rand(like.shape, dtype=F64, device=like.device, generator=self.generators[like.device])
+        return (2 * uniform - 1).to(like.dtype)
 
 
 class _Rounded(torch.autograd.Function):
@@ -105,6 +145,16 @@ class _Product(torch.autograd.Function):
         return of_hidden, of_weight, of_bias, None, None
 
 
+def as_read(s: Tensor, u: float, draw: Draw, stored: float = 0.0) -> Tensor:
+    """A sum of sources [*, V] as row kernels err: by oracle.py in log p 4 u (1 + |s - max| + log d), in p 8 u of these.
+
+    Their sums over the row may have any order. stored: unit roundoff of the dtype that gradients are stored in.
+    """
+    z = s.detach() - s.detach().amax(-1, keepdim=True)
+    condition = u * (1 + z.abs() + z.exp().sum(-1, keepdim=True).log())
+    return _Rounded.apply(s, 4 * condition, 8 * condition + u * s.shape[-1] ** 0.5 + stored, draw)
+
+
 class Drawn(Plain):
     """The call in float64 with the roundings of an implementation, drawn anew for each instance.
 
@@ -112,18 +162,12 @@ class Drawn(Plain):
     """
 
     def __init__(self, case: Case, seed: int, products: torch.dtype | None = None):
-        self.products, self.seed, self.generators = products, seed, {}
+        self.products, self.draw = products, Draw(seed)
         compute = summed_in(*(tensor.dtype for tensor in tensors_in(case)))
         # float64 is compared with float64, which makes the same errors itself
         self.unit = unit(compute) * (2 if compute == F64 else 1)
         super().__init__(case)
-        self.z_b, self.s = self._as_read(self.z_b), self._as_read(self.s)
-
-    def draw(self, like: Tensor) -> Tensor:
-        if like.device not in self.generators:
-            self.generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
-        uniform = torch.rand(like.shape, dtype=F64, device=like.device, generator=self.generators[like.device])
-        return 2 * uniform - 1
+        self.z_b, self.s = (as_read(s, self.unit, self.draw) for s in (self.z_b, self.s))
 
     def _stored(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         if self.products is not None and dtype != F64:
@@ -140,12 +184,6 @@ class Drawn(Plain):
         z = super().logits(source)
         roundings = 1 + 4 * (source.softcap is not None) + 2 * (isinstance(source.scale, Tensor) or source.scale != 1.0)
         return _Rounded.apply(z, roundings * self.unit * z.detach().abs(), 2 * roundings * self.unit, self.draw)
-
-    def _as_read(self, s: Tensor) -> Tensor:
-        """The error model of oracle.py: in log p 4 u (1 + |s - max| + log d), in p 8; a row's sums in any order."""
-        z = s.detach() - s.detach().amax(-1, keepdim=True)
-        condition = self.unit * (1 + z.abs() + z.exp().sum(-1, keepdim=True).log())
-        return _Rounded.apply(s, 4 * condition, 8 * condition + self.unit * s.shape[-1] ** 0.5, self.draw)
 
     def loss(self) -> Tensor:
         loss = super().loss()
@@ -189,9 +227,13 @@ def check_values(values_of, got: dict[str, Tensor], case: Case, products: torch.
         for name in got:
             errors[name].append(float((drawn[name].detach() - exact[name].detach()).norm()))
     for name, value in got.items():
-        of_draws = torch.tensor(errors[name], dtype=F64)
-        limit = SLACK * float(of_draws.mean() + DEVIATIONS * of_draws.std())
-        assert_within(name, value, exact[name].detach(), limit)
+        assert_within(name, value, exact[name].detach(), limit_of(errors[name]))
+
+
+def limit_of(errors: list[float]) -> float:
+    """What the errors of some draws allow another one."""
+    of_draws = torch.tensor(errors, dtype=F64)
+    return SLACK * float(of_draws.mean() + DEVIATIONS * of_draws.std())
 
 
 def assert_within(name: str, got: Tensor, want: Tensor, limit: float) -> None:
@@ -242,3 +284,29 @@ def check_statistics(stats: LogitStats, case: Case) -> None:
         gap = s.amax(-1) - s.gather(-1, classes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         errors = [(sum_of(Drawn(case, seed)).detach() - s).abs().amax(-1) for seed in range(NUM_DRAWS)]
         assert (call.kept(gap) <= 2 * SLACK * torch.stack(errors).amax(0)).all(), name
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+NUM_COURSES = 6
+
+
+def assert_same_course(course_of, eager, ours, stored: float = 0.0) -> list[Tensor]:
+    """Training multiplies roundings, AdamW those of small gradients most: by how much, a few eager courses show whose
+    row kernels err at random. Returns the tensors of the eager course.
+
+    course_of   a function of a loss to tensors (losses, parameters)
+    eager       loss of the arguments that `ours` has, and what is to be done to the sum of the sources
+    """
+
+    def drawn(seed: int):
+        draw = Draw(seed)
+        return lambda *args: eager(*args, lambda s: as_read(s, unit(torch.float32), draw, stored))
+
+    want = course_of(lambda *args: eager(*args, lambda s: s))
+    others, got = [course_of(drawn(seed)) for seed in range(NUM_COURSES)], course_of(ours)
+    for i, (course, one) in enumerate(zip(want, got, strict=True)):
+        off = float((one - course).detach().abs().max())
+        limit = limit_of([float((other[i] - course).detach().abs().max()) for other in others])
+        assert off <= limit, f"{off:.3e} off the eager course, allowed {limit:.3e}"
+    return want
