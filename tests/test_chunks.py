@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import cut_rows, head, logits, targets
-from oracle import Case, Plain, relative_error
+from oracle import Case
 from tolerance import check_plain
 
 import auxkernels
@@ -154,10 +154,10 @@ def test_bits_repeat_for_the_same_budget(fused, monkeypatch, options):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("rows", [64, 1])
+@pytest.mark.parametrize("rows", [4, 1])
 def test_weight_gradients_are_summed_over_the_chunks_in_float32(fused, monkeypatch, rows):
-    """In bfloat16 the sum of 64 chunks would be off by several ulps, of 4096 by a tenth and more."""
-    num_rows = 64 * rows
+    """A bfloat16 sum of n equal terms errs by about sqrt(n) / 3 of its roundings: with 1024 chunks, by ten."""
+    num_rows = 1024 * rows
     base = head(num_rows, vocab_size=6, width=3, dtype=torch.bfloat16, device=fused.device, bias=True)
     # a target that the head does not predict: every row pulls in the same direction
     target = torch.zeros(num_rows, dtype=torch.int64, device=fused.device)
@@ -166,12 +166,7 @@ def test_weight_gradients_are_summed_over_the_chunks_in_float32(fused, monkeypat
         base.weight[0] -= 1
     case = Case(base, None, target, {"reduction": "sum"})
     cut_rows(monkeypatch, rows)
-    got = case.run(fused.backend)
-    exact, eager = Plain(case), Plain(case, None)
-    wanted, plain = exact.gradients(exact.loss()), eager.gradients(eager.loss())
-    for name in ("weight of base[0]", "bias of base[0]"):
-        error = relative_error(got[name], wanted[name][0])
-        assert error <= 1.5 * relative_error(plain[name][0], wanted[name][0]) + 2.0**-9, name
+    check_plain(case, fused)
 
 
 def test_chunks_of_rows_with_unrelated_strides_are_the_rows(impl, monkeypatch):
