@@ -104,7 +104,7 @@ def test_a_number_that_is_none_is_a_type_error(arguments, impl, name, value):
 
 
 @pytest.mark.parametrize("name", ["ignore_index", "vocab_size"])
-@pytest.mark.parametrize("value", [1.0, "1", True, torch.tensor(1)])
+@pytest.mark.parametrize("value", [1.0, "1", True, torch.tensor([1]), torch.tensor(True)])
 def test_an_integer_that_is_none_is_a_type_error(arguments, impl, name, value):
     refuses(TypeError, f"{name} must be an int, got {type(value).__name__}", arguments.call, impl, **{name: value})
 
