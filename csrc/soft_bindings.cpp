@@ -77,7 +77,8 @@ Selection selection_of(const SelectionArguments& a) {
 using TablesArguments = std::array<int64_t, 8>;
 
 Tables tables_of(const TablesArguments& a) {
-  if (*std::min_element(a.begin() + 4, a.begin() + 7) < 0) throw py::value_error("sizes of tables must not be negative");
+  if (*std::min_element(a.begin() + 4, a.begin() + 7) < 0)
+    throw py::value_error("sizes of tables must not be negative");
   return {{pointer(a[0]), dtype_of(a[1]), a[2]}, a[3], a[4], a[5], a[6], a[7]};
 }
 

@@ -120,7 +120,10 @@ class Softmax:
         self.z = self.s - self.max
         self.e = self.z.exp()
         self.d = self.e.sum(-1, keepdim=True)
-        self.log_d = self.d.log()
+        # d - 1 without the 1 of a largest: beside it float64 would lose what a confident row's entropy is made of
+        largest = self.s.argmax(-1, keepdim=True)
+        self.log_d = torch.where(self.max.isfinite(), self.e.scatter(-1, largest, 0.0).sum(-1, keepdim=True), torch.nan)
+        self.log_d = self.log_d.log1p()
         self.p = self.e / self.d
         condition = 1 + torch.where(self.z.isfinite(), self.z.abs(), 0.0) + self.log_d
         self.sum_error = eps / 2 * (size + (self.p * size).sum(-1, keepdim=True))
