@@ -21,7 +21,7 @@ from rich.table import Table  # noqa: E402
 
 from auxkernels import Head  # noqa: E402
 
-TIMEOUT_S = 240
+TIMEOUT_S = 1200  # only against hanging
 
 
 @pytest.fixture(autouse=True)
