@@ -92,7 +92,7 @@ py::dict dict_of(const Cut& cut, const Plan& plan) {
   py::dict d;
   d["threads"] = cut.threads, d["piece"] = cut.piece, d["is_ragged"] = cut.is_ragged != 0;
   d["num_segments"] = cut.num_segments, d["segment"] = cut.segment;
-  d["num_tiles"] = cut.num_tiles, d["tile"] = cut.tile;
+  d["num_tiles"] = cut.num_tiles, d["tile"] = cut.tile, d["lanes"] = cut.lanes;
   d["is_resident"] = plan.is_resident, d["cluster"] = plan.cluster, d["num_slots"] = plan.layout.num_slots;
   d["slot_bytes"] = plan.layout.slot_bytes, d["shared_bytes"] = plan.layout.bytes;
   return d;

@@ -146,7 +146,7 @@ class Worker {
 
  public:
   AUXK_DEVICE Worker(const cuda::Parameters& p, const Shared& shared, const Share& share)
-      : p(p), shared(shared), share(share), lane(p.cut, hw::thread()) {}
+      : p(p), shared(shared), share(share) {}
 
   AUXK_DEVICE void run() {
     const Outputs& out = p.out;
@@ -172,7 +172,6 @@ class Worker {
   const cuda::Parameters& p;
   const Shared& shared;
   const Share& share;
-  const Lane<K::kPiece> lane;
   Place place;
   uint32_t num_worked = 0;
   bool has_gradient = false;
@@ -182,6 +181,13 @@ class Worker {
   AUXK_DEVICE int warp() const { return hw::thread() / hw::kWarp; }
   AUXK_DEVICE int lane_of_warp() const { return hw::thread() % hw::kWarp; }
   AUXK_DEVICE bool is_first() const { return share.rank == 0 && hw::thread() == 0; }
+
+  // A tile's last warps often have no columns of it. Warps take turns there: a multiprocessor's four schedulers have
+  // every fourth warp each, and of eleven at work one would always have fewer.
+  AUXK_DEVICE Lane<K::kPiece> lane_of(int segment, int tile) const {
+    const int t = hw::thread() + (segment + tile) % 4 * hw::kWarp;
+    return Lane<K::kPiece>(p.cut, t < p.cut.threads ? t : t - p.cut.threads);
+  }
 
   // a row's sources, and its target's logits: asked for early, needed late
   struct Row {
@@ -225,7 +231,8 @@ class Worker {
 
   // the sources' values of this lane's columns
   template <int kMemory>
-  AUXK_DEVICE void load(const Row& row, const Tile& tile, int slot, C (&base)[kColumns], C (&aux)[kColumns]) const {
+  AUXK_DEVICE void load(const Row& row, const Tile& tile, const Lane<K::kPiece>& lane, int slot, C (&base)[kColumns],
+                        C (&aux)[kColumns]) const {
     const SourceRows& rows = row.sources;
     const char* base_tile = rows.base.template at<K::kBase>(tile.first);
     const char* aux_tile = rows.has_aux ? rows.aux.template at<K::kAux>(tile.first) : nullptr;
@@ -236,8 +243,8 @@ class Worker {
     load_sources<C, K, kMemory>(base_tile, aux_tile, rows, static_cast<int>(p.problem.V), lane, tile.num, base, aux);
   }
 
-  AUXK_DEVICE void scan(const Row& row, const Tile& tile, const C (&base)[kColumns], const C (&aux)[kColumns],
-                        S* state) const {
+  AUXK_DEVICE void scan(const Row& row, const Tile& tile, const Lane<K::kPiece>& lane, const C (&base)[kColumns],
+                        const C (&aux)[kColumns], S* state) const {
     Columns<C> x;
     x.counted = 0;
     const int y = row.target.column - tile.first;
@@ -284,11 +291,12 @@ class Worker {
       for (int i = 0; i < p.cut.num_tiles; ++i) {
         const Tile tile(p.problem, p.cut, share.first_segment + segment, i);
         if (tile.num < 1) break;
+        const Lane<K::kPiece> lane = lane_of(share.first_segment + segment, i);
         if (kResident) hw::wait(shared.full(place.slot), place.parity);
         if (lane.first < tile.num) {
           C base[kColumns], aux[kColumns];
-          load<kScanned>(row, tile, place.slot, base, aux);
-          scan(row, tile, base, aux, &state);
+          load<kScanned>(row, tile, lane, place.slot, base, aux);
+          scan(row, tile, lane, base, aux, &state);
         }
         if (kResident) {
           if (!has_gradient) release(place.slot);
@@ -424,12 +432,14 @@ class Worker {
     ScaleSums<C> scale_sums;
     for (int s = 0; s < share.segments; ++s) {
       const int segment = share.first_segment + (kResident ? s : share.segments - 1 - s);
-      for (int i = 0; i < p.cut.num_tiles; ++i) {
-        const Tile tile(p.problem, p.cut, segment, kResident ? i : p.cut.num_tiles - 1 - i);
+      for (int t = 0; t < p.cut.num_tiles; ++t) {
+        const int i = kResident ? t : p.cut.num_tiles - 1 - t;
+        const Tile tile(p.problem, p.cut, segment, i);
         if (tile.num < 1) continue;
+        const Lane<K::kPiece> lane = lane_of(segment, i);
         C base[kColumns], aux[kColumns];
         const bool has_columns = lane.first < tile.num;
-        if (has_columns) load<kLast>(row, tile, at.slot, base, aux);
+        if (has_columns) load<kLast>(row, tile, lane, at.slot, base, aux);
         if (kResident) {
           release(at.slot);
           at.advance(p.layout.num_slots);
