@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,12 +75,12 @@ def soft_embedding(
         mixture, stats = reference.soft_embedding(
             problem.sources,
             table,
-            temperature=temperature,
-            hard=hard,
-            gumbel=gumbel,
+            temperature=problem.options.temperature,
+            hard=problem.hard,
+            gumbel=problem.options.gumbel,
             seed=problem.seed,
             mask=mask,
-            top_k=top_k,
+            top_k=problem.top_k or None,
             autocast=problem.autocast,
         )
         return (mixture, LookupStats(**stats)) if return_stats else mixture
@@ -95,6 +96,7 @@ class _Problem(NamedTuple):
     """Checked arguments, numbers as the op takes them."""
 
     sources: list
+    options: checks.LookupOptions
     parts: tuple
     softcaps: tuple[float, ...]
     table: Tensor
@@ -133,7 +135,10 @@ def _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backen
             compute = dtype
     num_labels = checks.common_width(widths, None)
     checks.table_of(table, num_labels, device)
-    checks.lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape, num_labels, device)
+    options = checks.lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape, num_labels, device)
+    temperature, hard, gumbel, seed, top_k = options
+    if type(temperature) is float:
+        temperature = _in_range(temperature, compute)
     backend = backends.resolve(backend, device, compute)
     has_noise = isinstance(gumbel, Tensor) or gumbel != 0
     parts: list[Tensor | None] = []
@@ -145,6 +150,7 @@ def _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backen
     is_plain = not isinstance(temperature, Tensor) and temperature == 1.0
     return _Problem(
         sources,
+        options,
         tuple(parts),
         tuple(float(source.softcap or 0.0) for source in sources),
         table,
@@ -152,11 +158,17 @@ def _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backen
         _number(gumbel, compute, device) if has_noise else None,
         _seed(seed, device) if has_noise else None,
         mask,
-        0 if top_k is None else top_k,
-        bool(hard),
+        top_k,
+        hard,
         autocast,
         backend,
     )
+
+
+def _in_range(temperature: float, compute: torch.dtype) -> float:
+    """A temperature that the compute dtype has: neither rounded to 0 nor, if it is not infinite, beyond the largest."""
+    finfo = torch.finfo(compute)
+    return max(temperature, finfo.smallest_normal) if temperature <= finfo.max else math.inf
 
 
 def _number(value: float | Tensor | None, compute: torch.dtype, device: torch.device) -> Tensor | None:

@@ -118,6 +118,13 @@ def kept_by(v: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(v, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
 
 
+def log_softmax(u: Tensor, best: Tensor) -> Tensor:
+    """Relative to the largest, at `best`: where the other exponentials add up to less than 1, a log1p of their sum."""
+    x = (u - u.gather(-1, best)).scatter(-1, best, 0.0)
+    rest = x.exp().scatter(-1, best, 0.0).sum(-1, keepdim=True)
+    return torch.where(rest < 1, x - rest.log1p(), torch.log_softmax(u, -1))
+
+
 def formula(
     v: Tensor, table: Tensor, T: Tensor | float, hard=False, mask=None, top_k=None, probe: Tensor | float = 0.0
 ) -> dict[str, Tensor]:
@@ -131,9 +138,9 @@ def formula(
     largest = v.detach().masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True).masked_fill(empty, 0.0)
     u = torch.where(allowed, v - largest, 0.0) / T  # relative, or the gradient of T would cancel even in float64
     u = u.masked_fill(~allowed, -torch.inf)
-    log_p = (u - torch.logsumexp(u.masked_fill(empty, 0.0), -1, keepdim=True)).masked_fill(~allowed, 0.0)
-    p = torch.where(allowed, log_p.exp() + probe, 0.0)
     best = v.detach().masked_fill(~allowed, -torch.inf).argmax(-1)  # not p's: two likely labels may have one p
+    log_p = log_softmax(u.masked_fill(empty, 0.0), best.unsqueeze(-1)).masked_fill(~allowed, 0.0)
+    p = torch.where(allowed, log_p.exp() + probe, 0.0)
     chosen = F.one_hot(best, v.shape[-1]).to(p.dtype).masked_fill(empty, 0.0)
     mix = "...k,kd->...d" if table.dim() == 2 else "...k,lkd->l...d"
     if hard:

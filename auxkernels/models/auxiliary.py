@@ -17,7 +17,7 @@ from . import saving
 from .causal_lm import are_packed, is_stateful, keeps_state, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
-from .heads import check_output_head, detached, output_head, zero_output_head
+from .heads import check_output_head, detached, kept_positions, output_head, zero_output_head
 from .paired_cache import PairedCache
 from .vocabulary import check_tokenizers, shared_width
 
@@ -416,7 +416,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
 
     def _logits(self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor, logits_to_keep: int | Tensor) -> Tensor:
         """[batch, kept, V] in float32 at least: a sum rounded to 16 bits would lose the auxiliary's part."""
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = kept_positions(logits_to_keep)
         if isinstance(scale, Tensor) and scale.dim() == 2:
             scale = scale[:, kept].unsqueeze(-1)
         with torch.no_grad():

@@ -9,6 +9,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..segments import segments_to_tokens
 from ..soft_embedding import LookupStats, soft_embedding
 
@@ -271,7 +272,8 @@ def chosen_layers(layers, count: int) -> list[int]:
         if count < 3:
             raise ValueError(f"layers must be given for a model of {count} decoder layers: the default skips two")
         return list(range(2, count))
+    layers = [checks.integer("layers", layer) for layer in layers]
     chosen = sorted(layers)
     if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= i < count for i in chosen):
-        raise ValueError(f"layers must be distinct indices in [0, {count}), at least one, got {list(layers)}")
+        raise ValueError(f"layers must be distinct indices in [0, {count}), at least one, got {layers}")
     return chosen

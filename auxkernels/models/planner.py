@@ -24,7 +24,7 @@ from .conditioning import (
     decoder_layers,
     token_mask,
 )
-from .heads import check_output_head, output_head
+from .heads import check_output_head, kept_positions, output_head
 from .planner_checkpointing import CheckpointingThroughHooks
 from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
@@ -254,8 +254,7 @@ class PlannerForCausalLM(
         return (has_loss and "lm" not in self._frozen and wants_router_logits(self.lm, given)) or None
 
     def _logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return output_head(self.lm).logits(hidden[:, kept])
+        return output_head(self.lm).logits(hidden[:, kept_positions(logits_to_keep)])
 
     def _lm_outputs(self, rows: Tensor, token_segments: Tensor, lm_inputs: dict):
         """The language model without its head, its layers conditioned on rows [L, S, H] of its tokens' segments."""
