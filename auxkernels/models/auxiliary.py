@@ -12,13 +12,15 @@ from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedMod
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..cross_entropy import aux_cross_entropy
+from ..sources import Head, row_scale
 from . import auxiliary_inputs as reading
 from . import saving
 from .causal_lm import are_packed, is_stateful, keeps_state, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
-from .heads import check_output_head, detached, kept_positions, output_head, zero_output_head
+from .heads import OutputHead, check_output_head, detached, kept_positions, output_head, zero_output_head
 from .paired_cache import PairedCache
+from .small import added, drop_unread_weights, low_rank_head, new_head, small_model
 from .vocabulary import check_tokenizers, shared_width
 
 _GROWING = (None, "dynamic", "dynamic_full")
@@ -33,7 +35,8 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     past_key_values `PairedCache`, with use_cache
     hidden_states   the base's, with output_hidden_states
     base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained, but
-                    not in training with config.label_smoothing, which smooths the loss alone, nor with router_loss
+                    not in training with config.label_smoothing, which smooths the loss alone, nor with router_loss.
+                    None in training with a shared head, where it would cost a product of its own
     router_loss     a mixture of experts' weighted balancing loss, which the loss includes: the auxiliary's alone, where
                     its configuration or the call says output_router_logits; else None
     token_accuracy, entropy           means over the counted tokens; entropy of the summed softmax, nats
@@ -60,6 +63,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
     aux               the trained model; reads the same tokens, a prefix of its own in front of them (`aux_input_ids`)
                       and, with a trunk layer, the base's hidden states instead of token embeddings
     trunk_projection  Linear from the base's width to the auxiliary's, with a trunk layer
+    aux_head          in place of the auxiliary's output head: with head="shared" from its last hidden states to the
+                      base's, to which they are added in front of the base's own head; with head="low_rank" to logits
     Source            Zeldes et al. 2020, https://arxiv.org/abs/2006.16823
     """
 
@@ -87,14 +92,18 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         if config.trunk_layer is not None:
             weight, width = aux.get_input_embeddings().weight, base.config.get_text_config().hidden_size
             self.trunk_projection = nn.Linear(width, weight.shape[1], device=weight.device, dtype=weight.dtype)
-            if weight is not aux.get_output_embeddings().weight:
-                weight.requires_grad_(False)  # nothing reads it
+        if config.head != "own":
+            weight = aux.get_output_embeddings().weight
+            width = output_head(base).weight.shape[1] if config.head == "shared" else config.num_valid_tokens
+            self.aux_head = new_head(weight.shape[1], width, config.head_rank, weight)
+        drop_unread_weights(aux, config.head, config.trunk_layer)
         self.post_init()
         self.generation_config = copy.deepcopy(base.generation_config)
         self._is_stateful = is_stateful(base, aux)  # generation asks before it drafts tokens that may be taken back
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
-        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
+        unread = {f"aux.{name}" for name, weight in aux.named_parameters() if not weight.numel()}
+        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()} | unread
         self._freeze_base()
         self.train(aux.training)
 
@@ -106,6 +115,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         *,
         base_revision: str | None = None,
         trunk_layer: int | None = None,
+        head: str = "own",
+        head_rank: int | None = None,
         zero_init: bool = True,
         vocab_policy: str = "strict",
         aux_scale: float = 1.0,
@@ -116,12 +127,20 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
 
         The base is frozen for good. Training or eval mode is the auxiliary's (training for a new one).
 
-        base, aux      a causal LM, or the name or path of one; aux also a configuration: a new, random one
+        base, aux      a causal LM, or the name or path of one; aux also a configuration: a new, random one; or "small":
+                       a new one of the base's family, with a quarter of its heads, width and layers, in float32
         base_revision  of the base's name; saved in the pointer to it
         trunk_layer    which of the base's hidden states (0: the embeddings) the auxiliary reads through a new Linear
                        instead of its token embeddings; a prefix then runs through the base on its own
+        head           "own": the auxiliary's output head. "shared": a new map of zeros from its last hidden states to
+                       the base's, so that the model is base_head(h_base + aux_scale * map(h_aux)), one product with the
+                       frozen head of a sum that is rounded once, to that head's dtype. A softcap (Gemma) bends the sum;
+                       otherwise it is that of the logits. Without a trunk layer, a new auxiliary then reads the base's
+                       embeddings (trunk_layer=0) and has no vocabulary matrix at all. "low_rank": logits of two narrow
+                       matrices, the second of zeros
+        head_rank      rank of the shared head's map (None: full) or of the low-rank head
         zero_init      the auxiliary's output head is replaced by zeros, and untied from its input embeddings if it
-                       was tied: the untrained model is the base. False: the head stays as it is
+                       was tied: the untrained model is the base. False: the head stays as it is (head="own" alone)
         vocab_policy   "strict": equally wide heads; "pad": the narrower one's width counts, the rest gets -inf. With
                        two names, tokenizers that give one id two tokens are an error under both
         aux_scale      what the auxiliary's logits are multiplied by, where a call does not say
@@ -132,19 +151,26 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         base, aux = (os.fspath(given) if isinstance(given, os.PathLike) else given for given in (base, aux))
         if base_revision is not None and isinstance(base, str):
             base_kwargs["revision"] = base_revision
-        if isinstance(base, str) and isinstance(aux, str):
+        is_small = isinstance(aux, str) and aux == "small"
+        if isinstance(base, str) and isinstance(aux, str) and not is_small:
             check_tokenizers(base, aux, saving.hub_options(base_kwargs), saving.hub_options(aux_kwargs))
         base_model = saving.causal_lm("base", base, base_kwargs)
-        aux_model = saving.causal_lm("aux", aux, aux_kwargs)
+        aux_model = small_model(base_model, aux_kwargs) if is_small else saving.causal_lm("aux", aux, aux_kwargs)
+        if head == "shared" and trunk_layer is None and (is_small or isinstance(aux, PretrainedConfig)):
+            trunk_layer = 0
         config = AuxiliaryConfig(
             base_config=base_model.config,
             aux_config=aux_model.config,
             trunk_layer=trunk_layer,
+            head=head,
+            head_rank=head_rank,
             vocab_policy=vocab_policy,
             aux_scale=aux_scale,
             base_name_or_path=saving.pointer(base if isinstance(base, str) else base_model.config.name_or_path),
             base_revision=base_kwargs.get("revision", base_revision),
         )
+        if head != "own" and not zero_init:
+            raise ValueError(f"zero_init must be True for head={head!r}, which is new")
         return cls._join(config, base_model, aux_model, zero_init)
 
     @classmethod
@@ -152,13 +178,15 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         if aux is base or aux.get_output_embeddings() is base.get_output_embeddings():
             raise ValueError("aux must be another model than base, with a head of its own: the base is frozen")
         widths = [output_head(model).weight.shape[0] for model in (base, aux)]
+        if config.head != "own" and config.trunk_layer is not None:
+            widths[1] = widths[0]  # the auxiliary has no vocabulary
         config.vocab_size, config.num_valid_tokens = widths[0], shared_width(*widths, config.vocab_policy)
         num_layers = base.config.get_text_config().num_hidden_layers
         if config.trunk_layer is not None and not 0 <= config.trunk_layer <= num_layers:
             raise ValueError(f"trunk_layer must be in [0, {num_layers}], the base's layers, got {config.trunk_layer}")
-        for model in (base, aux):
+        for model in (base, aux) if config.head == "own" else (base,):
             check_output_head(model)
-        if zero_init:
+        if zero_init and config.head == "own":
             zero_output_head(aux)
         return cls(config, base, aux)
 
@@ -388,25 +416,54 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         )
         return output.hidden_states[self.config.trunk_layer]
 
+    def _frozen_sources(self, h_base: Tensor) -> list[Head]:
+        """Of the base's head, which gets no gradient; hidden states that need one do."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and h_base.requires_grad):
+            return [detached(source) for source in output_head(self.base).sources(h_base)]
+
+    def _summed(self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor) -> Tensor:
+        """What the base's head makes the sum of, with a shared head."""
+        return added(h_base, self.aux_head(h_aux), scale, output_head(self.base).weight.dtype)
+
+    def _own_head(self, h_aux: Tensor) -> tuple[Tensor, OutputHead]:
+        """The auxiliary's head and what enters it."""
+        if self.config.head == "own":
+            return h_aux, output_head(self.aux)
+        down, head = low_rank_head(self.aux_head)
+        return down(h_aux), head
+
+    def _sources(self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor) -> tuple[list[Head], list[Head] | None]:
+        """Base and auxiliary as `aux_cross_entropy` takes them; a shared head makes one of them."""
+        if self.config.head == "shared":
+            return self._frozen_sources(self._summed(h_base, h_aux, scale)), None
+        hidden, head = self._own_head(h_aux)
+        aux = [
+            replace(source, scale=scale if source.scale == 1.0 else source.scale * scale)
+            for source in head.sources(hidden)
+        ]
+        return self._frozen_sources(h_base), aux
+
     def _loss(self, h_base, h_aux, target, scale, num_items_in_batch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            base = [detached(source) for source in output_head(self.base).sources(h_base)]
-        aux = output_head(self.aux).sources(h_aux)
+        options = {"ignore_index": reading.IGNORE_INDEX, "vocab_size": self.config.num_valid_tokens}
         loss, stats = aux_cross_entropy(
-            base,
-            [replace(source, scale=scale if source.scale == 1.0 else source.scale * scale) for source in aux],
+            *self._sources(h_base, h_aux, scale),
             target,
-            ignore_index=reading.IGNORE_INDEX,
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
             normalizer=num_items_in_batch,
-            vocab_size=self.config.num_valid_tokens,
             return_stats=True,
+            **options,
         )
         num_valid = (target != reading.IGNORE_INDEX).sum()
         num_correct, entropy_sum = (stats.argmax == target).sum(), stats.entropy.sum()
+        base_loss = None
+        if self.config.head != "shared":
+            base_loss = -stats.base_log_prob.sum() / (num_valid if num_items_in_batch is None else num_items_in_batch)
+        elif not self.training:
+            base = self._frozen_sources(h_base.detach())
+            base_loss = aux_cross_entropy(base, None, target, normalizer=num_items_in_batch, **options)
         return {
             "loss": loss,
-            "base_loss": -stats.base_log_prob.sum() / (num_valid if num_items_in_batch is None else num_items_in_batch),
+            "base_loss": base_loss,
             "token_accuracy": num_correct / num_valid,
             "entropy": entropy_sum / num_valid,
             "num_valid_tokens": num_valid,
@@ -418,11 +475,16 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         """[batch, kept, V] in float32 at least: a sum rounded to 16 bits would lose the auxiliary's part."""
         kept = kept_positions(logits_to_keep)
         if isinstance(scale, Tensor) and scale.dim() == 2:
-            scale = scale[:, kept].unsqueeze(-1)
-        with torch.no_grad():
-            base = output_head(self.base).logits(h_base[:, kept])
-        aux = output_head(self.aux).logits(h_aux[:, kept])
-        dtype = torch.promote_types(torch.promote_types(base.dtype, aux.dtype), torch.float32)
-        num_valid = self.config.num_valid_tokens
-        total = base[..., :num_valid].to(dtype) + scale * aux[..., :num_valid].to(dtype)
+            scale = scale[:, kept]
+        h_base, h_aux, num_valid = h_base[:, kept], h_aux[:, kept], self.config.num_valid_tokens
+        if self.config.head == "shared":
+            base = output_head(self.base).logits(self._summed(h_base, h_aux, scale))
+            total = base[..., :num_valid].to(torch.promote_types(base.dtype, torch.float32))
+        else:
+            with torch.no_grad():
+                base = output_head(self.base).logits(h_base)
+            hidden, head = self._own_head(h_aux)
+            aux = head.logits(hidden)
+            dtype = torch.promote_types(torch.promote_types(base.dtype, aux.dtype), torch.float32)
+            total = base[..., :num_valid].to(dtype) + row_scale(scale, dtype) * aux[..., :num_valid].to(dtype)
         return nn.functional.pad(total, (0, self.config.vocab_size - num_valid), value=-torch.inf)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .. import checks
 
 VOCAB_POLICIES = ("strict", "pad")
+HEADS = ("own", "shared", "low_rank")
 
 
 def _as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedConfig | None:
@@ -20,12 +21,29 @@ def _as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedCo
     return AutoConfig.for_model(given.pop("model_type"), **given)
 
 
+def check_head(head: str, rank: int | None) -> int | None:
+    """The rank of a head's map as an int, None: full. Raises ValueError, TypeError."""
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+    if rank is None:
+        if head == "low_rank":
+            raise ValueError("head_rank must be given for head='low_rank'")
+        return None
+    rank = checks.integer("head_rank", rank)
+    if head == "own" or rank < 1:
+        raise ValueError(f"head_rank must be positive, and None for head='own', got {rank} for head={head!r}")
+    return rank
+
+
 class AuxiliaryConfig(PretrainedConfig):
     """Configuration of `AuxiliaryForCausalLM`: the two models' configurations and how they are joined.
 
     base_config, aux_config   PretrainedConfig, or its dict with model_type
     trunk_layer       index into the base's hidden states (0: the embeddings) that the auxiliary reads instead of token
                       embeddings; None: it reads tokens
+    head              what makes the auxiliary's part: "own", its output head; "shared", the base's frozen head behind a
+                      trained map of hidden states; "low_rank", two narrow matrices
+    head_rank         rank of that map (None: full) or of the two
     vocab_policy      "strict": equally wide heads; "pad": the narrower one's width counts, the rest is -inf
     vocab_size        width of the emitted logits: the base's
     num_valid_tokens  how many leading columns count
@@ -55,6 +73,8 @@ class AuxiliaryConfig(PretrainedConfig):
         aux_config: PretrainedConfig | dict | None = None,
         *,
         trunk_layer: int | None = None,
+        head: str = "own",
+        head_rank: int | None = None,
         vocab_policy: str = "strict",
         vocab_size: int | None = None,
         num_valid_tokens: int | None = None,
@@ -69,6 +89,7 @@ class AuxiliaryConfig(PretrainedConfig):
     ):
         if vocab_policy not in VOCAB_POLICIES:
             raise ValueError(f"vocab_policy must be one of {', '.join(VOCAB_POLICIES)}, got {vocab_policy!r}")
+        head_rank = check_head(head, head_rank)
         # as Python's own numbers: JSON holds no others
         label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
         aux_scale = checks.real_number("aux_scale", aux_scale)
@@ -80,6 +101,7 @@ class AuxiliaryConfig(PretrainedConfig):
         self.base_config = _as_config("base_config", base_config)
         self.aux_config = _as_config("aux_config", aux_config)
         self.trunk_layer = trunk_layer
+        self.head, self.head_rank = head, head_rank
         self.vocab_policy = vocab_policy
         self.vocab_size = vocab_size
         self.num_valid_tokens = num_valid_tokens

@@ -61,7 +61,7 @@ def output_head(model) -> OutputHead:
 
     PEFT's wrappers are looked through: a head trained whole (`modules_to_save`), and LoRA on it.
     """
-    layer, low_rank = _without_wrappers(model.get_output_embeddings())
+    layer, low_rank = without_wrappers(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear):
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         raise TypeError(f"the output embeddings of {type(model).__name__} must be a Linear, got {kind}")
@@ -76,7 +76,8 @@ def output_head(model) -> OutputHead:
     return OutputHead(layer.weight, layer.bias, scale, None if softcap is None else float(softcap), low_rank)
 
 
-def _without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
+def without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
+    """(the layer in PEFT's wrappers, the adapters that they add)."""
     copies = getattr(layer, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
         return (layer.original_module if layer.disable_adapters else copies[layer.active_adapters[0]]), ()
@@ -106,20 +107,26 @@ def detached(source: Head) -> Head:
 
 
 def zero_output_head(model) -> None:
-    """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied.
-
-    The model gets a configuration of its own to say so: others may share the one it had.
-    """
+    """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied."""
     output_head(model)  # that it is a Linear
-    layer = model.get_output_embeddings()
-    tied = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight}
+    layer = untie_output_head(model)
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
     if layer.bias is not None:
         layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
+
+
+def untie_output_head(model) -> nn.Module:
+    """The output head's layer, whose weight is no longer said to be that of the input embeddings.
+
+    The model gets a configuration of its own to say so: others may share the one it had.
+    """
+    layer = model.get_output_embeddings()
+    tied = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight}
     _own_config(model)
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     keys = model.all_tied_weights_keys
     model.all_tied_weights_keys = {to: source for to, source in keys.items() if not tied & {to, source}}
+    return layer
 
 
 def _own_config(model) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration import AuxiliaryConfig
+from .small import unread_weights
 
 BASE_FOLDER = "base"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -163,7 +164,8 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         )
     if state_dict is None:
         state_dict = model.state_dict()
-    own = {key: value for key, value in state_dict.items() if not key.startswith("base.")}
+    ignored = model._keys_to_ignore_on_save  # also matrices that nothing reads
+    own = {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in ignored)}
     _check_no_adapters(model, state_dict if save_base else own)
     _check_target(os.fspath(folder), config, save_base)
     config.base_is_saved = save_base
@@ -255,8 +257,9 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.aux_config)]
     options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
+    unread = {} if config.head == "own" and config.trunk_layer is None else _unread_weights(config)
     aux, info = kind.from_pretrained(
-        None, config=config.aux_config, state_dict=dict(own), output_loading_info=True, **options
+        None, config=config.aux_config, state_dict={**unread, **own}, output_loading_info=True, **options
     )
     for problem in PROBLEMS:
         if info[problem]:
@@ -264,6 +267,16 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     _keep_dtypes(aux, own, kwargs)
     _point_to(config, base, check_base, base_kwargs)
     return config, base_model, aux, weights
+
+
+def _unread_weights(config: AuxiliaryConfig) -> dict[str, Tensor]:
+    """Zeros without memory for the auxiliary's matrices that nothing reads, which only older folders hold."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config.aux_config))
+    shapes = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: torch.zeros(()).expand(shapes[name]) for name in unread_weights(model, config.head, config.trunk_layer)
+    }
 
 
 def _says_dtype(kwargs: dict) -> bool:
@@ -322,7 +335,7 @@ def _weights(folder, where: dict) -> dict[str, Tensor]:
 
 
 def load_rest(model, weights: dict[str, Tensor], kwargs: dict) -> None:
-    """The weights that are neither model's: the trunk projection."""
+    """The weights that are neither model's: the trunk projection and a head in place of the auxiliary's."""
     expected = {key for key in model.state_dict() if not key.startswith(("base.", "aux."))}
     if expected != weights.keys():
         raise ValueError(f"weights must be {sorted(expected)} beside the auxiliary's, got {sorted(weights)}")
