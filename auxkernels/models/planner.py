@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
-from .causal_lm import are_packed, is_stateful, router_loss, wants_router_logits
+from .causal_lm import are_packed, check_frozen, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .conditioning import (
     ActiveRows,
@@ -202,7 +202,8 @@ class PlannerForCausalLM(
         without every argument that has "label" in its name. It also drops these columns and those of planner_inputs
         from the data, unless `TrainingArguments(remove_unused_columns=False)`.
         Returns               `PlannerCausalLMOutput`. In training no [batch, seq, vocabulary] tensor is made.
-        Raises                TypeError, ValueError: arguments. On CPU IndexError, on GPU NaN: unknown segments, labels.
+        Raises                TypeError, ValueError: arguments; in training trainable weights, such as PEFT's, in a
+                              language model that is frozen. On CPU IndexError, on GPU NaN: unknown segments, labels.
         """
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
         shift_labels = given.pop("shift_labels")
@@ -214,6 +215,8 @@ class PlannerForCausalLM(
             mask = None if segments_are_aligned else token_mask(attention_mask, shape)
             token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, mode, shape, self.lm.device)
             rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
+        if self.training and "lm" in self._frozen and torch.is_grad_enabled():
+            check_frozen(self.lm, "lm", "; to train adapters in it, use freeze_lm=False")
         if use_cache is None and past_key_values is None and plans is None:
             # a frozen model in eval mode would make one, which checkpointed layers fill twice
             is_asked = not self.training and labels is None and shift_labels is None
