@@ -93,6 +93,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         self.base = base
         self.aux = aux
         config.base_config, config.aux_config = base.config, aux.config
+        config.base_fingerprint = saving.fingerprint(base)  # now, when all ranks are here and weights rarely sharded
         if config.trunk_layer is not None:
             weight, width = aux.get_input_embeddings().weight, base.config.get_text_config().hidden_size
             self.trunk_projection = nn.Linear(width, weight.shape[1], device=weight.device, dtype=weight.dtype)
