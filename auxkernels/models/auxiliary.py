@@ -27,6 +27,7 @@ from .causal_lm import (
 from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
 from .heads import check_output_head, detached, kept_positions, output_head, zero_output_head
+from .modules import device_of, features, head_width, run
 from .paired_cache import PairedCache
 from .vocabulary import check_tokenizers, shared_width
 
@@ -69,6 +70,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
     aux               the trained model; reads the same tokens, a prefix of its own in front of them (`aux_input_ids`)
                       and, with a trunk layer, the base's hidden states instead of token embeddings
     trunk_projection  Linear from the base's width to the auxiliary's, with a trunk layer
+    A model or an output head that does more than its weights say when it is called (hooks, offloaded, FSDP, quantised)
+    is called: its logits [batch, new, V] are then stored, and those of the auxiliary have a gradient as large.
     Source            Zeldes et al. 2020, https://arxiv.org/abs/2006.16823
     """
 
@@ -96,7 +99,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         config.base_fingerprint = saving.fingerprint(base)  # now, when all ranks are here and weights rarely sharded
         if config.trunk_layer is not None:
             weight, width = aux.get_input_embeddings().weight, base.config.get_text_config().hidden_size
-            self.trunk_projection = nn.Linear(width, weight.shape[1], device=weight.device, dtype=weight.dtype)
+            self.trunk_projection = nn.Linear(width, weight.shape[1], device=device_of(aux), dtype=weight.dtype)
             if weight is not aux.get_output_embeddings().weight:
                 weight.requires_grad_(False)  # nothing reads it
         self.post_init()
@@ -162,7 +165,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
     def _join(cls, config: AuxiliaryConfig, base, aux, zero_init: bool) -> AuxiliaryForCausalLM:
         if aux is base or aux.get_output_embeddings() is base.get_output_embeddings():
             raise ValueError("aux must be another model than base, with a head of its own: the base is frozen")
-        widths = [output_head(model).weight.shape[0] for model in (base, aux)]
+        widths = [head_width(model) for model in (base, aux)]
         config.vocab_size, config.num_valid_tokens = widths[0], shared_width(*widths, config.vocab_policy)
         num_layers = base.config.get_text_config().num_hidden_layers
         if config.trunk_layer is not None and not 0 <= config.trunk_layer <= num_layers:
@@ -353,7 +356,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         h_base, states = self._run_base(text, use_cache, output_hidden_states, kwargs)
         aux_kwargs = kwargs | ({"output_router_logits": True} if is_balanced else {})
         aux_output = self._run_aux(text, behind, use_cache, states, aux_kwargs)
-        h_aux = behind.of_text(aux_output.last_hidden_state)
+        h_aux = behind.of_text(features(aux_output))
         if past_key_values is not None:
             past_key_values.prefix_mask, past_key_values.arranged_mask = behind.prefix_mask, behind.arranged_mask
             past_key_values.is_complete = True
@@ -372,12 +375,13 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         )
 
     def _run_base(self, text: reading.Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict):
-        """Last hidden states [batch, new, D] and, where they are wanted, all of them."""
+        """`features` [batch, new, D] and, where they are wanted, all of them."""
         wants_states = bool(output_hidden_states) or self.config.trunk_layer is not None
         if self.base.training:  # it may be shared
             self.base.eval()
         with torch.no_grad():
-            output = self.base.base_model(
+            output = run(
+                self.base,
                 input_ids=text.input_ids,
                 attention_mask=text.attention_mask,
                 position_ids=text.position_ids,
@@ -386,10 +390,10 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
                 output_hidden_states=wants_states,
                 **kwargs,
             )
-        return output.last_hidden_state, output.hidden_states if wants_states else None
+        return features(output), output.hidden_states if wants_states else None
 
     def _run_aux(self, text: reading.Text, behind: reading.AuxText, use_cache: bool, states, kwargs: dict):
-        """What the auxiliary's base model returns for prefix and text, in the order in which they are read."""
+        """What the auxiliary returns (`run`) for prefix and text, in the order in which they are read."""
         prefix = behind.prefix
         if self.config.trunk_layer is None:
             tokens = text.input_ids if prefix is None else torch.cat([prefix, text.input_ids], dim=1)
@@ -400,7 +404,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
                 features = torch.cat([self._trunk_of_prefix(prefix, behind.prefix_mask, kwargs), features], dim=1)
             features = behind.arranged(features).to(self.trunk_projection.weight.dtype)
             inputs = {"inputs_embeds": self.trunk_projection(features)}
-        return self.aux.base_model(
+        return run(
+            self.aux,
             **inputs,
             attention_mask=behind.attention_mask,
             position_ids=behind.position_ids,
@@ -412,7 +417,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
     @torch.no_grad()
     def _trunk_of_prefix(self, prefix: Tensor, mask: Tensor, kwargs: dict) -> Tensor:
         """The base's hidden states of a prefix [batch, prefix, D], which it reads apart from the text."""
-        output = self.base.base_model(
+        output = run(
+            self.base,
             input_ids=prefix,
             attention_mask=mask,
             position_ids=reading.positions_of(mask),
