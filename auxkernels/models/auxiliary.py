@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from ..cross_entropy import aux_cross_entropy
 from . import auxiliary_inputs as reading
-from . import saving
+from . import base_pointer, saving
 from .causal_lm import (
     are_packed,
     check_frozen,
@@ -109,6 +109,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
         self._has_known_head = False  # a frozen one that passes gradients, or of which the user was warned
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
+        self._is_pointer_checked = False
         self._freeze_base()
         self.train(aux.training)
 
@@ -158,6 +159,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
             aux_scale=aux_scale,
             base_name_or_path=saving.pointer(base if isinstance(base, str) else base_model.config.name_or_path),
             base_revision=base_kwargs.get("revision", base_revision),
+            base_options=base_pointer.weight_options(base_model, base_kwargs),
         )
         return cls._join(config, base_model, aux_model, zero_init)
 
@@ -182,14 +184,16 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
     ):
         """Loads what `save_pretrained` wrote, in eval mode.
 
-        folder       path, or name on the hub
+        folder       path, or name on the hub. A pointer says also which of from_pretrained's options the base's weights
+                     need (subfolder, gguf_file, quantization_config, ...); these are passed again. A base with code of
+                     its own is loaded only with trust_remote_code=True, here or in base_kwargs
         base         the base, where it is at hand (shared) or has moved: a model, name or path; a name is saved on
         base_kwargs  for the base alone, over **kwargs
         check_base   whether the base must be the one that the auxiliary was saved with, by its fingerprint
         **kwargs     for from_pretrained of both models (dtype, device_map, attn_implementation, ...); revision and
                      subfolder are of the folder alone. Without dtype, both are as they were saved
         output_loading_info   returns (model, what was not loaded: nothing, because that is an error)
-        Raises       OSError: no such folder or base; ValueError: another base, missing or unexpected weights
+        Raises       OSError: no such folder or base; ValueError: another base, missing or unexpected weights, code
         """
         config, base_model, aux_model, rest = saving.load(
             folder, config, base=base, base_kwargs=base_kwargs, check_base=check_base, **kwargs
@@ -208,6 +212,12 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         to, or another kind of model; for adapters of PEFT.
         """
         saving.save(self, super().save_pretrained, save_directory, save_base, state_dict, kwargs)
+
+    def _check_pointer(self) -> None:
+        """Says at the first step what would otherwise be found at the first checkpoint, or after it."""
+        if not self._is_pointer_checked and not torch.compiler.is_compiling():
+            self._is_pointer_checked = True
+            base_pointer.warn_of_pointer(self)
 
     # -- the base stays frozen -----------------------------------------------------------------------------------------
 
@@ -334,6 +344,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         shift_labels = kwargs.pop("shift_labels", None)
         target = reading.shifted(labels) if shift_labels is None else shift_labels
         reading.check_inputs(input_ids, target, num_items_in_batch, kwargs)
+        if self.training and target is not None:
+            self._check_pointer()
         if past_key_values is not None:
             reading.check_cache(past_key_values)
         if self.training and target is not None and torch.is_grad_enabled():

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from . import base_pointer
 from .configuration import AuxiliaryConfig
 
 BASE_FOLDER = "base"
@@ -215,8 +216,7 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
     if not save_base and not config.base_name_or_path:
         raise ValueError(
-            "save_base must be True for a base that has no name to be found by: or save the base to a folder, load it "
-            "from there, and join it with the auxiliary anew"
+            f"save_base must be True for a base that has no name to be found by: or {base_pointer.way_to_save(model)}"
         )
     if state_dict is None:
         state_dict = model.state_dict()
@@ -305,12 +305,14 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     if check_base and config.base_fingerprint is None:
         raise ValueError(f"{folder} must say which base it was saved with: pass check_base=False for any")
     if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
-        raise ValueError(
-            "base must be the model that the auxiliary was saved with, got other weights or shapes: pass "
-            "check_base=False if that is meant"
-        )
+        advice = base_pointer.advice_on(config, base_model)
+        raise ValueError(f"base must be the model that the auxiliary was saved with, {advice}")
     weights = _weights(folder, where)
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
+    if type(config.aux_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"aux must be of a class of transformers, or registered there, got {config.aux_config.model_type}"
+        )
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.aux_config)]
     options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
     aux, info = kind.from_pretrained(
@@ -320,7 +322,7 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
         if info[problem]:
             raise ValueError(f"{folder} must hold the auxiliary's weights, {problem}: {_some(map(str, info[problem]))}")
     _keep_dtypes(aux, own, kwargs)
-    _point_to(config, base, check_base, base_kwargs)
+    _point_to(config, base, base_model, check_base, base_kwargs)
     return config, base_model, aux, weights
 
 
@@ -337,13 +339,16 @@ def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
             parameter.data = weights[name].to(parameter.device)
 
 
-def _point_to(config: AuxiliaryConfig, base, check_base: bool, base_kwargs: dict | None) -> None:
+def _point_to(config: AuxiliaryConfig, base, base_model, check_base: bool, base_kwargs: dict | None) -> None:
     """Makes the pointer that of a base given by name, or of an unchecked model, which may be another one."""
     if isinstance(base, PreTrainedModel) and not check_base:
         config.base_name_or_path, config.base_revision = pointer(base.config.name_or_path), None
+        config.base_options = base_pointer.weight_options(base, {})
     elif isinstance(base, (str, os.PathLike)):
         config.base_name_or_path = pointer(os.fspath(base))
         config.base_revision = (base_kwargs or {}).get("revision")
+        kwargs = base_pointer.loading_options(config, "moved", base_kwargs or {})
+        config.base_options = base_pointer.weight_options(base_model, kwargs)
 
 
 def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict | None) -> PreTrainedModel:
@@ -351,10 +356,15 @@ def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict 
         return causal_lm("base", base, base_kwargs or {})
     if config.base_config.dtype is not None and not _says_dtype(kwargs):
         kwargs = {**kwargs, "dtype": config.base_config.dtype}
+    kind = "moved" if base is not None else "folder" if config.base_is_saved else "pointer"
+    kwargs = base_pointer.loading_options(config, kind, kwargs)
     if base is None and config.base_is_saved:
         subfolder = os.path.join(where.get("subfolder", ""), BASE_FOLDER)
         if "revision" in where:
             kwargs = {**kwargs, "revision": where["revision"]}
+        inside = os.path.join(os.fspath(folder), subfolder)
+        if os.path.isdir(inside):  # code of its own is not looked for in subfolders
+            return causal_lm("base", inside, kwargs)
         return causal_lm("base", os.fspath(folder), {**kwargs, "subfolder": subfolder})
     name = config.base_name_or_path if base is None else base
     if base is None and config.base_revision is not None:
