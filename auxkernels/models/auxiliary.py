@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -22,9 +21,11 @@ from .causal_lm import (
     is_stateful,
     keeps_state,
     router_loss,
+    trunk_index,
     wants_router_logits,
 )
-from .composite_generation import GenerationOfComposites
+from .composite_generation import GenerationOfComposites, inherited
+from .config_fields import describe_as
 from .configuration import AuxiliaryConfig
 from .heads import check_output_head, detached, kept_positions, output_head, zero_output_head
 from .modules import device_of, features, head_width, run
@@ -97,13 +98,14 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         self.aux = aux
         config.base_config, config.aux_config = base.config, aux.config
         config.base_fingerprint = saving.fingerprint(base)  # now, when all ranks are here and weights rarely sharded
+        describe_as(config, base.config, aux.config)
         if config.trunk_layer is not None:
             weight, width = aux.get_input_embeddings().weight, base.config.get_text_config().hidden_size
             self.trunk_projection = nn.Linear(width, weight.shape[1], device=device_of(aux), dtype=weight.dtype)
             if weight is not aux.get_output_embeddings().weight:
                 weight.requires_grad_(False)  # nothing reads it
         self.post_init()
-        self.generation_config = copy.deepcopy(base.generation_config)
+        self.generation_config = inherited(base.generation_config)
         self._is_stateful = is_stateful(base, aux)  # generation asks before it drafts tokens that may be taken back
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
@@ -134,7 +136,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         base, aux      a causal LM, or the name or path of one; aux also a configuration: a new, random one
         base_revision  of the base's name; saved in the pointer to it
         trunk_layer    which of the base's hidden states (0: the embeddings) the auxiliary reads through a new Linear
-                       instead of its token embeddings; a prefix then runs through the base on its own
+                       instead of its token embeddings, -1: the last; a prefix then runs through the base on its own
         zero_init      the auxiliary's output head is replaced by zeros, and untied from its input embeddings if it
                        was tied: the untrained model is the base. False: the head stays as it is
         vocab_policy   "strict": equally wide heads; "pad": the narrower one's width counts, the rest gets -inf. With
@@ -170,8 +172,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         widths = [head_width(model) for model in (base, aux)]
         config.vocab_size, config.num_valid_tokens = widths[0], shared_width(*widths, config.vocab_policy)
         num_layers = base.config.get_text_config().num_hidden_layers
-        if config.trunk_layer is not None and not 0 <= config.trunk_layer <= num_layers:
-            raise ValueError(f"trunk_layer must be in [0, {num_layers}], the base's layers, got {config.trunk_layer}")
+        if config.trunk_layer is not None:
+            config.trunk_layer = trunk_index(config.trunk_layer, num_layers)
         for model in (base, aux):
             check_output_head(model)
         if zero_init:

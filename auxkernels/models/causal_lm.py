@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Collection
 
 import torch
@@ -27,6 +28,17 @@ def keeps_state(model) -> bool:
     """Whether a model carries a recurrent or convolutional state along the tokens, padding between them included."""
     layers = DynamicCache(config=model.config).layers
     return is_stateful(model) or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def trunk_index(given: int, num_layers: int) -> int:
+    """Which of a model's num_layers + 1 hidden states is meant; negative: counted from the last."""
+    given = operator.index(given)
+    if not -num_layers - 1 <= given <= num_layers:
+        raise ValueError(f"trunk_layer must be in [{-num_layers - 1}, {num_layers}], the base's layers, got {given}")
+    return given if given >= 0 else given + num_layers + 1
 
 
 # -- packed texts ------------------------------------------------------------------------------------------------------

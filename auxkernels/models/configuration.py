@@ -7,6 +7,7 @@ from typing import ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from .. import checks
+from .config_fields import describe_as
 
 VOCAB_POLICIES = ("strict", "pad")
 
@@ -39,6 +40,8 @@ class AuxiliaryConfig(PretrainedConfig):
     base_name_or_path, base_revision, base_fingerprint   the pointer to a base that is not saved with the model
     base_options      what else from_pretrained needs to load the base's weights
     base_is_saved     the folder holds the base too, in "base/"
+    hidden_size, num_hidden_layers, bos_token_id, ...   the base's, for trainers and servers that read them of any model
+    max_position_embeddings   the smaller of the two; a prefix takes its length of the auxiliary's
     """
 
     model_type = "auxiliary"
@@ -98,3 +101,5 @@ class AuxiliaryConfig(PretrainedConfig):
         self.base_options = base_options
         self.base_is_saved = base_is_saved
         self.use_cache = use_cache
+        if self.base_config is not None and self.aux_config is not None:
+            describe_as(self, self.base_config, self.aux_config)

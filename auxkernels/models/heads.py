@@ -190,7 +190,8 @@ def check_output_head(model) -> None:
 
     def show(module, args, output):
         own = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        shown.append(torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own))
+        drawn = torch.Generator("cpu").manual_seed(0)
+        shown.append(torch.randn(own.shape, generator=drawn, dtype=torch.float32, device="cpu").to(own))
         if isinstance(output, tuple):
             return shown[0], *output[1:]
         output.last_hidden_state = shown[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
 from .causal_lm import are_packed, check_frozen, is_stateful, router_loss, wants_router_logits
-from .composite_generation import GenerationOfComposites
+from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
     ActiveRows,
     Conditioning,
@@ -32,6 +33,7 @@ from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
 from .planner_loading import MARK, kept_buffers, marked_as_initialized
 from .planner_training import Freezing
+from .saving import causal_lm
 
 IGNORE_INDEX = -100
 
@@ -110,9 +112,10 @@ class PlannerForCausalLM(
     @classmethod
     def from_lm(
         cls,
-        lm: PreTrainedModel,
+        lm: PreTrainedModel | str,
         planner: nn.Module | None = None,
         *,
+        lm_kwargs: dict | None = None,
         codebook: Tensor | None = None,
         num_labels: int | None = None,
         label_dim: int | None = None,
@@ -128,7 +131,8 @@ class PlannerForCausalLM(
         """Condition the decoder layers of a language model on labels.
 
         lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared. It gets
-                                hooks, which go with this model or by `remove_hooks`.
+                                hooks, which go with this model or by `remove_hooks`. Or the name or path of one.
+        lm_kwargs               for from_pretrained of an lm given by name.
         planner                 called as planner(**planner_inputs), returns scores [S, K]; None: scores or labels are
                                 given to each call.
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
@@ -142,6 +146,8 @@ class PlannerForCausalLM(
             num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
         if num_labels is None or label_dim is None:
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
+        if lm_kwargs or isinstance(lm, (str, os.PathLike)):
+            lm = causal_lm("lm", lm, dict(lm_kwargs or {}))
         check_output_head(lm)
         config = PlannerConfig(
             text_config=copy.deepcopy(lm.config),  # what the constructor sets in it must not reach the model
@@ -158,7 +164,7 @@ class PlannerForCausalLM(
             freeze_lm=freeze_lm,
         )
         model = cls(config, lm=lm, planner=planner)
-        model.generation_config = copy.deepcopy(lm.generation_config)
+        model.generation_config = inherited(lm.generation_config)
         if codebook is not None:
             model.conditioning.set_codebook(codebook)
         return model.train(lm.training)
@@ -316,7 +322,7 @@ class PlannerForCausalLM(
         rows = self.conditioning(label_ids)
         num_labels = self.config.num_labels
         is_label = ((label_ids >= 0) & (label_ids < num_labels)).float()
-        usage = torch.zeros(num_labels, device=label_ids.device)
+        usage = torch.zeros(num_labels, dtype=torch.float32, device=label_ids.device)
         usage = usage.index_add(0, label_ids.clamp(0, num_labels - 1), is_label) / max(len(label_ids), 1)
         return rows, {"label_entropy": usage.new_zeros(()), "label_usage": usage, "segment_labels": label_ids}
 
