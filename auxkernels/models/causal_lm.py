@@ -12,9 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from .modules import features
-
 from .heads import OutputHead
+from .modules import features
 
 # -- recurrent and convolutional states --------------------------------------------------------------------------------
 
