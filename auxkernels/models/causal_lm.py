@@ -77,7 +77,8 @@ def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:
     The model's own `forward` computes it, since families differ: behind a base model that has been run, with the last
     token's logits and a cross-entropy of zero.
     """
-    if not outputs.get("router_logits"):
+    router_logits = outputs.get("router_logits")
+    if router_logits is None or len(router_logits) == 0:
         return None
     hidden, calls = features(outputs), []
     model = next(module for module in model.modules() if isinstance(module, PreTrainedModel))  # out of a wrapper
