@@ -25,8 +25,9 @@ def is_stateful(*models: nn.Module) -> bool:
 
 def keeps_state(model) -> bool:
     """Whether a model carries a recurrent or convolutional state along the tokens, padding between them included."""
-    layers = DynamicCache(config=model.config).layers
-    return is_stateful(model) or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    if is_stateful(model):
+        return True
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
