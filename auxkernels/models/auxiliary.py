@@ -27,7 +27,7 @@ from .causal_lm import (
 from .composite_generation import GenerationOfComposites, inherited
 from .config_fields import describe_as
 from .configuration import AuxiliaryConfig
-from .heads import check_output_head, detached, kept_positions, output_head, zero_output_head
+from .heads import CalledHead, check_output_head, detached, kept_positions, output_head, zero_output_head
 from .modules import device_of, features, head_width, run
 from .paired_cache import PairedCache
 from .vocabulary import check_tokenizers, shared_width
@@ -245,7 +245,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         own = self._keys_to_ignore_on_save  # unfrozen by hand they get no gradient all the same
         check_frozen(self.base, "base", " ('aux.lm_head', not 'lm_head')", own)
         head = output_head(self.aux)
-        if self._has_known_head or head.weight.requires_grad:
+        if self._has_known_head or isinstance(head, CalledHead) or head.weight.requires_grad:
             return
         is_blocked = is_dead(head)
         if is_blocked and any(weight.requires_grad for weight in self.aux.base_model.parameters()):
