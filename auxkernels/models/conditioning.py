@@ -70,14 +70,16 @@ class Conditioning(nn.Module):
             raise ValueError(f"codebook must be [num_labels, label_dim] = {want}, got {got}")
         self.codebooks.copy_(codebook)
 
-    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats]:
-        """The rows of segments whose labels are predicted.
+    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats] | Tensor:
+        """The rows of segments whose labels are predicted, or given (`of_labels`, through the module and its hooks).
 
-        scores    [S, K] floating point
+        scores    [S, K] floating point; or labels [S], for which the rows alone are returned
         folded    whether the codebooks are projected, not the mixtures; None: what multiplies less (`is_folded`)
         options   temperature, hard, gumbel, seed: as for `soft_embedding`
         Returns   rows [L, S, H], and the statistics of the label probabilities
         """
+        if not scores.is_floating_point():
+            return self.of_labels(scores, folded=folded)
         num_labels, label_dim = self.codebooks.shape[1:]
         if folded is None:
             folded = is_folded(len(scores), num_labels, label_dim, self.weight.shape[1])
@@ -170,8 +172,8 @@ def token_mask(attention_mask, shape) -> Tensor | None:
     return attention_mask[:, attention_mask.shape[1] - shape[1] :]
 
 
-def conditioning_segments(segment_ids, are_aligned: bool, attention_mask, mode: str, shape, device) -> Tensor:
-    """The row of segments that conditions each token, [batch, seq]; mode "fixed" has a single one."""
+def checked_segments(segment_ids: Tensor | None, mode: str, shape, device) -> Tensor:
+    """The segment of each token, [batch, seq], as it is given. Mode "fixed" needs none."""
     if segment_ids is None:
         if mode != "fixed":
             raise ValueError(f"mode {mode!r} needs segment_ids")
@@ -179,8 +181,43 @@ def conditioning_segments(segment_ids, are_aligned: bool, attention_mask, mode: 
     if segment_ids.is_floating_point() or segment_ids.shape != shape:
         got = f"{segment_ids.dtype} {list(segment_ids.shape)}"
         raise ValueError(f"segment_ids must be int64 {list(shape)}, as the tokens, got {got}")
-    token_segments = segment_ids if are_aligned else predicted_segments(segment_ids, attention_mask)
-    return token_segments.clamp(max=0) if mode == "fixed" else token_segments
+    return segment_ids
+
+
+def conditioning_segments(segment_ids: Tensor, are_aligned: bool, attention_mask, num_segments: int | None) -> Tensor:
+    """The row of segments that conditions each token, [batch, seq]; num_segments None: a single row for all."""
+    if num_segments is None:
+        segment_ids = segment_ids.clamp(max=0)
+    else:
+        segment_ids = refuse_numbers_of_rows(segment_ids, num_segments, attention_mask)
+    return segment_ids if are_aligned else predicted_segments(segment_ids, attention_mask)
+
+
+def refuse_numbers_of_rows(segment_ids: Tensor, num_segments: int, attention_mask: Tensor | None = None) -> Tensor:
+    """The segments of tokens [batch, seq], which must be numbered over the whole batch, as they are.
+
+    Collators that know nothing of segments leave each example's own ids. With them all rows would follow the first
+    row's plans, so such ids are recognised: 0, 1, 2, ... in every row, while labels of further segments are given.
+
+    Raises   ValueError for them on CPU; on GPU they become unknown segments (NaN).
+    """
+    if segment_ids.shape[0] < 2 or segment_ids.shape[1] == 0:
+        return segment_ids
+    is_token = segment_ids >= 0
+    if attention_mask is not None:
+        is_token &= attention_mask.to(segment_ids.device) != 0
+    highest = segment_ids.masked_fill(~is_token, -1).cummax(dim=1).values
+    steps = highest.diff(dim=1, prepend=torch.full_like(highest[:, :1], -1))
+    counts = highest[:, -1] + 1
+    is_counted = (steps <= 1).all() & (~is_token | (segment_ids == highest)).all()
+    begins_anew = is_counted & ((counts > 0).sum() > 1) & (counts.max() < num_segments)
+    if segment_ids.device.type == "cpu" and not torch.compiler.is_compiling() and begins_anew:
+        raise ValueError(
+            "segment_ids must be numbered over the whole batch, got ids that begin anew in each row, at most "
+            f"{int(counts.max())} where labels of {num_segments} segments are given: number them on from row to row, "
+            "as labels.collate_segments does"
+        )
+    return torch.where(begins_anew & is_token, num_segments, segment_ids)
 
 
 class ActiveRows(threading.local):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from .. import checks
+from .config_fields import describe_as
 
 VOCAB_POLICIES = ("strict", "pad")
 HEADS = ("own", "shared", "low_rank")
@@ -18,7 +19,12 @@ def _as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedCo
     if not isinstance(given, dict) or "model_type" not in given:
         raise TypeError(f"{name} must be a PretrainedConfig or a dict with model_type, got {type(given).__name__}")
     given = dict(given)
-    return AutoConfig.for_model(given.pop("model_type"), **given)
+    model_type = given.pop("model_type")
+    if model_type in CONFIG_MAPPING:
+        return AutoConfig.for_model(model_type, **given)
+    config = PretrainedConfig(**given)  # of a model with code of its own, until that is loaded
+    config.model_type = model_type
+    return config
 
 
 def check_head(head: str, rank: int | None) -> int | None:
@@ -50,7 +56,10 @@ class AuxiliaryConfig(PretrainedConfig):
     aux_scale         the auxiliary's logits are multiplied by it
     label_smoothing   of the training loss, in [0, 1]; evaluation has none
     base_name_or_path, base_revision, base_fingerprint   the pointer to a base that is not saved with the model
+    base_options      what else from_pretrained needs to load the base's weights
     base_is_saved     the folder holds the base too, in "base/"
+    hidden_size, num_hidden_layers, bos_token_id, ...   the base's, for trainers and servers that read them of any model
+    max_position_embeddings   the smaller of the two; a prefix takes its length of the auxiliary's
     """
 
     model_type = "auxiliary"
@@ -83,6 +92,7 @@ class AuxiliaryConfig(PretrainedConfig):
         base_name_or_path: str | None = None,
         base_revision: str | None = None,
         base_fingerprint: dict | None = None,
+        base_options: dict | None = None,
         base_is_saved: bool = False,
         use_cache: bool = True,
         **kwargs,
@@ -110,5 +120,8 @@ class AuxiliaryConfig(PretrainedConfig):
         self.base_name_or_path = base_name_or_path
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
+        self.base_options = base_options
         self.base_is_saved = base_is_saved
         self.use_cache = use_cache
+        if self.base_config is not None and self.aux_config is not None:
+            describe_as(self, self.base_config, self.aux_config)

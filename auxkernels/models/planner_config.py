@@ -7,6 +7,7 @@ from typing import ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from .. import checks
+from .config_fields import describe_as
 
 MODES = ("soft", "straight_through", "gumbel", "hard", "fixed")
 INITS = ("zero_projection", "zero_gate", "xavier")
@@ -33,6 +34,7 @@ class PlannerConfig(PretrainedConfig):
                         "zero_gate": Xavier projections behind a trainable gate per channel that starts at zero;
                         "xavier": as the paper, where step 0 already differs from the language model.
     freeze_lm           the language model gets no gradient and stays in eval mode.
+    hidden_size, ...    the language model's, for trainers and servers that read them of any model.
     has_planner         whether saved weights include a planner module, which must then be given to load them.
     """
 
@@ -92,6 +94,8 @@ class PlannerConfig(PretrainedConfig):
         self.freeze_lm = freeze_lm
         self.has_planner = has_planner
         super().__init__(**kwargs)
+        if text_config is not None:
+            describe_as(self, text_config)
 
 
 def check_mode(mode: str) -> str:

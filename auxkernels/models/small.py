@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..sources import row_scale
+from .causal_lm import is_dead
 from .heads import OutputHead, untie_output_head, without_wrappers
+from .modules import is_called_whole, is_plain
 
 # -- heads -------------------------------------------------------------------------------------------------------------
 
@@ -25,9 +27,8 @@ class Factored(nn.Module):
         return self.up(self.down(hidden))
 
 
-def new_head(num_inputs: int, num_outputs: int, rank: int | None, like: Tensor) -> nn.Module:
-    """A linear map of zeros, of low rank or (None) full."""
-    made = {"device": like.device, "dtype": like.dtype}
+def new_head(num_inputs: int, num_outputs: int, rank: int | None, **made) -> nn.Module:
+    """A linear map of zeros, of low rank or (None) full. made: device and dtype."""
     if rank is not None:
         return Factored(num_inputs, num_outputs, rank, **made)
     linear = nn.Linear(num_inputs, num_outputs, bias=False, **made)
@@ -40,6 +41,28 @@ def low_rank_head(head: nn.Module) -> tuple[nn.Module, OutputHead]:
     factored, _ = without_wrappers(head)
     up, adapters = without_wrappers(factored.up)
     return factored.down, OutputHead(up.weight, None, 1.0, None, adapters)
+
+
+def is_frozen_at_zero(head: nn.Module) -> bool:
+    """Whether nothing can pass a gradient through a new head."""
+    layer, _ = without_wrappers(head)
+    last, adapters = without_wrappers(getattr(layer, "up", layer))
+    return is_dead(OutputHead(last.weight, None, 1.0, None, adapters))
+
+
+def hidden_width(model) -> int:
+    """How wide the hidden states are that enter a model's output head."""
+    layer, _ = without_wrappers(model.get_output_embeddings())
+    return getattr(layer, "in_features", None) or model.config.get_text_config().hidden_size
+
+
+def check_hidden_states(base: nn.Module | None, aux: nn.Module) -> None:
+    """ValueError where a model that must give hidden states is called with its head (`modules.is_called_whole`)."""
+    for name, model in (("base", base), ("aux", aux)):
+        if model is not None and is_called_whole(model):
+            raise ValueError(
+                f"{name} must be a transformers model without hooks, or with head='own': only its logits are known"
+            )
 
 
 def added(h_base: Tensor, projected: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,9 +107,16 @@ def drop_unread_weights(model, head: str, trunk_layer: int | None) -> None:
     unread = unread_weights(model, head, trunk_layer)
     is_tied = embeddings.weight is output.weight
     if trunk_layer is not None and unread and not (is_tied and head == "own"):
-        _without_rows(embeddings)
-        embeddings.num_embeddings, embeddings.padding_idx = 0, None
+        if is_plain(embeddings):
+            _without_rows(embeddings)
+            embeddings.num_embeddings, embeddings.padding_idx = 0, None
+        embeddings.requires_grad_(False)
     if head != "own":
+        if not is_plain(output):
+            raise ValueError(
+                f"head must be 'own' for {type(model).__name__}, whose output head has hooks or weights that are not "
+                "in memory: or load it without, and offload, shard or quantise the joined model"
+            )
         untie_output_head(model)
         _without_rows(output)
         output.out_features = 0

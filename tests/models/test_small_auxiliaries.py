@@ -421,3 +421,38 @@ def test_small_is_refused_where_it_cannot_be_derived():
 def test_wrong_heads_are_errors(options, error, architecture):
     with pytest.raises(ValueError, match=error):
         AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), tiny_config(architecture), **options)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hook_on_the_base_s_head_sees_the_sum_and_passes_its_gradient(tokens):
+    model, seen = joined("shared").train(), []
+    want = model(tokens, labels=tokens, skip_logits=False)
+    want.loss.backward()
+    grad, model.aux_head.weight.grad = model.aux_head.weight.grad, None
+    model.base.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    got = model(tokens, labels=tokens, skip_logits=False)
+    got.loss.backward()
+    assert len(seen) == 2
+    assert_same_network((got.loss, got.logits), (want.loss, want.logits))
+    assert_same_network(model.aux_head.weight.grad, grad)
+
+
+def test_a_model_that_gives_no_hidden_states_is_named(tokens):
+    model = joined("shared")
+    handle = model.base.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="base must be a transformers model without hooks, or with head='own'"):
+        model(tokens)
+    handle.remove()
+    model.aux.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="aux must be a transformers model without hooks"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("name", ["shared", "low rank"])
+def test_a_frozen_head_of_zeros_is_warned_of(name, tokens):
+    model = joined(name, moved=False).train()
+    model.aux_head.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"modules_to_save=\['aux_head'\]"):
+        model(tokens, labels=tokens)
