@@ -45,6 +45,7 @@ from .paired_cache import PairedCache
 from .small import (
     added,
     check_hidden_states,
+    check_zero_init,
     drop_unread_weights,
     hidden_width,
     is_frozen_at_zero,
@@ -194,12 +195,11 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
             check_tokenizers(base, aux, saving.hub_options(base_kwargs), saving.hub_options(aux_kwargs))
         base_model = saving.causal_lm("base", base, base_kwargs)
         aux_model = small_model(base_model, aux_kwargs) if is_small else saving.causal_lm("aux", aux, aux_kwargs)
-        if head == "shared" and trunk_layer is None and (is_small or isinstance(aux, PretrainedConfig)):
-            trunk_layer = 0
+        is_new = is_small or isinstance(aux, PretrainedConfig)
         config = AuxiliaryConfig(
             base_config=base_model.config,
             aux_config=aux_model.config,
-            trunk_layer=trunk_layer,
+            trunk_layer=0 if head == "shared" and trunk_layer is None and is_new else trunk_layer,
             head=head,
             head_rank=head_rank,
             vocab_policy=vocab_policy,
@@ -208,8 +208,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
             base_revision=base_kwargs.get("revision", base_revision),
             base_options=base_pointer.weight_options(base_model, base_kwargs),
         )
-        if head != "own" and not zero_init:
-            raise ValueError(f"zero_init must be True for head={head!r}, which is new")
+        check_zero_init(head, zero_init)
         return cls._join(config, base_model, aux_model, zero_init)
 
     @classmethod
