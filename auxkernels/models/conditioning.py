@@ -1,4 +1,4 @@
-"""Label embeddings added to the input of chosen decoder layers, through hooks on the layers."""
+"""Label embeddings added in chosen decoder layers, through hooks on the layers or on modules in them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..soft_embedding import LookupStats, soft_embedding
 class Conditioning(nn.Module):
     """Codebooks and projections of all conditioned layers, stacked: one row for each layer and segment.
 
-    Layer l of L adds `gate_l * (weight_l @ e + bias_l)` to its input, where e is the segment's label embedding in the
+    Layer l of L adds `gate_l * (weight_l @ e + bias_l)` at its place, where e is the segment's label embedding in the
     layer's own codebook: a row of it, or the average of its rows with the probabilities of one softmax for all layers.
 
     codebooks   [L, K, E]: K labels of width E
-    weight      [L, H, E] and bias [L, H]: from E to the width H of the hidden states
+    weight      [L, H, E] and bias [L, H]: from E to the width H at the place (`places.width_at`)
     gate        [L, H], or None: only for init="zero_gate"
-    Source      Cornille et al. 2024. The authors add inside the layer, before the attention's output projection or the
-                feed-forward part; here it is the layer's input, the same place in every architecture.
+    Source      Cornille et al. 2024. The authors' code adds inside the layer: in GPT-2 before the attention's output
+                projection, in OLMo before the feed-forward part. `PlannerConfig.place` says where.
     """
 
     def __init__(
@@ -201,7 +201,9 @@ class ActiveRows(threading.local):
 
 
 class AddRows:
-    """A forward pre-hook that adds the active rows of one layer to the hidden states, the layer's first argument."""
+    """A forward pre-hook that adds the active rows of one layer to the hidden states, the module's first argument."""
+
+    has_run = False
 
     def __init__(self, active: ActiveRows, index: int):
         self.active, self.index = active, index
@@ -209,29 +211,39 @@ class AddRows:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         if self.active.rows is None:
             return None
+        self.has_run = True
         if args:
             return (self._added(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._added(kwargs["hidden_states"])}
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        return args, {**kwargs, name: self._added(kwargs[name])}
 
     def _added(self, hidden: Tensor) -> Tensor:
         rows = self.active.rows[self.index].to(device=hidden.device, dtype=hidden.dtype)
-        return hidden + segments_to_tokens(rows, self.active.segment_ids.to(hidden.device))
+        added = segments_to_tokens(rows, self.active.segment_ids.to(hidden.device))
+        return hidden + (added.flatten(0, 1) if hidden.dim() == 2 else added)  # some flatten tokens inside a layer
 
 
 class LayerHooks:
-    """`AddRows` hooks on layers, the n-th for row set n. They are removed by `remove`, or when this object dies."""
+    """`AddRows` hooks on the n-th modules for row set n. They are removed by `remove`, or when this object dies."""
 
-    def __init__(self, layers: list[nn.Module], active: ActiveRows):
+    def __init__(self, modules: list[list[nn.Module]], active: ActiveRows):
+        self.added = [AddRows(active, n) for n, of_layer in enumerate(modules) for _ in of_layer]
+        flat = [module for of_layer in modules for module in of_layer]
         self.handles = [
-            layer.register_forward_pre_hook(AddRows(active, n), with_kwargs=True) for n, layer in enumerate(layers)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module, hook in zip(flat, self.added, strict=True)
         ]
         self.remove = _remover(self)
 
-    def __getstate__(self):
-        return self.handles
+    def passed_by(self) -> list[int]:
+        """Row sets that have never been added, where hooks were never called."""
+        return sorted({hook.index for hook in self.added if not hook.has_run})
 
-    def __setstate__(self, handles):
-        self.handles = handles
+    def __getstate__(self):
+        return self.handles, self.added
+
+    def __setstate__(self, state):
+        self.handles, self.added = state
         self.remove = _remover(self)
 
 

@@ -25,6 +25,7 @@ from .conditioning import (
     token_mask,
 )
 from .heads import check_output_head, output_head
+from .places import modules_at, width_at
 from .planner_checkpointing import CheckpointingThroughHooks
 from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
@@ -85,19 +86,19 @@ class PlannerForCausalLM(
         self._is_stateful = is_stateful(self.lm)  # generation asks before it drafts tokens that may be taken back
         self.planner = planner
         config.has_planner = planner is not None
+        modules = modules_at(config.place, self.lm, self._decoder_layers(), config.layers)
         self.conditioning = Conditioning(
             len(config.layers),
             config.num_labels,
             config.label_dim,
-            config.text_config.hidden_size,
+            width_at(config.place, self.lm, modules, config.layers),
             init=config.conditioning_init,
             dtype=torch.float64 if self.lm.dtype == torch.float64 else torch.float32,
             device=self.lm.device,
         )
         self._frozen: dict[str, list[str]] = {}  # names of the weights that freezing changed
         self._active = ActiveRows()
-        layers = self._decoder_layers()
-        self._hooks = LayerHooks([layers[i] for i in config.layers], self._active)
+        self._hooks = LayerHooks(modules, self._active)
         self._is_hooked = True
         with marked_as_initialized(lm, planner):  # or post_init would draw weights anew that are not its own
             self.post_init()
@@ -114,6 +115,7 @@ class PlannerForCausalLM(
         num_labels: int | None = None,
         label_dim: int | None = None,
         layers: Iterable[int] | None = None,
+        place: str = "layer_input",
         mode: str = "soft",
         temperature: float = 1.0,
         freeze_lm: bool = True,
@@ -131,7 +133,7 @@ class PlannerForCausalLM(
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
                                 `fit_codebook`; None: standard normal, of num_labels and label_dim.
         layers                  indices of the layers to condition; None: all but the first two.
-        mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, fixed_label, conditioning_init
+        place, mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, fixed_label, conditioning_init
                                 as in `PlannerConfig`, where temperature is `label_temperature`.
         Raises                  TypeError, ValueError: a model or an option that cannot be served.
         """
@@ -146,6 +148,7 @@ class PlannerForCausalLM(
             num_labels=num_labels,
             label_dim=label_dim,
             layers=chosen_layers(layers, len(decoder_layers(lm))),
+            place=place,
             mode=mode,
             label_temperature=temperature,
             gumbel_scale=gumbel_scale,
@@ -267,9 +270,22 @@ class PlannerForCausalLM(
         lm_inputs = {name: value for name, value in lm_inputs.items() if value is not None}
         self._active.set(rows.unbind(0), token_segments)
         try:
-            return self.lm.base_model(**lm_inputs, return_dict=True)
+            outputs = self.lm.base_model(**lm_inputs, return_dict=True)
         finally:
             self._active.set(None, None)
+        self._check_all_were_added()
+        return outputs
+
+    def _check_all_were_added(self) -> None:
+        """RuntimeError where layers read a module's weight and never call it: nothing would be added there."""
+        if torch.compiler.is_compiling() or getattr(self.lm.config.get_text_config(), "layerdrop", 0):
+            return
+        missed = [self.config.layers[n] for n in self._hooks.passed_by()]
+        if missed:
+            raise RuntimeError(
+                f"{type(self.lm).__name__} as it is configured does not call the modules that place="
+                f"{self.config.place!r} is in front of, in layers {missed}: use place='layer_input'"
+            )
 
     def _rows(self, mode: str, sources: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """The conditioning rows [L, S, H] of the segments, and the label statistics."""
