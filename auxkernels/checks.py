@@ -351,6 +351,13 @@ def lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape: torch.Si
             raise ValueError(f"top_k must be at least 1, got {top_k}")
 
 
+def gradient_option(clean_gradient: object, hard: bool) -> None:
+    if not isinstance(clean_gradient, bool):
+        raise TypeError(f"clean_gradient must be a bool, got {type(clean_gradient).__name__}")
+    if clean_gradient and not hard:
+        raise ValueError("clean_gradient needs hard=True: a mixture's gradient is that of its own probabilities")
+
+
 def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.device) -> None:
     if mask is None:
         return

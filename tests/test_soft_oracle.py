@@ -119,12 +119,23 @@ def kept_by(v: Tensor, top_k: int) -> Tensor:
 
 
 def formula(
-    v: Tensor, table: Tensor, T: Tensor | float, hard=False, mask=None, top_k=None, probe: Tensor | float = 0.0
+    v: Tensor,
+    table: Tensor,
+    T: Tensor | float,
+    hard=False,
+    mask=None,
+    top_k=None,
+    probe: Tensor | float = 0.0,
+    choice_noise: Tensor | float | None = None,
 ) -> dict[str, Tensor]:
-    """v [*, K] with the noise in it, table [K, D] or [L, K, D]; the gradient of `probe` is the probabilities'."""
+    """v [*, K] with the noise in it, table [K, D] or [L, K, D]; the gradient of `probe` is the probabilities'.
+
+    choice_noise   what is added to v for a hard choice that the probabilities have no noise of
+    """
     T = T.unsqueeze(-1) if isinstance(T, Tensor) and T.dim() else T
     allowed = torch.ones_like(v, dtype=torch.bool) if mask is None else ~mask.expand_as(v)
     allowed = allowed & (v.detach() != -torch.inf)
+    among = allowed
     if top_k is not None:
         allowed = allowed & kept_by(v.detach().masked_fill(~allowed, -torch.inf), top_k)
     empty = ~allowed.any(-1, keepdim=True)
@@ -134,7 +145,10 @@ def formula(
     log_p = (u - torch.logsumexp(u.masked_fill(empty, 0.0), -1, keepdim=True)).masked_fill(~allowed, 0.0)
     p = torch.where(allowed, log_p.exp() + probe, 0.0)
     best = v.detach().masked_fill(~allowed, -torch.inf).argmax(-1)  # not p's: two likely labels may have one p
-    chosen = F.one_hot(best, v.shape[-1]).to(p.dtype).masked_fill(empty, 0.0)
+    choice = best
+    if choice_noise is not None:
+        choice = (v.detach() + choice_noise).masked_fill(~among, -torch.inf).argmax(-1)
+    chosen = F.one_hot(choice, v.shape[-1]).to(p.dtype).masked_fill(empty, 0.0)
     mix = "...k,kd->...d" if table.dim() == 2 else "...k,lkd->l...d"
     if hard:
         out = torch.einsum(mix, chosen, table) + torch.einsum(mix, p - p.detach(), table.detach())
@@ -145,7 +159,7 @@ def formula(
         "out": out,
         "entropy": -(p * log_p).sum(-1),
         "max_prob": (p * F.one_hot(best, v.shape[-1])).sum(-1),
-        "argmax": best.masked_fill(empty.squeeze(-1), -1),
+        "argmax": choice.masked_fill(empty.squeeze(-1), -1),
         "sum_squares": p.square().sum(-1),
         "usage": rows.sum(0) / max(len(rows), 1),
         "log_p": log_p,
@@ -185,10 +199,12 @@ def expected(case: Case, upstream: dict[str, Tensor]) -> tuple[dict[str, Tensor]
         scale = wide(source.scale)
         scaled.append(z)
         terms.append((scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale) * z)
-    v = sum(terms) + noise_of(case)
+    is_clean = case.options.get("clean_gradient", False)
+    v = sum(terms) if is_clean else sum(terms) + noise_of(case)
     probes = {name: torch.zeros_like(v).requires_grad_() for name in ("v", "p")}
     T = wide(case.options.get("temperature", 1.0))
     choice = {name: case.options.get(name) for name in ("mask", "top_k")}
+    choice["choice_noise"] = noise_of(case) if is_clean else None
     table, hard = wide(case.table), case.options.get("hard", False)
     results = formula(v + probes["v"], table, T, hard, **choice, probe=probes["p"])
     log_p = results.pop("log_p").detach()

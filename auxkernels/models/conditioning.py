@@ -74,7 +74,7 @@ class Conditioning(nn.Module):
 
         scores    [S, K] floating point
         folded    whether the codebooks are projected, not the mixtures; None: what multiplies less (`is_folded`)
-        options   temperature, hard, gumbel, seed: as for `soft_embedding`
+        options   temperature, hard, gumbel, clean_gradient, seed: as for `soft_embedding`
         Returns   rows [L, S, H], and the statistics of the label probabilities
         """
         num_labels, label_dim = self.codebooks.shape[1:]

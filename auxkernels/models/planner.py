@@ -121,6 +121,7 @@ class PlannerForCausalLM(
         freeze_lm: bool = True,
         gumbel_scale: float = 1.0,
         gumbel_hard: bool = False,
+        gumbel_clean_gradient: bool = False,
         fixed_label: int = 0,
         conditioning_init: str = "zero_projection",
     ) -> PlannerForCausalLM:
@@ -133,8 +134,8 @@ class PlannerForCausalLM(
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
                                 `fit_codebook`; None: standard normal, of num_labels and label_dim.
         layers                  indices of the layers to condition; None: all but the first two.
-        place, mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, fixed_label, conditioning_init
-                                as in `PlannerConfig`, where temperature is `label_temperature`.
+        place, mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, gumbel_clean_gradient, fixed_label,
+        conditioning_init       as in `PlannerConfig`, where temperature is `label_temperature`.
         Raises                  TypeError, ValueError: a model or an option that cannot be served.
         """
         if codebook is not None:
@@ -153,6 +154,7 @@ class PlannerForCausalLM(
             label_temperature=temperature,
             gumbel_scale=gumbel_scale,
             gumbel_hard=gumbel_hard,
+            gumbel_clean_gradient=gumbel_clean_gradient,
             fixed_label=fixed_label,
             conditioning_init=conditioning_init,
             freeze_lm=freeze_lm,
@@ -313,6 +315,7 @@ class PlannerForCausalLM(
             temperature=config.label_temperature,
             hard=mode == "straight_through" or (mode == "gumbel" and config.gumbel_hard),
             gumbel=float(config.gumbel_scale) if is_noisy else 0.0,
+            clean_gradient=mode == "gumbel" and config.gumbel_clean_gradient,
         )
         entropy = stats.entropy.sum() / max(len(scores), 1)
         return rows, {"label_entropy": entropy, "label_usage": stats.usage, "segment_labels": stats.argmax}

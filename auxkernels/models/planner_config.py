@@ -34,6 +34,7 @@ class PlannerConfig(PretrainedConfig):
     label_temperature   positive number. (Not `temperature`: transformers would read that as a sampling temperature.)
     gumbel_scale        factor of the noise of mode "gumbel".
     gumbel_hard         mode "gumbel" takes the likeliest label of the noisy scores forward (straight-through).
+    gumbel_clean_gradient   with gumbel_hard: the gradient is that of "soft", without the noise that chose the label.
     fixed_label         the label of mode "fixed".
     conditioning_init   "zero_projection": projections start at zero, so that step 0 equals the language model;
                         "zero_gate": Xavier projections behind a trainable gate per channel that starts at zero;
@@ -65,6 +66,7 @@ class PlannerConfig(PretrainedConfig):
         label_temperature: float = 1.0,
         gumbel_scale: float = 1.0,
         gumbel_hard: bool = False,
+        gumbel_clean_gradient: bool = False,
         fixed_label: int = 0,
         conditioning_init: str = "zero_projection",
         freeze_lm: bool = True,
@@ -83,6 +85,8 @@ class PlannerConfig(PretrainedConfig):
             raise ValueError(f"conditioning_init must be one of {', '.join(INITS)}, got {conditioning_init!r}")
         if not label_temperature > 0:
             raise ValueError(f"label_temperature must be positive, got {label_temperature}")
+        if gumbel_clean_gradient and not gumbel_hard:
+            raise ValueError("gumbel_clean_gradient needs gumbel_hard=True")
         if not 0 <= fixed_label < num_labels:
             raise ValueError(f"fixed_label must be in [0, {num_labels}), got {fixed_label}")
         self.text_config = text_config
@@ -93,6 +97,7 @@ class PlannerConfig(PretrainedConfig):
         self.label_temperature = label_temperature
         self.gumbel_scale = gumbel_scale
         self.gumbel_hard = gumbel_hard
+        self.gumbel_clean_gradient = gumbel_clean_gradient
         self.fixed_label = fixed_label
         self.conditioning_init = conditioning_init
         self.freeze_lm = freeze_lm
