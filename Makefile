@@ -11,11 +11,14 @@ help:  ## list these targets
 
 venv: $(VENV)/.complete  ## create the development environment in .venv
 
-# the package goes in uncompiled: `build` compiles it in place, and incrementally, which pip does not.
+# the package goes in uncompiled: `build` compiles it in place, and incrementally, which pip does not. what had been
+# compiled before is put back, since pip's build takes it away.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt setuptools pybind11 ninja
-	AUXKERNELS_BUILD=none $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	compiled="$$(ls auxkernels/native/*.so 2> /dev/null)"; \
+	AUXKERNELS_BUILD=none $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]' && \
+	if [ -n "$$compiled" ]; then $(BIN)/python setup.py --quiet build_ext --inplace; fi
 	touch $@
 
 build: venv  ## compile the native modules in place; ninja knows what has changed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,28 +39,30 @@ def floating(name: str, value: object) -> Tensor:
     return tensor
 
 
-def number(name: str, value: object) -> None:
+def number(name: str, value: object) -> float:
+    """A real number of any type, NumPy's too, as a float; a symbolic one as it is."""
     if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
-        float(value)
+        return float(value)
     except OverflowError:
-        raise ValueError(f"{name} must fit in a float, got an integer of {value.bit_length()} bits") from None
+        raise ValueError(f"{name} must fit in a float, got an integer of {int(value).bit_length()} bits") from None
 
 
-def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> None:
+def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> float:
     if type(value) is float and minimum <= value <= maximum:
-        return
-    number(name, value)
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return
-    if not minimum <= value <= maximum:
+        return value
+    found = number(name, value)
+    if isinstance(found, (torch.SymFloat, torch.SymInt)):
+        return found
+    if not minimum <= found <= maximum:
         if minimum == -math.inf:
             raise ValueError(f"{name} must not be NaN, got {value}")
         bounds = f"at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
         raise ValueError(f"{name} must be {bounds}, got {value}")
+    return found
 
 
 def leading(name: str, given: Source) -> tuple[torch.Size, torch.device]:
@@ -172,7 +176,7 @@ def common_width(widths: list[tuple[str, int]], vocab_size: int | None) -> int:
                 listed = ", ".join(f"{name} {width}" for name, width in widths)
                 raise ValueError(f"the sources must be equally wide, or vocab_size must be given, got widths {listed}")
     else:
-        integer("vocab_size", vocab_size)
+        vocab_size = integer("vocab_size", vocab_size)
     if vocab_size < 1:
         raise ValueError(f"vocab_size: there must be at least one class, got {vocab_size}")
     for name, width in widths:
@@ -266,30 +270,53 @@ def rescaled(grad: Tensor, factor: Tensor, target: Tensor | None) -> None:
         raise ValueError(f"factor must be 0-d and on {grad.device}, got {list(factor.shape)} on {factor.device}")
 
 
-def integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def _is_bool(value: object) -> bool:
+    """Whether it is a truth value: a bool, one of NumPy's, or a tensor or array of them."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
-def int64(name: str, value: object) -> None:
-    integer(name, value)
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+def integer(name: str, value: object) -> int:
+    """What torch takes for an int, as one: whatever Python takes for an index (NumPy's integers, 0-d integer tensors),
+    but no bool. A symbolic one as it is."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if not _is_bool(value) and not (isinstance(value, Tensor) and value.dim()):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def int64(name: str, value: object) -> int:
+    found = integer(name, value)
+    if isinstance(found, int) and not -(2**63) <= found < 2**63:
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return found
 
 
-def reduction(value: object, normalizer: object) -> None:
+def boolean(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if not _is_bool(value) or isinstance(value, Tensor) or getattr(value, "ndim", 0):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def reduction(value: object, normalizer: object) -> float | Tensor | None:
+    """The normalizer, if it is a number as a float."""
     if value not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
     if normalizer is None:
-        return
+        return None
     if value != "mean":
         raise ValueError(f"normalizer needs reduction='mean', got reduction={value!r}")
     if isinstance(normalizer, Tensor):
         plain_tensor("normalizer", normalizer)
         if normalizer.dim() or normalizer.is_complex():
             raise ValueError(f"normalizer must be a real 0-d tensor, got {normalizer.dtype} {list(normalizer.shape)}")
-    else:
-        real_number("normalizer", normalizer)
+        return normalizer
+    return real_number("normalizer", normalizer)
 
 
 def in_range_message(shape: torch.Size, row: int, value: int, vocab_size: int, ignore_index: int) -> str:
@@ -324,38 +351,50 @@ def table_of(table: Tensor, num_labels: int, device: torch.device) -> None:
         raise ValueError(f"table must be on the scores' device {device}, got {table.device}")
 
 
-def lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape: torch.Size, num_labels: int, device) -> None:
+class LookupOptions(NamedTuple):
+    """Options of soft_embedding: numbers as floats and ints, top_k 0 for all labels."""
+
+    temperature: float | Tensor
+    hard: bool
+    gumbel: float | Tensor
+    seed: int | Tensor | None
+    top_k: int
+
+
+def lookup_options(
+    temperature, hard, gumbel, seed, mask, top_k, shape: torch.Size, num_labels: int, device
+) -> LookupOptions:
     """Options of soft_embedding; tensors are not looked into."""
     if isinstance(temperature, Tensor):
         scale("temperature", temperature, shape, device)
     else:
-        number("temperature", temperature)
+        temperature = number("temperature", temperature)
         if not isinstance(temperature, torch.SymFloat) and not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-    if not isinstance(hard, bool):
-        raise TypeError(f"hard must be a bool, got {type(hard).__name__}")
+    hard = boolean("hard", hard)
     if isinstance(gumbel, Tensor):
         scale("gumbel", gumbel, torch.Size(), device)
     else:
-        real_number("gumbel", gumbel, minimum=0.0)
+        gumbel = real_number("gumbel", gumbel, minimum=0.0)
     if isinstance(seed, Tensor):
         plain_tensor("seed", seed)
         if seed.dim() or seed.dtype != torch.int64:
             raise ValueError(f"seed must be a 0-d int64 tensor, got {seed.dtype} {list(seed.shape)}")
     elif seed is not None:
-        int64("seed", seed)
+        seed = int64("seed", seed)
     label_mask(mask, shape, num_labels, device)
     if top_k is not None:
-        integer("top_k", top_k)
+        top_k = integer("top_k", top_k)
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+    return LookupOptions(temperature, hard, gumbel, seed, top_k or 0)
 
 
-def gradient_option(clean_gradient: object, hard: bool) -> None:
-    if not isinstance(clean_gradient, bool):
-        raise TypeError(f"clean_gradient must be a bool, got {type(clean_gradient).__name__}")
+def gradient_option(clean_gradient: object, hard: bool) -> bool:
+    clean_gradient = boolean("clean_gradient", clean_gradient)
     if clean_gradient and not hard:
         raise ValueError("clean_gradient needs hard=True: a mixture's gradient is that of its own probabilities")
+    return clean_gradient
 
 
 def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.device) -> None:

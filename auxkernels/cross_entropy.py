@@ -75,9 +75,9 @@ def aux_cross_entropy(
     Source           Zeldes et al. 2020 (auxiliary tuning); Milakov & Gimelshein 2018 (online softmax).
     """
     checks.classes(target)
-    checks.reduction(reduction, normalizer)
-    checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
-    checks.real_number("z_loss", z_loss, minimum=0.0)
+    normalizer = checks.reduction(reduction, normalizer)
+    label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
+    z_loss = checks.real_number("z_loss", z_loss, minimum=0.0)
     has_options = not (weight is None and not label_smoothing and not z_loss and reduction != "none" and not recompute)
     problem = _problem(base, aux, target, ignore_index, vocab_size, backend, return_stats, has_options)
     if weight is not None:
@@ -92,7 +92,7 @@ def aux_cross_entropy(
     if reduction == "none" or call.is_better_from_rows(recompute):
         loss, fields = _loss_from_rows(call, *options, wanted)
     else:
-        terms = (normalizer, float(label_smoothing), float(z_loss), reduction == "mean", wanted)
+        terms = (normalizer, label_smoothing, z_loss, reduction == "mean", wanted)
         loss, fields = call.loss_in_one_pass(weight, terms)
     return (loss, _finished_stats(fields)) if return_stats else loss
 
@@ -135,7 +135,7 @@ class _Problem(NamedTuple):
 
 
 def _problem(base, aux, target, ignore_index, vocab_size, backend, has_statistics, has_options) -> _Problem:
-    checks.int64("ignore_index", ignore_index)
+    ignore_index = checks.int64("ignore_index", ignore_index)
     base = as_sources("base", base)
     aux = [] if aux is None else as_sources("aux", aux)
     if target is None:

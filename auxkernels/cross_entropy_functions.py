@@ -209,9 +209,11 @@ def _coefficients(given: dict[str, Tensor | None], mean_sum, mean_base) -> list[
         return sum(present[1:], present[0]) if present else None
 
     g_mean_sum, g_mean_base, g_base_nll = given.get("mean_sum"), given.get("mean_base"), given.get("base_nll")
+    # the entropy's and the divergence's ones cancel before anything small is added, which they would swallow
     a = total(
         given.get("log_denom"),
-        None if g_mean_sum is None else g_mean_sum * (1 - mean_sum),
+        g_mean_sum,
+        None if g_mean_sum is None else -g_mean_sum * mean_sum,
         None if g_mean_base is None else -g_mean_base * mean_base,
     )
     q_b = total(given.get("base_log_denom"), g_base_nll)

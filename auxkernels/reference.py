@@ -7,6 +7,8 @@ implementations, so that a mistake in their formulas cannot hide.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -72,9 +74,48 @@ def _picked(logits: Tensor, target: Tensor) -> Tensor:
     return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
-def _relative(z: Tensor) -> Tensor:
-    """z - max(z), with the maximum as a constant."""
-    return z - z.detach().amax(-1, keepdim=True)
+class _Softmax(NamedTuple):
+    """log softmax of rows, and logsumexp [*]: both NaN where a row is no distribution (all -inf, any +inf, NaN)."""
+
+    log_p: Tensor
+    lse: Tensor
+
+
+def _softmax(s: Tensor) -> _Softmax:
+    """As torch.log_softmax; accurate relative to itself, in value and gradients, also where one p is all but 1.
+
+    There log p is the small -log1p(rest), with the sum of the other exponentials relative to the largest, and the
+    gradient p - 1 of the largest minus the sum of the other p: neither is a difference of nearly equal numbers.
+    """
+    largest, place = s.max(-1, keepdim=True)
+    z = (s - largest).scatter(-1, place, 0.0)  # not by way of the largest: its gradient would be two that cancel
+    rest = z.exp().scatter(-1, place, 0.0).sum(-1, keepdim=True)
+    is_confident = (rest < 1) & largest.isfinite()
+    log_denom = torch.log1p(rest)
+    log_p = torch.where(is_confident, z - log_denom, torch.log_softmax(s, -1))
+    lse = torch.where(is_confident, largest + log_denom, torch.logsumexp(s, -1, keepdim=True))
+    lse = lse * torch.ones_like(lse).masked_fill(~largest.isfinite(), torch.nan)
+    return _Softmax(log_p, lse.squeeze(-1))
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, a: Tensor) -> Tensor:
+    """KL(p || q) of p = softmax(z + a) and q = softmax(z), not below 0 and accurate relative to itself also near 0.
+
+    As the sum of p d + (q - p) with d = log p - log q: q - p add up to 0, and with them no term is negative. For small a,
+    d is a - log E_q[exp(a)], rather than a difference of what z makes large.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    is_masked = log_p == -torch.inf
+    d = log_p.masked_fill(is_masked, 0.0) - log_q.masked_fill(is_masked, 0.0)
+    is_near = (a.abs() < 0.5).all(-1, keepdim=True)
+    near = torch.where(is_near, a, 0.0)
+    shift = torch.log1p((q * torch.expm1(near)).sum(-1, keepdim=True))
+    d = torch.where(is_near, near - shift, d)
+    small, series = d.clamp(-0.1, 0.1), 1.0  # p (d + expm1(-d)) cancels there
+    for n in range(12, 2, -1):
+        series = 1.0 - small * series / n
+    terms = torch.where((d.abs() < 0.1) & ~is_masked, 0.5 * p * small * small * series, p * d + (q - p))
+    return terms.sum(-1)
 
 
 def _expectation(p: Tensor, z: Tensor) -> Tensor:
@@ -112,12 +153,12 @@ def cross_entropy(
     s = sum_of([*base, *aux], arithmetic, autocast, vocab_size, ignored)
     w = s.new_ones(vocab_size) if weight is None else weight.to(arithmetic)
     w_y = w[classes].masked_fill(ignored, 0.0)
-    log_p = torch.log_softmax(s, -1)
+    log_p, lse = _softmax(s)
     loss = (1 - label_smoothing) * w[classes] * -_picked(log_p, classes)
     if label_smoothing:
         loss = loss + label_smoothing / vocab_size * -(log_p * w).sum(-1)
     if z_loss:
-        loss = loss + z_loss * torch.logsumexp(s, -1).square()
+        loss = loss + z_loss * lse.square()
     # poison by multiplication: the row's loss and, through it, its gradient are NaN
     loss = loss * torch.ones_like(loss).masked_fill(poisoned, torch.nan)
     loss = loss.masked_fill(ignored, 0.0)
@@ -147,17 +188,15 @@ def statistics(
     first = base[0].hidden if isinstance(base[0], Head) else base[0].values
     arithmetic = _arithmetic(compute, first.device)
     z_b = sum_of(base, arithmetic, autocast, vocab_size, ignored)
-    s = z_b if not aux else z_b + sum_of(aux, arithmetic, autocast, vocab_size, ignored)
-    log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(z_b, -1)
-    p = log_p.exp()
-    mean_sum = _expectation(p, _relative(s))
-    log_denom = torch.logsumexp(_relative(s), -1)
+    a = sum_of(aux, arithmetic, autocast, vocab_size, ignored) if aux else torch.zeros_like(z_b)
+    s = z_b + a
+    (log_p, lse), (log_q, _) = _softmax(s), _softmax(z_b)
     stats = {
         "log_prob": None if classes is None else _picked(log_p, classes),
         "base_log_prob": None if classes is None else _picked(log_q, classes),
-        "lse": torch.logsumexp(s, -1),
-        "entropy": log_denom - mean_sum,
-        "kl_to_base": (mean_sum - _expectation(p, _relative(z_b))) + (torch.logsumexp(_relative(z_b), -1) - log_denom),
+        "lse": lse,
+        "entropy": -_expectation(log_p.exp(), log_p),
+        "kl_to_base": _divergence(log_p, log_q, a),
         "argmax": s.argmax(-1),
         "base_argmax": z_b.argmax(-1),
     }
@@ -206,14 +245,13 @@ def soft_embedding(
     factor = row_scale(temperature, arithmetic) if isinstance(temperature, Tensor) else temperature
     poisoned = v.isnan().any(-1, keepdim=True)
     empty = (v == -torch.inf).all(-1, keepdim=True)
-    whole = _softmax_or_zeros(v, factor, empty)
-    p = whole
+    log_p, p = whole = _softmax_or_zeros(v, factor, empty)
     if top_k is not None:
         kept = torch.zeros_like(v, dtype=torch.bool)
         order = v.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         kept.scatter_(-1, order, True)
         v = v.masked_fill(~kept & ~poisoned, -torch.inf)
-        p = _softmax_or_zeros(v, factor, empty)
+        log_p, p = _softmax_or_zeros(v, factor, empty)
     v, noisy = v.masked_fill(empty, 0.0), noisy.masked_fill(empty, 0.0)
     best, argmax = v.argmax(-1), noisy.argmax(-1)
     is_cast = autocast is not None and table.dtype != torch.float64
@@ -232,27 +270,24 @@ def soft_embedding(
         mixture = torch.einsum("...k,kd->...d", weights, embeddings) if table.dim() == 2 else _each(weights, embeddings)
     num_rows = max(p.shape[:-1].numel(), 1)
     stats = {
-        "entropy": _entropy(p).to(compute),
+        "entropy": -_expectation(p, log_p).to(compute),
         "max_prob": p.gather(-1, best.unsqueeze(-1)).squeeze(-1).to(compute),
         "argmax": argmax.masked_fill(empty.squeeze(-1), -1),
         "sum_squares": p.square().sum(-1).to(compute),
         "usage": (p.flatten(0, -2) if p.dim() > 1 else p.unsqueeze(0)).sum(0).div(num_rows).to(compute),
-        "row_entropy": _entropy(whole).to(compute),
+        "row_entropy": -_expectation(whole[1], whole[0]).to(compute),
     }
     return mixture.to(out_dtype), stats
 
 
-def _softmax_or_zeros(v: Tensor, factor: float | Tensor, empty: Tensor) -> Tensor:
-    """softmax(v / factor), zeros in the rows that are empty."""
+def _softmax_or_zeros(v: Tensor, factor: float | Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(v / factor) and its exponential, which is zero in the rows that are empty."""
     v = v.masked_fill(empty, 0.0)
     x = v - v.detach().amax(-1, keepdim=True)
     masked = (x == -torch.inf).detach()
     x = torch.where(masked, x.detach(), x.masked_fill(masked, 0.0) / factor)
-    return torch.softmax(x, -1).masked_fill(empty, 0.0)
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return -(p * torch.where(p == 0, 0.0, p.masked_fill(p == 0, 1.0).log())).sum(-1)
+    log_p, _ = _softmax(x)
+    return log_p, log_p.exp().masked_fill(empty, 0.0)
 
 
 def _each(weights: Tensor, tables: Tensor) -> Tensor:

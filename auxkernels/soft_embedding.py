@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,13 +86,13 @@ def soft_embedding(
         mixture, stats = reference.soft_embedding(
             problem.sources,
             table,
-            temperature=temperature,
-            hard=hard,
-            gumbel=gumbel,
-            clean_gradient=clean_gradient,
+            temperature=problem.options.temperature,
+            hard=problem.hard,
+            gumbel=problem.options.gumbel,
+            clean_gradient=problem.clean_gradient,
             seed=problem.seed,
             mask=mask,
-            top_k=top_k,
+            top_k=problem.top_k or None,
             autocast=problem.autocast,
         )
         return (mixture, LookupStats(**stats)) if return_stats else mixture
@@ -108,6 +109,7 @@ class _Problem(NamedTuple):
     """Checked arguments, numbers as the op takes them."""
 
     sources: list
+    options: checks.LookupOptions
     parts: tuple
     softcaps: tuple[float, ...]
     table: Tensor
@@ -147,8 +149,11 @@ def _problem(logits, table, temperature, hard, gumbel, clean_gradient, seed, mas
             compute = dtype
     num_labels = checks.common_width(widths, None)
     checks.table_of(table, num_labels, device)
-    checks.lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape, num_labels, device)
-    checks.gradient_option(clean_gradient, hard)
+    options = checks.lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape, num_labels, device)
+    temperature, hard, gumbel, seed, top_k = options
+    if type(temperature) is float:
+        temperature = _in_range(temperature, compute)
+    clean_gradient = checks.gradient_option(clean_gradient, hard)
     backend = backends.resolve(backend, device, compute)
     has_noise = isinstance(gumbel, Tensor) or gumbel != 0
     parts: list[Tensor | None] = []
@@ -160,6 +165,7 @@ def _problem(logits, table, temperature, hard, gumbel, clean_gradient, seed, mas
     is_plain = not isinstance(temperature, Tensor) and temperature == 1.0
     return _Problem(
         sources,
+        options,
         tuple(parts),
         tuple(float(source.softcap or 0.0) for source in sources),
         table,
@@ -167,12 +173,18 @@ def _problem(logits, table, temperature, hard, gumbel, clean_gradient, seed, mas
         _number(gumbel, compute, device) if has_noise else None,
         _seed(seed, device) if has_noise else None,
         mask,
-        0 if top_k is None else top_k,
-        bool(hard),
+        top_k,
+        hard,
         clean_gradient and has_noise,
         autocast,
         backend,
     )
+
+
+def _in_range(temperature: float, compute: torch.dtype) -> float:
+    """A temperature that the compute dtype has: neither rounded to 0 nor, if it is not infinite, beyond the largest."""
+    finfo = torch.finfo(compute)
+    return max(temperature, finfo.smallest_normal) if temperature <= finfo.max else math.inf
 
 
 def _number(value: float | Tensor | None, compute: torch.dtype, device: torch.device) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -51,12 +52,32 @@ def as_sources(name: str, given: SourceLike) -> list[Source]:
     if isinstance(given, Tensor):
         return [Logits(given)]
     if isinstance(given, (Logits, Head)):
-        return [given]
+        return [_with_plain_numbers(given)]
     if isinstance(given, (list, tuple)):
         if not given:
             raise ValueError(f"{name} must hold at least one source, got an empty {type(given).__name__}")
         return [source for item in given for source in as_sources(name, item)]
     raise TypeError(f"{name} must be a tensor, Logits, Head or a sequence of these, got {type(given).__name__}")
+
+
+def _with_plain_numbers(source: Source) -> Source:
+    """The source with numbers of other types (int, NumPy's, fractions) as floats; what is no number as it is."""
+    scale, softcap = source.scale, source.softcap
+    if (type(scale) is float or isinstance(scale, Tensor)) and (softcap is None or type(softcap) is float):
+        return source
+    numbers_of = {"scale": _plain(scale), "softcap": _plain(softcap)}
+    if isinstance(source, Logits):
+        return Logits(source.values, **numbers_of)
+    return Head(source.hidden, source.weight, bias=source.bias, **numbers_of)
+
+
+def _plain(value: object) -> object:
+    if type(value) is float or isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # for the checks to refuse
+        return value
 
 
 def row_scale(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:

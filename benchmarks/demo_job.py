@@ -65,12 +65,12 @@ SCALES = {
         batch=8,
         base_width=192,
         base_layers=3,
-        base_steps=150,
+        base_steps=80,
         aux_width=128,
         aux_layers=1,
-        aux_steps=120,
-        held_out_windows=32,
-        repeats=5,
+        aux_steps=60,
+        held_out_windows=16,
+        repeats=3,
     ),
 }
 

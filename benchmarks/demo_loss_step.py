@@ -48,8 +48,8 @@ def loss_and_gradients(loss_function, base, aux, target):
     return loss.detach(), torch.autograd.grad(loss, leaves)
 
 
-def errors_against_float64(loss, gradients, base, aux, target):
-    """(loss error, gradient error) as in LossStep, in blocks of rows: no float64 logits are stored whole."""
+def float64_loss_and_gradients(base, aux, target):
+    """What loss_and_gradients should return, in blocks of rows: no float64 logits are stored whole."""
     kept = (target != IGNORE_INDEX).sum()
     weights = base.weight.double(), aux.weight.double().requires_grad_()
     exact_loss, exact_weight = torch.zeros((), dtype=torch.float64), torch.zeros_like(weights[1])
@@ -63,9 +63,12 @@ def errors_against_float64(loss, gradients, base, aux, target):
         exact_loss += row_loss.detach()
         exact_weight += d_weight
         exact_hidden.append(d_hidden)
-    pairs = zip(
-        (gradient.flatten(0, -2) for gradient in gradients), (torch.cat(exact_hidden), exact_weight), strict=True
-    )
+    return exact_loss, (torch.cat(exact_hidden).view(aux.hidden.shape), exact_weight)
+
+
+def errors_against(exact_loss, exact_gradients, loss, gradients):
+    """(loss error, gradient error) as in LossStep."""
+    pairs = zip(gradients, exact_gradients, strict=True)
     errors = [((gradient.double() - exact).norm() / exact.norm()).item() for gradient, exact in pairs]
     return (loss.double() - exact_loss).abs().item(), max(errors, key=lambda error: (error != error, error))
 
@@ -90,9 +93,9 @@ def measure_loss_step(base, aux, target, repeats, on_step):
         on_step("")
     peaks = {name: peak_bytes(lambda name=name: call(name), torch.device("cpu")) for name in STEPS}
     peaks_mib = {name: None if peak is None else peak / 2**20 for name, peak in peaks.items()}
-    measured = {}
+    exact, measured = float64_loss_and_gradients(base, aux, target), {}
     for name, peak_mib in peaks_mib.items():
         saved_mib = None if peak_mib is None else peak_mib - peaks_mib["auxkernels"]
-        errors = errors_against_float64(*call(name), base, aux, target)
+        errors = errors_against(*exact, *call(name))
         measured[name] = LossStep(statistics.median(times_ms[name]), peak_mib, saved_mib, *errors)
     return measured

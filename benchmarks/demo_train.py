@@ -14,7 +14,7 @@ from benchmarks.demo_model import Auxiliary, BaseModel
 
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 10
-EVALUATIONS = 10
+EVALUATIONS = 6
 
 
 @dataclass

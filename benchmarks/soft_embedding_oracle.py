@@ -69,6 +69,7 @@ class LookupOracle:
         self.expected["mixture"][:, some] = p @ self.tables
         if grad is not None:
             g = sum(of_table @ table.T for of_table, table in zip(grad, self.tables, strict=True))
+            g = g - g.gather(1, p.argmax(1, keepdim=True))  # or a confident row's mean would cancel its largest g
             self.expected["dscores"][some] = p * (g - (p * g).sum(1, keepdim=True)) / TEMPERATURE
             self.expected["dtable"] += p.T @ grad
 

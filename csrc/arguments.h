@@ -24,6 +24,8 @@ inline Source source_of(const SourceArguments& a, const SourceNumbers& numbers) 
   source.dtype = static_cast<DType>(a[1]);
   source.width = a[2];
   source.num_inner = a[3], source.stride_outer = a[4], source.stride_inner = a[5];
+  if (source.num_inner < 1)  // rows are numbered by a division by it
+    throw std::invalid_argument("num_inner must be at least 1, got " + std::to_string(a[3]));
   source.scale = pointer(a[6]);
   source.scale_stride = a[7];
   source.scale_value = numbers[0];

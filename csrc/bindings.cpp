@@ -77,7 +77,8 @@ void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_
                 int64_t ignore_index, double factor, int threads) {
   Problem p;
   p.num_rows = num_rows, p.V = width, p.target = pointer(target), p.target_is_int32 = target_is_int32;
-  p.ignore_index = ignore_index, p.threads = threads;
+  p.ignore_index = ignore_index, p.threads = threads < 1 ? 1 : threads;
+  if (dtype < 0 || dtype > 3) throw py::value_error("dtype code must be in [0, 3], got " + std::to_string(dtype));
   const DType type = static_cast<DType>(dtype);
   py::gil_scoped_release release;
   type == DType::kFloat64 ? rescale<double>(p, pointer(grad), type, width, factor)

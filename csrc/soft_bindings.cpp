@@ -77,6 +77,8 @@ Selection selection_of(const SelectionArguments& a) {
 using TablesArguments = std::array<int64_t, 8>;
 
 Tables tables_of(const TablesArguments& a) {
+  if (*std::min_element(a.begin() + 4, a.begin() + 7) < 0)
+    throw py::value_error("sizes of tables must not be negative");
   return {{pointer(a[0]), dtype_of(a[1]), a[2]}, a[3], a[4], a[5], a[6], a[7]};
 }
 
@@ -137,7 +139,7 @@ void py_gather(const TablesArguments& tables_args, const SelectionArguments& sel
   const Selection selection = selection_of(selection_args);
   const Matrix rows = matrix_of(rows_args);
   py::gil_scoped_release release;
-  (in_double ? gather_labels<double> : gather_labels<float>)(tables, selection, num_rows, rows, threads);
+  (in_double ? gather_labels<double> : gather_labels<float>)(tables, selection, num_rows, rows, std::max(threads, 1));
 }
 
 void py_products(const TablesArguments& tables_args, const SelectionArguments& selection_args, int64_t num_rows,
@@ -147,7 +149,7 @@ void py_products(const TablesArguments& tables_args, const SelectionArguments& s
   const Matrix rows = matrix_of(rows_args);
   py::gil_scoped_release release;
   const auto run = in_double ? gather_products<double> : gather_products<float>;
-  run(tables, selection, num_rows, rows, pointer(out), threads);
+  run(tables, selection, num_rows, rows, pointer(out), std::max(threads, 1));
 }
 
 void py_scatter(const TablesArguments& tables_args, const SelectionArguments& selection_args, int64_t num_rows,
@@ -156,7 +158,7 @@ void py_scatter(const TablesArguments& tables_args, const SelectionArguments& se
   const Selection selection = selection_of(selection_args);
   const Matrix rows = matrix_of(rows_args);
   py::gil_scoped_release release;
-  (in_double ? scatter_labels<double> : scatter_labels<float>)(tables, selection, num_rows, rows, threads);
+  (in_double ? scatter_labels<double> : scatter_labels<float>)(tables, selection, num_rows, rows, std::max(threads, 1));
 }
 
 // scores, table, N, K, D, temperature, threads, then max and log_denom (N numbers each, one after the other; 0: not

@@ -26,7 +26,8 @@ class Kernel(NamedTuple):
     registers: int
     stack_bytes: int
     spilled_bytes: int
-    instructions: Counter  # by mnemonic, with its modifiers
+    listing: list[str]  # mnemonics with their modifiers, as they lie in memory
+    instructions: Counter  # the same, counted
 
     def has(self, start: str) -> bool:
         return any(mnemonic.startswith(start) for mnemonic in self.instructions)
@@ -63,7 +64,7 @@ def kernels(architecture: str) -> list[Kernel]:
     for source in SOURCES:
         instructions = _instructions(folder / f"{source}.cubin")
         for name, resources in _resources((folder / f"{source}.log").read_text()).items():
-            found.append(Kernel(_spoken(name), *resources, instructions[name]))
+            found.append(Kernel(_spoken(name), *resources, instructions[name], Counter(instructions[name])))
     return found
 
 
@@ -95,11 +96,11 @@ def _resources(log: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _instructions(cubin: Path) -> dict[str, Counter]:
+def _instructions(cubin: Path) -> dict[str, list[str]]:
     sass = subprocess.run([_tool("cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
     pattern = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
     parts = (part.partition("\n") for part in sass.split("Function : ")[1:])
-    return {name.strip(): Counter(pattern.findall(text)) for name, _, text in parts}
+    return {name.strip(): pattern.findall(text) for name, _, text in parts}
 
 
 def _spoken(mangled: str) -> str:

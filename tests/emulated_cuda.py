@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -79,6 +80,15 @@ class Machine:
         self.library.auxk_use_device(
             Machine.number, room.multiprocessors, ctypes.c_int64(room.shared_bytes), room.has_clusters
         )
+
+    @contextlib.contextmanager
+    def capture(self):
+        """Kernels run as ever, but none may be the first use of its code by a launch."""
+        self.library.auxk_capture(True)
+        try:
+            yield
+        finally:
+            self.library.auxk_capture(False)
 
     def seed(self, value: int) -> None:
         self.library.auxk_seed(ctypes.c_uint64(value))

@@ -19,6 +19,6 @@ def reset_peak():
 def run(code: str, preamble: str = "") -> str:
     """Standard output of preamble and (indented) code in a fresh interpreter; a hang is a failure."""
     command = [sys.executable, "-c", preamble + textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import cut_rows, head, logits, targets
-from oracle import Case, Plain, check_plain, relative_error
+from oracle import Case
+from tolerance import check_plain
 
 import auxkernels
 from auxkernels import Logits, aux_cross_entropy, chunk_settings, logit_stats
@@ -122,28 +123,25 @@ def test_materialised_logits_are_not_cut(fused, monkeypatch):
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def results(base, aux, target, backend, **options):
-    case = Case(base, aux, target, options)
-    upstream = torch.linspace(-1, 2, target.numel(), device=target.device) if options.get("reduction") else None
-    return case.run(backend, upstream)
+def upstream_of(case):
+    target = case.target
+    return torch.linspace(-1, 2, target.numel(), device=target.device) if case.options.get("reduction") else None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"recompute": True, "z_loss": 0.1}], ids=str)
-def test_results_do_not_depend_on_the_budget(fused, monkeypatch, options, dtype):
+def test_results_are_those_of_float64_whatever_the_budget(fused, monkeypatch, options, dtype):
     scale = torch.rand(50, device=fused.device, requires_grad=True)
     base = head(50, vocab_size=60, dtype=dtype, device=fused.device, bias=True)
     aux = head(50, vocab_size=60, dtype=dtype, device=fused.device, bias=True, scale=scale)
     target = targets(50, vocab_size=60, device=fused.device, ignored=0.2)
-    whole = results(base, aux, target, fused.backend, **options)
+    case = Case(base, aux, target, options)
+    check_plain(case, fused, upstream_of(case))
     seen = spy_chunks(monkeypatch)
     for rows in (1, 7, 20):
         cut_rows(monkeypatch, rows)
-        cut = results(base, aux, target, fused.backend, **options)
+        check_plain(case, fused, upstream_of(case))
         assert len(seen[-1]) == (target != -100).sum() // rows if fused.backend == "native" else len(seen[-1]) > 1
-        limit = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-        for name, value in cut.items():
-            assert relative_error(value, whole[name].double()) < limit, name
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"recompute": True}], ids=str)
@@ -151,14 +149,15 @@ def test_bits_repeat_for_the_same_budget(fused, monkeypatch, options):
     cut_rows(monkeypatch, 7)
     base, aux = (head(50, vocab_size=60, dtype=torch.bfloat16, device=fused.device, bias=True) for _ in range(2))
     target = targets(50, vocab_size=60, device=fused.device, ignored=0.2)
-    first, second = (results(base, aux, target, fused.backend, **options) for _ in range(2))
+    case = Case(base, aux, target, options)
+    first, second = (case.run(fused.backend, upstream_of(case)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("rows", [64, 1])
+@pytest.mark.parametrize("rows", [4, 1])
 def test_weight_gradients_are_summed_over_the_chunks_in_float32(fused, monkeypatch, rows):
-    """In bfloat16 the sum of 64 chunks would be off by several ulps, of 4096 by a tenth and more."""
-    num_rows = 64 * rows
+    """A bfloat16 sum of n equal terms errs by about sqrt(n) / 3 of its roundings: with 1024 chunks, by ten."""
+    num_rows = 1024 * rows
     base = head(num_rows, vocab_size=6, width=3, dtype=torch.bfloat16, device=fused.device, bias=True)
     # a target that the head does not predict: every row pulls in the same direction
     target = torch.zeros(num_rows, dtype=torch.int64, device=fused.device)
@@ -167,12 +166,7 @@ def test_weight_gradients_are_summed_over_the_chunks_in_float32(fused, monkeypat
         base.weight[0] -= 1
     case = Case(base, None, target, {"reduction": "sum"})
     cut_rows(monkeypatch, rows)
-    got = case.run(fused.backend)
-    exact, eager = Plain(case), Plain(case, None)
-    wanted, plain = exact.gradients(exact.loss()), eager.gradients(eager.loss())
-    for name in ("weight of base[0]", "bias of base[0]"):
-        error = relative_error(got[name], wanted[name][0])
-        assert error <= 1.5 * relative_error(plain[name][0], wanted[name][0]) + 2.0**-9, name
+    check_plain(case, fused)
 
 
 def test_chunks_of_rows_with_unrelated_strides_are_the_rows(impl, monkeypatch):

@@ -67,6 +67,15 @@ def test_rows_are_brought_to_shared_memory_by_bulk_copies(with_clusters):
         assert kernel.has("UCGABAR_ARV") and kernel.has("UCGABAR_WAIT"), kernel.name  # barrier.cluster
 
 
+def test_the_producer_reads_nothing_between_a_tiles_copies_and_its_arrival(with_clusters):
+    """Or it would wait for memory before it can start the next copies."""
+    for kernel in named(with_clusters, RESIDENT):
+        start = next(i for i, name in enumerate(kernel.listing) if name.startswith("UBLKCP"))
+        stop = next(i for i, name in enumerate(kernel.listing) if i > start and name.startswith("SYNCS.ARRIVE"))
+        between = kernel.listing[start:stop]
+        assert not [name for name in between if name.startswith(("LDG", "LD."))], kernel.name
+
+
 def test_devices_without_clusters_are_asked_for_nothing_of_the_kind(without_clusters):
     for kernel in cuda_compile.kernels(without_clusters):
         for mnemonic in ("UBLKCP", "SYNCS", "UCGABAR"):

@@ -21,6 +21,7 @@ from emulated_calls import (
 )
 from emulated_cuda import Room
 from inputs import logits, targets
+from tolerance import OF_A_ROW, assert_alike
 
 from auxkernels import ops
 from auxkernels.native import cuda_cross_entropy
@@ -85,7 +86,8 @@ def test_every_row_is_in_the_sums_once(rows, is_weighted):
     loss = loss_of(base, None, target, mean=True, needs=0, ignore_index=1, **options)[0]
     exact = {name: value.double() for name, value in options.items()}
     want = torch.nn.functional.cross_entropy(base.double(), target, ignore_index=1, **exact)
-    assert abs(loss - want) < 1e-6 * want
+    # a row's error is that of its log-softmax; float32 partial sums in any order err by sqrt(rows) at random
+    assert_alike(loss, want, OF_A_ROW + rows**0.5)
 
 
 def test_a_target_that_names_no_class_counts_in_the_mean_but_has_no_weight():
@@ -96,10 +98,10 @@ def test_a_target_that_names_no_class_counts_in_the_mean_but_has_no_weight():
     weight = torch.rand(33) + 0.1
     grad = loss_of(base, None, target, needs=1)[-1]
     mean = loss_of(base, None, target, mean=True, needs=1)[-1]
-    assert torch.allclose(mean[kept] * 39, grad[kept], rtol=1e-5)
+    assert_alike(mean[kept] * 39, grad[kept])
     grad = loss_of(base, None, target, needs=1, weight=weight)[-1]
     mean = loss_of(base, None, target, mean=True, needs=1, weight=weight)[-1]
-    assert torch.allclose(mean[kept] * weight[target[kept]].sum(), grad[kept], rtol=1e-5)
+    assert_alike(mean[kept] * weight[target[kept]].sum(), grad[kept])
 
 
 @pytest.mark.parametrize("vocab_size", [5, 4097, 4100])

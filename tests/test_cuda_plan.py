@@ -50,7 +50,7 @@ calls = st.fixed_dictionaries(
 def test_every_plan_fits_and_covers_the_row(plan, call):
     p = plan(**call)
     assert p["num_segments"] * p["segment"] >= call["V"] and p["num_tiles"] * p["tile"] >= p["segment"]
-    assert p["threads"] % 32 == 0 and 8 * p["threads"] >= p["tile"]
+    assert p["threads"] % 32 == 0 and p["lanes"] <= p["threads"] and 8 * p["lanes"] == p["tile"]
     assert p["segment"] % 64 == 0 and p["tile"] % 64 == 0  # tiles are aligned as their row is
     assert p["num_segments"] in (1, 2, 4, 8, 16) and p["num_segments"] % p["cluster"] == 0
     assert p["shared_bytes"] <= call["room"]["shared_bytes"]
@@ -67,11 +67,21 @@ def test_every_plan_fits_and_covers_the_row(plan, call):
         assert p["cluster"] == 1
 
 
+@settings(max_examples=500, deadline=None)
+@given(calls)
+def test_the_tiles_of_a_segment_are_equal_but_for_rounding(plan, call):
+    """A slot has room for a whole tile: what the last one lacks is lost in each."""
+    p = plan(**call)
+    unit = 256 if p["is_ragged"] else 64
+    assert 0 <= p["num_tiles"] * p["tile"] - p["segment"] < p["num_tiles"] * unit
+    assert p["num_tiles"] == -(-p["segment"] // (8 * p["threads"]))
+
+
 @settings(max_examples=300, deadline=None)
 @given(calls)
 def test_the_cut_of_a_row_follows_from_its_width_and_dtypes_alone(plan, call):
     """The bits of a result depend on it."""
-    names = ("threads", "piece", "is_ragged", "num_segments", "segment", "num_tiles", "tile")
+    names = ("threads", "piece", "is_ragged", "num_segments", "segment", "num_tiles", "tile", "lanes")
     first = plan(**call)
     for change in ({"num_rows": 3}, {"has_gradient": not call["has_gradient"]}, {"room": A100}, {"room": SM_120}):
         again = plan(**{**call, **change})
@@ -87,7 +97,8 @@ def test_on_an_h100_a_row_of_any_common_vocabulary_stays_in_shared_memory(plan, 
 
 
 @pytest.mark.parametrize(
-    "V, dtype, cluster", [(32000, BF16, 1), (50257, BF16, 2), (128256, BF16, 4), (262144, F32, 16)]
+    "V, dtype, cluster",
+    [(32000, BF16, 1), (50257, BF16, 2), (128256, BF16, 4), (151936, BF16, 4), (151936, F32, 8), (262144, F32, 16)],
 )
 def test_clusters_are_as_small_as_the_row_allows(plan, V, dtype, cluster):
     assert plan(8192, V, dtype, dtype)["cluster"] == cluster

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from inputs import cut_rows, head, logits, targets
 from test_tensors import Wrapped
+from tolerance import assert_alike
 from torch.autograd import forward_ad
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
@@ -62,7 +63,7 @@ def test_a_lazy_minus_sign_is_read(impl):
     signed = {name: torch._neg_view(getattr(aux, name)) for name in ("hidden", "weight", "bias", "scale")}
     got = aux_cross_entropy(base, replace(aux, **signed), target, backend=impl.backend)
     turned = {name: -getattr(aux, name) for name in signed}
-    torch.testing.assert_close(got, aux_cross_entropy(base, replace(aux, **turned), target, backend=impl.backend))
+    assert_alike(got, aux_cross_entropy(base, replace(aux, **turned), target, backend=impl.backend))
 
 
 @pytest.mark.parametrize("road", ["none", "recompute"])
@@ -135,7 +136,7 @@ def test_vmap_is_an_error_or_the_truth(impl, road):
         got = torch.vmap(one)(hidden)
     except RuntimeError:
         return
-    torch.testing.assert_close(got, want)
+    assert_alike(got, want)
 
 
 # -- sharded tensors ---------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def test_a_captured_graph_replays_with_new_inputs(on_gpu):
             target.copy_(targets(N, vocab_size=V, device="cuda", ignored=ignored))
         graph.replay()
         for one, two in zip(captured, step(), strict=True):
-            torch.testing.assert_close(one, two, equal_nan=True)
+            assert_alike(one, two)
 
 
 @pytest.mark.gpu
@@ -217,7 +218,7 @@ def test_ignored_rows_dropped_on_gpu_change_nothing(on_gpu, monkeypatch):
         loss = aux_cross_entropy(base, aux, target, backend=on_gpu.backend)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two)
+        assert_alike(one, two)
 
 
 @pytest.mark.gpu

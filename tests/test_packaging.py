@@ -1,63 +1,26 @@
 """The package builds on machines with and without compilers, and records what it built and why.
 
-The native sources are replaced by a module of a few lines, so that a build takes less than a second.
+The native sources are replaced by a module of a few lines (stub_build.py).
 """
 
 import importlib.util
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
+import stub_build
+from stub_build import ROOT, build_module, make_tree, modules, record, rules, run
 
-ROOT = Path(__file__).parents[1]
-if not (ROOT / "setup.py").exists():
-    pytest.skip("no source tree around the tests", allow_module_level=True)
-for build_requirement in ("ninja", "pybind11", "setuptools"):
-    pytest.importorskip(build_requirement)
-
-STUB = """
-#include <Python.h>
-#include "answer.h"
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", "", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-PyMODINIT_FUNC PyInit__cpu() {
-  PyObject* module = PyModule_Create(&definition);
-  PyModule_AddIntConstant(module, "answer", kAnswer);
-  return module;
-}
-"""
+if reason := stub_build.missing():
+    pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the source tree with nothing built in it, and the stub for csrc."""
-    tree = tmp_path / "source tree"  # a path with a space must build too
-    not_source = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    shutil.copytree(ROOT / "auxkernels", tree / "auxkernels", ignore=not_source)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, tree)
-    (tree / "csrc").mkdir()
-    (tree / "csrc/bindings.cpp").write_text(STUB)
-    (tree / "csrc/answer.h").write_text("constexpr int kAnswer = 42;\n")
-    (tree / "tests").mkdir()
-    (tree / "tests/helper.py").touch()
-    return tree
-
-
-def run(tree, *arguments, **variables):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AUXKERNELS_")}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=tree, env=environment | variables, capture_output=True, text=True)
-
-
-def build_module(tree, **variables):
-    return run(tree, "setup.py", "build_ext", "--build-lib", "out", "--build-temp", "scratch", **variables)
+    return make_tree(tmp_path)
 
 
 def build_wheel(tree, **variables):
@@ -65,14 +28,6 @@ def build_wheel(tree, **variables):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (tree / "wheel").iterdir()
     return path
-
-
-def record(tree):
-    return json.loads((tree / "out/auxkernels/native/_build.json").read_text())
-
-
-def modules(tree):
-    return list((tree / "out/auxkernels/native").glob("*.so"))
 
 
 def test_wheel_holds_the_compiled_module_and_the_type_marker(tree):
@@ -136,7 +91,7 @@ def test_source_archive_holds_everything_that_a_build_and_its_tests_need(tree):
 def test_unknown_build_mode_is_refused_with_the_allowed_ones(tree):
     done = build_module(tree, AUXKERNELS_BUILD="gpu")
     assert done.returncode != 0
-    assert "AUXKERNELS_BUILD must be auto, cpu, cuda or none, got 'gpu'" in done.stderr
+    assert "AUXKERNELS_BUILD must be auto, cpu, cuda, all or none, got 'gpu'" in done.stderr
 
 
 def test_compile_error_leaves_pure_python_and_the_first_error_message(tree):
@@ -162,19 +117,10 @@ def test_required_cuda_module_fails_without_sources_and_without_nvcc(tree):
     assert "no cuda sources" in done.stderr
     (tree / "csrc/cuda").mkdir()
     (tree / "csrc/cuda/kernel.cu").touch()
-    done = build_module(tree, AUXKERNELS_BUILD="cuda", CUDACXX="no-such-nvcc")
-    assert done.returncode != 0
-    assert "no-such-nvcc not found" in done.stderr
-
-
-def test_cuda_module_that_cannot_be_built_does_not_cost_the_cpu_module(tree):
-    (tree / "csrc/cuda").mkdir()
-    (tree / "csrc/cuda/kernel.cu").touch()
-    done = build_module(tree, CUDACXX="no-such-nvcc")
-    assert done.returncode == 0, done.stderr
-    assert len(modules(tree)) == 1
-    assert record(tree)["cpu"].startswith("built with")
-    assert "no-such-nvcc not found" in record(tree)["cuda"]
+    for mode in ("cuda", "all"):
+        done = build_module(tree, AUXKERNELS_BUILD=mode, CUDACXX="no-such-nvcc")
+        assert done.returncode != 0
+        assert "no-such-nvcc not found" in done.stderr
 
 
 @pytest.fixture
@@ -185,31 +131,51 @@ def cuda_tree(tree):
     return tree
 
 
+def test_cuda_module_that_cannot_be_built_does_not_cost_the_cpu_module(cuda_tree):
+    done = build_module(cuda_tree, CUDACXX="no-such-nvcc", AUXKERNELS_CUDA_ARCHS="90a")
+    assert done.returncode == 0, done.stderr
+    assert len(modules(cuda_tree)) == 1
+    assert record(cuda_tree)["cpu"].startswith("built with")
+    assert "no-such-nvcc not found" in record(cuda_tree)["cuda"]
+    assert "no-such-nvcc not found" in done.stderr
+
+
 def gencode(tree, **variables):
+    (tree / "scratch/cuda/build.ninja").unlink(missing_ok=True)
     build_module(tree, CUDACXX="g++", **variables)
-    flags = (tree / "scratch/cuda/build.ninja").read_text().replace("$\n", "")
-    return re.findall(r"arch=compute_\w+,code=(\[?[\w,]+)", flags)
+    if not (tree / "scratch/cuda/build.ninja").exists():
+        return []
+    return sorted(re.findall(r"arch=compute_\w+,code=(\[?[\w,]+)", (tree / "scratch/cuda/build.ninja").read_text()))
+
+
+def path_with_gpus(tree, capabilities):
+    """PATH with a driver's tool that names these GPUs."""
+    tools = tree / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<END\n{capabilities}END\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    return f"{tools}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.mark.parametrize(
     "found, architectures",
-    [
-        ("8.6\n", ["sm_80"]),
-        ("9.0\n9.0\n", ["sm_90a"]),
-        ("8.0\n9.0\n", ["sm_80", "sm_90a"]),
-        ("12.0\n", ["[sm_100,compute_100"]),
-        ("7.5\n", ["sm_80", "sm_90a", "[sm_100,compute_100"]),
-        ("", ["sm_80", "sm_90a", "[sm_100,compute_100"]),
-    ],
+    [("8.6\n", ["sm_80"]), ("8.0\n9.0\n9.0\n", ["sm_80", "sm_90a"]), ("12.0\n", ["[sm_100,compute_100"])],
 )
-def test_cuda_is_compiled_for_the_gpus_of_the_machine_or_for_all(cuda_tree, found, architectures):
-    tools = cuda_tree / "tools"
-    tools.mkdir()
-    (tools / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<END\n{found}END\n")
-    (tools / "nvidia-smi").chmod(0o755)
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    assert sorted(gencode(cuda_tree, PATH=path)) == sorted(architectures)
+def test_cuda_is_compiled_for_the_gpus_of_the_machine(cuda_tree, found, architectures):
+    path = path_with_gpus(cuda_tree, found)
+    assert gencode(cuda_tree, PATH=path) == architectures
     assert gencode(cuda_tree, PATH=path, AUXKERNELS_CUDA_ARCHS="90a") == ["sm_90a"]
+
+
+@pytest.mark.parametrize("found", ["7.5\n", ""])
+def test_without_a_gpu_cuda_is_compiled_only_if_asked_for(cuda_tree, found):
+    path = path_with_gpus(cuda_tree, found)
+    assert gencode(cuda_tree, PATH=path, AUXKERNELS_CUDA_ARCHS="") == []
+    assert "no GPU" in record(cuda_tree)["cuda"] and "AUXKERNELS_BUILD=all" in record(cuda_tree)["cuda"]
+    assert gencode(cuda_tree, PATH=path, AUXKERNELS_CUDA_ARCHS="90a") == ["sm_90a"]
+    for mode in ("cuda", "all"):
+        every = ["[sm_100,compute_100", "sm_80", "sm_90a"]
+        assert gencode(cuda_tree, PATH=path, AUXKERNELS_BUILD=mode, AUXKERNELS_CUDA_ARCHS="") == every
 
 
 def test_an_unknown_cuda_architecture_is_refused_with_the_allowed_ones(cuda_tree):
@@ -245,7 +211,7 @@ def test_compiler_warnings_fail_the_build_only_on_request(tree):
 @pytest.mark.parametrize("sanitizers", ["", "address,undefined"])
 def test_flags_keep_ieee_arithmetic_and_the_baseline_instruction_set(tree, sanitizers):
     build_module(tree, AUXKERNELS_SANITIZE=sanitizers)
-    flags = (tree / "scratch/cpu/build.ninja").read_text().replace("$\n", "").split()
+    flags = rules(tree)
     assert {"-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"} <= set(flags)
     forbidden = re.compile(
         r"-ffast-math|-Ofast|-funsafe.*|-ffinite-math.*|-fassociative-math|-m(arch|tune|cpu)=.*|-mavx.*"

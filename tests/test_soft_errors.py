@@ -90,7 +90,7 @@ BAD = {
     "negative top_k": ({"top_k": -1}, ValueError, "top_k"),
     "top_k bool": ({"top_k": True}, TypeError, "top_k"),
     "top_k float": ({"top_k": 2.0}, TypeError, "top_k"),
-    "top_k tensor": ({"top_k": torch.tensor(2)}, TypeError, "top_k"),
+    "top_k vector": ({"top_k": torch.tensor([2])}, TypeError, "top_k"),
     "an unknown backend": ({"backend": "cuda"}, ValueError, "backend"),
 }
 

@@ -118,6 +118,13 @@ def kept_by(v: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(v, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
 
 
+def log_softmax(u: Tensor, best: Tensor) -> Tensor:
+    """Relative to the largest, at `best`: where the other exponentials add up to less than 1, a log1p of their sum."""
+    x = (u - u.gather(-1, best)).scatter(-1, best, 0.0)
+    rest = x.exp().scatter(-1, best, 0.0).sum(-1, keepdim=True)
+    return torch.where(rest < 1, x - rest.log1p(), torch.log_softmax(u, -1))
+
+
 def formula(
     v: Tensor,
     table: Tensor,
@@ -142,9 +149,9 @@ def formula(
     largest = v.detach().masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True).masked_fill(empty, 0.0)
     u = torch.where(allowed, v - largest, 0.0) / T  # relative, or the gradient of T would cancel even in float64
     u = u.masked_fill(~allowed, -torch.inf)
-    log_p = (u - torch.logsumexp(u.masked_fill(empty, 0.0), -1, keepdim=True)).masked_fill(~allowed, 0.0)
-    p = torch.where(allowed, log_p.exp() + probe, 0.0)
     best = v.detach().masked_fill(~allowed, -torch.inf).argmax(-1)  # not p's: two likely labels may have one p
+    log_p = log_softmax(u.masked_fill(empty, 0.0), best.unsqueeze(-1)).masked_fill(~allowed, 0.0)
+    p = torch.where(allowed, log_p.exp() + probe, 0.0)
     choice = best
     if choice_noise is not None:
         choice = (v.detach() + choice_noise).masked_fill(~among, -torch.inf).argmax(-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import checks, native
 
 # fewer rows starve the GEMMs: each chunk streams the weights once, whatever its height
 MIN_ROWS = 1024
@@ -32,11 +32,10 @@ class ChunkSettings:
     def budget(self, device: torch.device) -> int:
         if self.num_bytes is None:
             return DEFAULT_BYTES.get(device.type, DEFAULT_BYTES["cuda"])
-        if isinstance(self.num_bytes, bool) or not isinstance(self.num_bytes, int):
-            raise TypeError(f"chunk_settings.num_bytes must be an int or None, got {type(self.num_bytes).__name__}")
-        if self.num_bytes < 1:
-            raise ValueError(f"chunk_settings.num_bytes must be positive, got {self.num_bytes}")
-        return self.num_bytes
+        num_bytes = checks.integer("chunk_settings.num_bytes", self.num_bytes)
+        if num_bytes < 1:
+            raise ValueError(f"chunk_settings.num_bytes must be positive, got {num_bytes}")
+        return num_bytes
 
 
 settings = ChunkSettings()

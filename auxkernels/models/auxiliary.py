@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +15,18 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..cross_entropy import aux_cross_entropy
 from . import auxiliary_inputs as reading
 from . import saving
-from .causal_lm import are_packed, is_stateful, keeps_state, router_loss, wants_router_logits
+from .causal_lm import (
+    are_packed,
+    check_frozen,
+    is_dead,
+    is_stateful,
+    keeps_state,
+    router_loss,
+    wants_router_logits,
+)
 from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
-from .heads import check_output_head, detached, output_head, zero_output_head
+from .heads import check_output_head, detached, kept_positions, output_head, zero_output_head
 from .paired_cache import PairedCache
 from .vocabulary import check_tokenizers, shared_width
 
@@ -84,6 +93,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         self.base = base
         self.aux = aux
         config.base_config, config.aux_config = base.config, aux.config
+        config.base_fingerprint = saving.fingerprint(base)  # now, when all ranks are here and weights rarely sharded
         if config.trunk_layer is not None:
             weight, width = aux.get_input_embeddings().weight, base.config.get_text_config().hidden_size
             self.trunk_projection = nn.Linear(width, weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -94,6 +104,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         self._is_stateful = is_stateful(base, aux)  # generation asks before it drafts tokens that may be taken back
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
+        self._has_known_head = False  # a frozen one that passes gradients, or of which the user was warned
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._freeze_base()
         self.train(aux.training)
@@ -214,6 +225,24 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         self.base.requires_grad_(False)
         return self
 
+    def _check_trainable(self) -> None:
+        """ValueError for adapters in the base; warns once where the auxiliary's weights get no gradient."""
+        own = self._keys_to_ignore_on_save  # unfrozen by hand they get no gradient all the same
+        check_frozen(self.base, "base", " ('aux.lm_head', not 'lm_head')", own)
+        head = output_head(self.aux)
+        if self._has_known_head or head.weight.requires_grad:
+            return
+        is_blocked = is_dead(head)
+        if is_blocked and any(weight.requires_grad for weight in self.aux.base_model.parameters()):
+            warnings.warn(
+                "the auxiliary's output head is zero and frozen, so that nothing behind it is ever trained: train the "
+                "head too (with PEFT modules_to_save=['aux.lm_head'], or LoRA on it), or join with zero_init=False",
+                stacklevel=3,
+            )
+            self._has_known_head = True
+        elif not is_blocked:
+            self._has_known_head = True
+
     def _set_gradient_checkpointing(self, *args, **kwargs):
         self.aux._set_gradient_checkpointing(*args, **kwargs)  # the base keeps no activations
 
@@ -294,6 +323,9 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         aux_scale           number, 0-d or [batch] tensor; None: config.aux_scale
         skip_logits         None: with labels in training mode
         num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
+        Raises              TypeError, ValueError: arguments; in training adapters in the base, where PEFT puts
+                            them if a short name matches
+        Warns               in training, once, where the auxiliary's head is zero and frozen: nothing learns behind it
         """
         # not in the signature, where Trainer would take it for a second label that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)
@@ -301,6 +333,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         reading.check_inputs(input_ids, target, num_items_in_batch, kwargs)
         if past_key_values is not None:
             reading.check_cache(past_key_values)
+        if self.training and target is not None and torch.is_grad_enabled():
+            self._check_trainable()
         if use_cache is None:
             is_new = target is None and not self.training and not are_packed(attention_mask, position_ids)
             use_cache = past_key_values is not None or (self.config.use_cache and is_new)
@@ -416,7 +450,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
 
     def _logits(self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor, logits_to_keep: int | Tensor) -> Tensor:
         """[batch, kept, V] in float32 at least: a sum rounded to 16 bits would lose the auxiliary's part."""
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = kept_positions(logits_to_keep)
         if isinstance(scale, Tensor) and scale.dim() == 2:
             scale = scale[:, kept].unsqueeze(-1)
         with torch.no_grad():

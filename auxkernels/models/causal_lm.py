@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from .heads import OutputHead
 
 # -- recurrent and convolutional states --------------------------------------------------------------------------------
 
@@ -87,12 +90,23 @@ def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:
 # -- what is frozen ----------------------------------------------------------------------------------------------------
 
 
-def check_frozen(model: nn.Module, name: str, hint: str = "") -> None:
-    """Raises ValueError where a model that is frozen has weights that require gradients, such as adapters."""
+def check_frozen(model: nn.Module, name: str, hint: str, own: Collection[str] = ()) -> None:
+    """Raises ValueError where a model that is frozen has weights that require gradients, such as adapters.
+
+    own   names, behind that of the model, of weights of which this does not matter
+    """
     if torch.compiler.is_compiling() or not any(weight.requires_grad for weight in model.parameters()):
         return
-    key = next(key for key, weight in model.named_parameters() if weight.requires_grad)
-    raise ValueError(
-        f"the frozen {name} must have no trainable weights, got {name}.{key}: PEFT keeps out of it with "
-        rf"exclude_modules=r'{name}\..*' and with whole names in modules_to_save{hint}"
-    )
+    for key, weight in model.named_parameters(prefix=name):
+        if weight.requires_grad and key not in own:
+            raise ValueError(
+                f"the frozen {name} must have no trainable weights, got {key}: PEFT keeps out of it with "
+                rf"exclude_modules=r'{name}\..*', and with whole names in modules_to_save{hint}"
+            )
+
+
+def is_dead(head: OutputHead) -> bool:
+    """Whether nothing can pass a gradient through an output head: zeros that are not trained, without adapters."""
+    if torch.compiler.is_compiling() or head.weight.requires_grad or head.weight.is_meta or head.low_rank:
+        return False
+    return not head.weight.detach().any()

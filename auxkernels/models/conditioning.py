@@ -9,6 +9,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..segments import segments_to_tokens
 from ..soft_embedding import LookupStats, soft_embedding
 
@@ -169,8 +170,8 @@ def token_mask(attention_mask, shape) -> Tensor | None:
     return attention_mask[:, attention_mask.shape[1] - shape[1] :]
 
 
-def conditioning_segments(segment_ids, are_aligned: bool, attention_mask, mode: str, shape, device) -> Tensor:
-    """The row of segments that conditions each token, [batch, seq]; mode "fixed" has a single one."""
+def checked_segments(segment_ids: Tensor | None, mode: str, shape, device) -> Tensor:
+    """The segment of each token, [batch, seq], as it is given. Mode "fixed" needs none."""
     if segment_ids is None:
         if mode != "fixed":
             raise ValueError(f"mode {mode!r} needs segment_ids")
@@ -178,8 +179,43 @@ def conditioning_segments(segment_ids, are_aligned: bool, attention_mask, mode: 
     if segment_ids.is_floating_point() or segment_ids.shape != shape:
         got = f"{segment_ids.dtype} {list(segment_ids.shape)}"
         raise ValueError(f"segment_ids must be int64 {list(shape)}, as the tokens, got {got}")
-    token_segments = segment_ids if are_aligned else predicted_segments(segment_ids, attention_mask)
-    return token_segments.clamp(max=0) if mode == "fixed" else token_segments
+    return segment_ids
+
+
+def conditioning_segments(segment_ids: Tensor, are_aligned: bool, attention_mask, num_segments: int | None) -> Tensor:
+    """The row of segments that conditions each token, [batch, seq]; num_segments None: a single row for all."""
+    if num_segments is None:
+        segment_ids = segment_ids.clamp(max=0)
+    else:
+        segment_ids = refuse_numbers_of_rows(segment_ids, num_segments, attention_mask)
+    return segment_ids if are_aligned else predicted_segments(segment_ids, attention_mask)
+
+
+def refuse_numbers_of_rows(segment_ids: Tensor, num_segments: int, attention_mask: Tensor | None = None) -> Tensor:
+    """The segments of tokens [batch, seq], which must be numbered over the whole batch, as they are.
+
+    Collators that know nothing of segments leave each example's own ids. With them all rows would follow the first
+    row's plans, so such ids are recognised: 0, 1, 2, ... in every row, while labels of further segments are given.
+
+    Raises   ValueError for them on CPU; on GPU they become unknown segments (NaN).
+    """
+    if segment_ids.shape[0] < 2 or segment_ids.shape[1] == 0:
+        return segment_ids
+    is_token = segment_ids >= 0
+    if attention_mask is not None:
+        is_token &= attention_mask.to(segment_ids.device) != 0
+    highest = segment_ids.masked_fill(~is_token, -1).cummax(dim=1).values
+    steps = highest.diff(dim=1, prepend=torch.full_like(highest[:, :1], -1))
+    counts = highest[:, -1] + 1
+    is_counted = (steps <= 1).all() & (~is_token | (segment_ids == highest)).all()
+    begins_anew = is_counted & ((counts > 0).sum() > 1) & (counts.max() < num_segments)
+    if segment_ids.device.type == "cpu" and not torch.compiler.is_compiling() and begins_anew:
+        raise ValueError(
+            "segment_ids must be numbered over the whole batch, got ids that begin anew in each row, at most "
+            f"{int(counts.max())} where labels of {num_segments} segments are given: number them on from row to row, "
+            "as labels.collate_segments does"
+        )
+    return torch.where(begins_anew & is_token, num_segments, segment_ids)
 
 
 class ActiveRows(threading.local):
@@ -283,7 +319,8 @@ def chosen_layers(layers, count: int) -> list[int]:
         if count < 3:
             raise ValueError(f"layers must be given for a model of {count} decoder layers: the default skips two")
         return list(range(2, count))
+    layers = [checks.integer("layers", layer) for layer in layers]
     chosen = sorted(layers)
     if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= i < count for i in chosen):
-        raise ValueError(f"layers must be distinct indices in [0, {count}), at least one, got {list(layers)}")
+        raise ValueError(f"layers must be distinct indices in [0, {count}), at least one, got {layers}")
     return chosen

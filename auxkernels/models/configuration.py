@@ -69,8 +69,13 @@ class AuxiliaryConfig(PretrainedConfig):
     ):
         if vocab_policy not in VOCAB_POLICIES:
             raise ValueError(f"vocab_policy must be one of {', '.join(VOCAB_POLICIES)}, got {vocab_policy!r}")
-        checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
-        checks.real_number("aux_scale", aux_scale)
+        # as Python's own numbers: JSON holds no others
+        label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
+        aux_scale = checks.real_number("aux_scale", aux_scale)
+        sizes = {"trunk_layer": trunk_layer, "vocab_size": vocab_size, "num_valid_tokens": num_valid_tokens}
+        trunk_layer, vocab_size, num_valid_tokens = (
+            None if size is None else checks.integer(name, size) for name, size in sizes.items()
+        )
         super().__init__(**kwargs)
         self.base_config = _as_config("base_config", base_config)
         self.aux_config = _as_config("aux_config", aux_config)

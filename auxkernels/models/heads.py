@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..sources import Head
 
 
@@ -89,6 +90,13 @@ def _without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
 def _low_rank(layer, name: str) -> LowRank:
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     return LowRank(lambda x: down(dropout(x.to(down.weight.dtype))), up.weight, up.bias, layer.scaling[name])
+
+
+def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The positions that get logits: so many of the last, 0: all, or those that a tensor names."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    return slice(-checks.integer("logits_to_keep", logits_to_keep), None)
 
 
 def detached(source: Head) -> Head:

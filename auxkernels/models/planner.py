@@ -13,23 +13,24 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
-from .causal_lm import are_packed, is_stateful, router_loss, wants_router_logits
+from .causal_lm import are_packed, check_frozen, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .conditioning import (
     ActiveRows,
     Conditioning,
     LayerHooks,
+    checked_segments,
     chosen_layers,
     conditioning_segments,
     decoder_layers,
     token_mask,
 )
-from .heads import check_output_head, output_head
+from .heads import check_output_head, kept_positions, output_head
 from .places import modules_at, width_at
 from .planner_checkpointing import CheckpointingThroughHooks
 from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
-from .planner_loading import kept_buffers, marked_as_initialized
+from .planner_loading import MARK, kept_buffers, marked_as_initialized
 from .planner_training import Freezing
 
 IGNORE_INDEX = -100
@@ -194,7 +195,9 @@ class PlannerForCausalLM(
         use_cache             None: unless past_key_values are given, none is made in training, where there are labels,
                               or where positions begin anew within a row (packed texts, which it would not keep apart).
         segment_ids           int64 [batch, seq], the segment of each token, numbered from 0 over the whole batch;
-                              negative: a token of no segment. Mode "fixed" does without: all tokens.
+                              negative: a token of no segment. Mode "fixed" does without: all tokens. Ids that begin
+                              anew in each row, as collators leave them that know nothing of segments, are an error
+                              where labels of further segments are given.
         segments_are_aligned  they already say of which segment the *predicted* token is (`predicted_segments`).
         label_scores [S, K], label_ids int64 [S], planner_inputs: keyword arguments of the planner
                               where the S segments' labels come from. Exactly one: scores or planner_inputs, in mode
@@ -207,7 +210,8 @@ class PlannerForCausalLM(
         without every argument that has "label" in its name. It also drops these columns and those of planner_inputs
         from the data, unless `TrainingArguments(remove_unused_columns=False)`.
         Returns               `PlannerCausalLMOutput`. In training no [batch, seq, vocabulary] tensor is made.
-        Raises                TypeError, ValueError: arguments. On CPU IndexError, on GPU NaN: unknown segments, labels.
+        Raises                TypeError, ValueError: arguments; in training trainable weights, such as PEFT's, in a
+                              language model that is frozen. On CPU IndexError, on GPU NaN: unknown segments, labels.
         """
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
         shift_labels = given.pop("shift_labels")
@@ -217,8 +221,12 @@ class PlannerForCausalLM(
         else:
             mode = check_mode(mode or self.config.mode)
             mask = None if segments_are_aligned else token_mask(attention_mask, shape)
-            token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, mode, shape, self.lm.device)
+            segment_ids = checked_segments(segment_ids, mode, shape, self.lm.device)
             rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
+            num_segments = None if mode == "fixed" else rows.shape[1]
+            token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, num_segments)
+        if self.training and "lm" in self._frozen and torch.is_grad_enabled():
+            check_frozen(self.lm, "lm", "; to train adapters in it, use freeze_lm=False")
         if use_cache is None and past_key_values is None and plans is None:
             # a frozen model in eval mode would make one, which checkpointed layers fill twice
             is_asked = not self.training and labels is None and shift_labels is None
@@ -259,8 +267,7 @@ class PlannerForCausalLM(
         return (has_loss and "lm" not in self._frozen and wants_router_logits(self.lm, given)) or None
 
     def _logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return output_head(self.lm).logits(hidden[:, kept])
+        return output_head(self.lm).logits(hidden[:, kept_positions(logits_to_keep)])
 
     def _lm_outputs(self, rows: Tensor, token_segments: Tensor, lm_inputs: dict):
         """The language model without its head, its layers conditioned on rows [L, S, H] of its tokens' segments."""
@@ -407,8 +414,21 @@ class PlannerForCausalLM(
             model.freeze_lm()
         return (model, info) if wants_info else model
 
+    def initialize_weights(self) -> None:
+        """As the language model's own class does, also where one of its modules fills the buffers of others.
+
+        In code that is not its own transformers passes over modules without weights, and would leave such buffers as
+        uninitialized memory.
+        """
+        self.is_custom_code = self.lm.is_custom_code
+        try:
+            super().initialize_weights()
+        finally:
+            del self.is_custom_code
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Conditioning):
+        is_new = not all(getattr(weight, MARK, False) for weight in module.parameters(recurse=False))
+        if isinstance(module, Conditioning) and is_new:
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:

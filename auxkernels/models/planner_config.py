@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .. import checks
 from .places import check_place
 
 MODES = ("soft", "straight_through", "gumbel", "hard", "fixed")
@@ -75,6 +76,8 @@ class PlannerConfig(PretrainedConfig):
     ):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
+        # as Python's own numbers: JSON holds no others
+        num_labels, fixed_label = checks.integer("num_labels", num_labels), checks.integer("fixed_label", fixed_label)
         if "id2label" in kwargs:
             num_labels = len(kwargs["id2label"])
         else:
@@ -83,20 +86,22 @@ class PlannerConfig(PretrainedConfig):
         check_mode(mode)
         if conditioning_init not in INITS:
             raise ValueError(f"conditioning_init must be one of {', '.join(INITS)}, got {conditioning_init!r}")
+        label_temperature = checks.number("label_temperature", label_temperature)
         if not label_temperature > 0:
             raise ValueError(f"label_temperature must be positive, got {label_temperature}")
+        gumbel_clean_gradient = checks.boolean("gumbel_clean_gradient", gumbel_clean_gradient)
         if gumbel_clean_gradient and not gumbel_hard:
             raise ValueError("gumbel_clean_gradient needs gumbel_hard=True")
         if not 0 <= fixed_label < num_labels:
             raise ValueError(f"fixed_label must be in [0, {num_labels}), got {fixed_label}")
         self.text_config = text_config
-        self.label_dim = label_dim
-        self.layers = list(layers)
+        self.label_dim = checks.integer("label_dim", label_dim)
+        self.layers = [checks.integer("layers", layer) for layer in layers]
         self.place = place
         self.mode = mode
         self.label_temperature = label_temperature
-        self.gumbel_scale = gumbel_scale
-        self.gumbel_hard = gumbel_hard
+        self.gumbel_scale = checks.number("gumbel_scale", gumbel_scale)
+        self.gumbel_hard = checks.boolean("gumbel_hard", gumbel_hard)
         self.gumbel_clean_gradient = gumbel_clean_gradient
         self.fixed_label = fixed_label
         self.conditioning_init = conditioning_init

@@ -13,7 +13,8 @@ import tempfile
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from .configuration import AuxiliaryConfig
 BASE_FOLDER = "base"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OF_THE_FOLDER = ("revision", "subfolder")
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NUM_SAMPLES = 32
 _SUM_LENGTH = 4096
 _ADAPTER_KEYS = (".base_layer.", ".lora_", ".modules_to_save.")
@@ -96,32 +98,85 @@ def fingerprint(model: PreTrainedModel) -> dict:
 
     sums       of at most 4096 elements of each parameter, evenly spaced; magnitudes: of their absolute values
     dtype is kept beside the values, because a base may be loaded in another one than it was saved with. Weights that
-    are offloaded have no value and are not compared.
+    are offloaded have no value and are not compared, nor those that DeepSpeed has partitioned. Quantised weights count
+    as what they are stored as. Sharded ones (DTensor) are gathered one at a time: all ranks must call.
     """
     parameters = sorted(model.named_parameters())
-    structure = hashlib.sha256(repr([(name, list(p.shape)) for name, p in parameters]).encode()).hexdigest()
-    values = []
-    for i in range(_NUM_SAMPLES):
-        tensor = parameters[i * len(parameters) // _NUM_SAMPLES][1].detach()
-        index = (i * 7919 + tensor.numel() // 2) % tensor.numel()
-        element = tensor[torch.unravel_index(torch.tensor(index), tensor.shape)]
-        values.append(None if tensor.is_meta else element.item())
-    sums, magnitudes = zip(*(_sums(parameter.detach()) for _, parameter in parameters), strict=True)
+    shapes = [(name, list(getattr(p, "ds_shape", p.shape))) for name, p in parameters]
+    values, sums = [], []
+    for n, (_, parameter) in enumerate(parameters):
+        stored = None if _is_partitioned(parameter) else _stored(parameter.detach())
+        samples = [i for i in range(_NUM_SAMPLES) if i * len(parameters) // _NUM_SAMPLES == n]
+        values += [_element(stored, i) for i in samples]
+        sums.append(_sums(stored))
     return {
-        "structure": structure[:32],
+        "structure": hashlib.sha256(repr(shapes).encode()).hexdigest()[:32],
         "dtype": str(model.dtype).removeprefix("torch."),
         "values": values,
-        "sums": list(sums),
-        "magnitudes": list(magnitudes),
+        "sums": [one for one, _ in sums],
+        "magnitudes": [magnitude for _, magnitude in sums],
     }
 
 
-def _sums(tensor: Tensor) -> tuple[float, float] | tuple[None, None]:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a rank holds only its part of some weights, so that it cannot tell alone which model this is."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return True
+    return any(_is_sharded(weight) or _is_partitioned(weight) for weight in model.parameters())
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")  # DeepSpeed's ZeRO-3
+
+
+def _stored(tensor: Tensor) -> list[Tensor] | None:
+    """The ordinary tensors that a weight consists of; None: it is offloaded."""
     if tensor.is_meta:
+        return None
+    if _is_sharded(tensor):
+        return _stored(tensor.full_tensor())
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        return None if None in parts else [part for stored in parts for part in stored]
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor = tensor.as_subclass(Tensor)
+        return [tensor.int_repr() if tensor.is_quantized else tensor]
+
+
+def _element(stored: list[Tensor] | None, i: int) -> float | int | None:
+    """The i-th sample: an element of the first tensor that has any."""
+    tensor = next((one for one in stored or () if one.numel()), None)
+    if tensor is None:
+        return None
+    index = (i * 7919 + tensor.numel() // 2) % tensor.numel()
+    element = tensor[torch.unravel_index(torch.tensor(index), tensor.shape)]
+    return element.item() if _has_numbers(tensor) else _numbers(element.reshape(1)).item()
+
+
+def _sums(stored: list[Tensor] | None) -> tuple[float, float] | tuple[None, None]:
+    if stored is None:
         return None, None
-    step = -(-tensor.numel() // _SUM_LENGTH) | 1  # odd, so that it does not stay in one column
-    sample = tensor.reshape(-1)[::step].cpu().double()
-    return sample.sum().item(), sample.abs().sum().item()
+    total = magnitude = 0.0
+    for tensor in stored:
+        step = -(-tensor.numel() // _SUM_LENGTH) | 1  # odd, so that it does not stay in one column
+        sample = _numbers(tensor.reshape(-1)[::step])
+        total, magnitude = total + sample.sum().item(), magnitude + sample.abs().sum().item()
+    return total, magnitude
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() and tensor.element_size() > 1) or tensor.dtype in _INTEGERS
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """[n] in float64 on the CPU: values, or the bytes of types that torch cannot convert (several values in one)."""
+    if not _has_numbers(tensor) and not str(tensor.dtype).startswith("torch.float8"):
+        tensor = tensor.contiguous().view(torch.uint8)
+    return tensor.cpu().double()
 
 
 def is_same_base(expected: dict, found: dict) -> bool:
@@ -130,8 +185,10 @@ def is_same_base(expected: dict, found: dict) -> bool:
         return False
     tolerance = least = 0.0
     if expected["dtype"] != found["dtype"]:
-        limits = [torch.finfo(getattr(torch, one["dtype"])) for one in (expected, found)]
-        tolerance, least = max(one.eps for one in limits), max(one.smallest_normal for one in limits)
+        dtypes = [getattr(torch, one["dtype"]) for one in (expected, found)]
+        limits = [torch.finfo(dtype) for dtype in dtypes if dtype.is_floating_point]
+        tolerance = max((one.eps for one in limits), default=0.0)
+        least = max((one.smallest_normal for one in limits), default=0.0)
     pairs = zip(expected["values"], found["values"], strict=True)
     known = (pair for pair in pairs if None not in pair)
     if not all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance * 1e-4) for pair in known):
@@ -167,7 +224,8 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
     _check_no_adapters(model, state_dict if save_base else own)
     _check_target(os.fspath(folder), config, save_base)
     config.base_is_saved = save_base
-    config.base_fingerprint = fingerprint(model.base)
+    if not is_sharded(model.base):  # else it is as it was when all ranks joined the models: this one may save alone
+        config.base_fingerprint = fingerprint(model.base)
     model.aux.config.dtype, model.base.config.dtype = model.aux.dtype, model.base.dtype
     if not kwargs.get("is_main_process", True):
         write(folder, state_dict=own, **kwargs)

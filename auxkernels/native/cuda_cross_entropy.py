@@ -144,6 +144,26 @@ def backward(
     return grads
 
 
+def plan(
+    num_rows: int,
+    vocab_size: int,
+    base: torch.dtype,
+    aux: torch.dtype | None = None,
+    *,
+    has_gradient: bool = True,
+    has_statistics: bool = False,
+    device: int = 0,
+) -> dict[str, int | bool]:
+    """How a device shares such a call out, to stand beside a measurement: nothing is started or waited for.
+
+    Among others `cluster` blocks have a row, cut into `num_segments` of `num_tiles` tiles of `tile` columns; each block
+    has `num_slots` slots of `slot_bytes` for them, and `clusters_at_once` run.
+    """
+    codes = DTYPE_CODES[base], -1 if aux is None else DTYPE_CODES[aux]
+    with torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext():
+        return cuda().plan_on(device, num_rows, vocab_size, *codes, has_gradient, has_statistics)
+
+
 def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int) -> None:
     """grad [*, V] *= factor (0-d, read on the device) in place, but for ignored rows, which stay +0.0."""
     with _on_device_of(grad):

@@ -25,6 +25,7 @@ from .soft_state import (
     load_scores,
     load_state,
     load_values,
+    log_of_denom,
     merge,
     no_scores,
     pack,
@@ -313,10 +314,11 @@ def soft_bwd_kernel(
 
 @triton.jit
 def sums_of_selected(state, packed, ref, inverse):
-    """`state`, a triple of sums, and that of a block of selected labels: exp(x), exp(x) x, exp(x)^2."""
+    """`state`, four sums, and those of a block of selected labels: exp(x), exp(x) x, exp(x)^2, exp(x) but for x = 0."""
     x = (value_of(packed) - ref) * inverse
     e = exp(x)
-    return state[0] + lane_sum(e), state[1] + lane_sum(e * finite(x)), state[2] + lane_sum(e * e)
+    others = state[3] + lane_sum(tl.where(x == 0, 0.0, e))
+    return state[0] + lane_sum(e), state[1] + lane_sum(e * finite(x)), state[2] + lane_sum(e * e), others
 
 
 @triton.jit
@@ -337,7 +339,7 @@ def store_selection_fields(fields, n, first, sums):
     is_empty, is_poisoned = (first >> 32) == NO_LABEL, is_nan(first)
     denom = tl.where(is_empty, 1.0, sums[0])
     denom = tl.where(is_poisoned, float("nan"), denom)
-    log_denom = tl.log(denom)
+    log_denom = log_of_denom(denom, sums[3], is_empty)
     store_field(fields.max, n, value_of(first))
     store_field(fields.log_denom, n, log_denom)
     store_field(fields.entropy, n, log_denom - tl.math.div_rn(sums[1], denom))
@@ -398,7 +400,7 @@ def soft_select_kernel(
         else:
             first = tl.max(chosen, axis=0)
             ref = finite_or_zero(value_of(first))
-            sums = sums_of_selected((0.0, 0.0, 0.0), chosen, ref, row.inverse)
+            sums = sums_of_selected((0.0, 0.0, 0.0, 0.0), chosen, ref, row.inverse)
             denom = store_selection_fields(fields, n, first, sums)
             place = n * k
             store_selected(labels + place, weights + place, 0, k, chosen, ref, row.inverse, denom, is_nan(first))
@@ -411,7 +413,7 @@ def soft_selected_kernel(scores, k, packed, stride_packed, fields, labels, weigh
     row = Row(scores, *at_row(scores, n, n))
     packed += n * stride_packed
     first = tl.load(packed)
-    ref, sums = finite_or_zero(value_of(first)), (0.0, 0.0, 0.0)
+    ref, sums = finite_or_zero(value_of(first)), (0.0, 0.0, 0.0, 0.0)
     for at in range(0, k, SLOTS):
         slots = at + tl.arange(0, SLOTS)
         sums = sums_of_selected(sums, tl.load(packed + slots, mask=slots < k, other=-(2**63)), ref, row.inverse)

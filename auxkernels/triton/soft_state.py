@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .row_state import column_of, exp, finite, finite_or_zero, lane_sum, tile_max, tile_sum
+from .row_state import LARGEST, column_of, exp, finite, finite_or_zero, lane_sum, log1p, tile_max, tile_sum
 
 WIDTH = tl.constexpr(4)  # columns of a lane in a tile
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 NO_LABEL = tl.constexpr(-0x80000000)  # key of a column that is forbidden, taken or beyond the row's end
 
 # what of a row's state is wanted besides its maximum and denominator
 TIMES_X = tl.constexpr(1)
 SQUARES = tl.constexpr(2)
 BEST = tl.constexpr(4)
-NUM_SUMS = tl.constexpr(4)  # of a stored state, its floats
+NUM_SUMS = tl.constexpr(5)  # of a stored state, its floats
 
 
 class Scores(NamedTuple):
@@ -70,10 +71,20 @@ class SoftState(NamedTuple):
     denom: Any  # sum exp(x)
     times_x: Any  # sum exp(x) x
     squares: Any  # sum exp(x)^2
+    others: Any  # with times_x: denom without the columns at the maximum, whose ones would swallow it
     best: Any  # packed key and column
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def inverse_of(T):
+    """1 / T, a finite one where T is too small or too large for it: 0 times infinity would be NaN. NaN for T = 0."""
+    inverse = tl.math.div_rn(1.0, T)
+    inverse = tl.where(inverse > LARGEST, LARGEST, inverse)
+    inverse = tl.where((inverse >= 0) & (inverse < SMALLEST_NORMAL), SMALLEST_NORMAL, inverse)
+    return tl.where(T == 0, float("nan"), inverse)
 
 
 @triton.jit
@@ -82,7 +93,7 @@ def at_row(scores, row, first_row):
     number = first_row + row
     gumbel, seed, inverse = 0.0, 0, 1.0
     if scores.temperature is not None:
-        inverse = tl.math.div_rn(1.0, tl.load(scores.temperature + row * scores.temperature_stride))
+        inverse = inverse_of(tl.load(scores.temperature + row * scores.temperature_stride))
     if scores.gumbel is not None:
         gumbel, seed = tl.load(scores.gumbel), tl.load(scores.seed)
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
@@ -209,6 +220,7 @@ def no_scores(SHAPE: tl.constexpr, WANTED: tl.constexpr):
         zero,
         zero if TIMES_X & WANTED else 0.0,
         zero if SQUARES & WANTED else 0.0,
+        zero if TIMES_X & WANTED else 0.0,
         tl.full(SHAPE, -(2**63), tl.int64) if BEST & WANTED else 0.0,
     )
 
@@ -218,13 +230,14 @@ def rebase(state, new_max, inverse, WANTED: tl.constexpr):
     """The same sums relative to another, not smaller, maximum."""
     shift = (finite_or_zero(state.max) - finite_or_zero(new_max)) * inverse
     factor = exp((state.max - finite_or_zero(new_max)) * inverse)
-    times_x, squares = state.times_x, state.squares
+    times_x, squares, others = state.times_x, state.squares, state.others
     if TIMES_X & WANTED:
         # what has underflowed to nothing stays nothing: the shift may be infinite there
         times_x = tl.where(factor == 0, 0.0, factor * (times_x + shift * state.denom))
+        others = tl.where(state.max == new_max, others, factor * state.denom)
     if SQUARES & WANTED:
         squares = squares * (factor * factor)
-    return SoftState(new_max, state.denom * factor, times_x, squares, state.best)
+    return SoftState(new_max, state.denom * factor, times_x, squares, others, state.best)
 
 
 @triton.jit
@@ -236,6 +249,7 @@ def merge(a, b, inverse, WANTED: tl.constexpr):
         a.denom + b.denom,
         a.times_x + b.times_x if TIMES_X & WANTED else 0.0,
         a.squares + b.squares if SQUARES & WANTED else 0.0,
+        a.others + b.others if TIMES_X & WANTED else 0.0,
         tl.maximum(a.best, b.best) if BEST & WANTED else 0.0,
     )
 
@@ -254,6 +268,7 @@ def absorb(lanes, v, cols, inverse, WANTED: tl.constexpr):
         lanes.denom + tile_sum(e),
         lanes.times_x + tile_sum(e * finite(x)) if TIMES_X & WANTED else 0.0,
         lanes.squares + tile_sum(e * e) if SQUARES & WANTED else 0.0,
+        lanes.others + tile_sum(tl.where(x == 0, 0.0, e)) if TIMES_X & WANTED else 0.0,
         best,
     )
 
@@ -268,6 +283,7 @@ def collapse(lanes, inverse, WANTED: tl.constexpr):
         lane_sum(lanes.denom),
         lane_sum(lanes.times_x) if TIMES_X & WANTED else 0.0,
         lane_sum(lanes.squares) if SQUARES & WANTED else 0.0,
+        lane_sum(lanes.others) if TIMES_X & WANTED else 0.0,
         tl.max(lanes.best, axis=0) if BEST & WANTED else 0.0,
     )
 
@@ -301,6 +317,7 @@ def store_state(floats, ints, index, state, WANTED: tl.constexpr):
     tl.store(floats + index * NUM_SUMS + 1, state.denom)
     if TIMES_X & WANTED:
         tl.store(floats + index * NUM_SUMS + 2, state.times_x)
+        tl.store(floats + index * NUM_SUMS + 4, state.others)
     if SQUARES & WANTED:
         tl.store(floats + index * NUM_SUMS + 3, state.squares)
     if BEST & WANTED:
@@ -315,6 +332,7 @@ def load_state(floats, ints, index, WANTED: tl.constexpr):
         tl.load(floats + 1),
         tl.load(floats + 2) if TIMES_X & WANTED else 0.0,
         tl.load(floats + 3) if SQUARES & WANTED else 0.0,
+        tl.load(floats + 4) if TIMES_X & WANTED else 0.0,
         tl.load(ints + index) if BEST & WANTED else 0.0,
     )
 
@@ -326,9 +344,18 @@ def store_field(ptr, row, x):
 
 
 @triton.jit
+def log_of_denom(denom, others, is_empty):
+    """log(denom), from the sum without the largest column's 1 where that is all but one: see csrc/cpu/row_kernel.h."""
+    is_confident = (others < 1) & (denom - others < 1.5) & (is_empty == 0)
+    return tl.where(is_confident, log1p(tl.where(is_confident, others, 0.0)), tl.log(denom))
+
+
+@triton.jit
 def store_fields(fields, row, state, is_empty, denom, WANTED: tl.constexpr):
     """denom: 1 for a row without an allowed label, whose other sums are 0."""
     log_denom = tl.log(denom)
+    if TIMES_X & WANTED:
+        log_denom = log_of_denom(denom, state.others, is_empty)
     store_field(fields.log_denom, row, log_denom)
     store_field(fields.max_prob, row, tl.where(is_empty, 0.0, tl.math.div_rn(1.0, denom)))
     if fields.entropy is not None:

@@ -144,21 +144,30 @@ static ScanSums<C> scan_sums_as(C* __restrict__ s, const C* __restrict__ z_b, C 
     prefetch(first, step, steps);
     prefetch(second, step, steps);
     const int64_t end = (step + 1) * kStep < n ? (step + 1) * kStep : n;
-    C sum = 0, times_s = 0, times_base = 0, base_sum = 0;
-#pragma omp simd reduction(+ : sum, times_s, times_base, base_sum)
+    C sum = 0, times_s = 0, times_base = 0, base_sum = 0, others = 0, base_others = 0;
+#pragma omp simd reduction(+ : sum, times_s, times_base, base_sum, others, base_others)
     for (int64_t i = step * kStep; i < end; ++i) {
       const C x = s[i] - m;
       const C e = exp_of(x);
       s[i] = e;
       sum += e;
-      if (kMoments) times_s += e > 0 ? e * x : 0;  // 0 * (-inf) = 0
+      if (kMoments) {
+        times_s += e > 0 ? e * x : 0;  // 0 * (-inf) = 0
+        others += x == 0 ? 0 : e;
+      }
       if (kBase) {
         const C x_b = z_b[i] - m_b;
-        base_sum += exp_of(x_b);
-        if (kMoments) times_base += e > 0 ? e * x_b : 0;
+        const C e_b = exp_of(x_b);
+        base_sum += e_b;
+        if (kMoments) {
+          times_base += e > 0 ? e * x_b : 0;
+          base_others += x_b == 0 ? 0 : e_b;
+        }
       }
     }
     total.sum += sum;
+    total.others += others;
+    total.base_others += base_others;
     total.sum_times_s += times_s;
     total.sum_times_base += times_base;
     total.base_sum += base_sum;

@@ -266,7 +266,8 @@ void backward(const Problem& p, const BackwardInputs& in, const Outputs& out) {
 
 template <class C>
 void rescale(const Problem& p, void* grad, DType dtype, int64_t width, double factor) {
-  if (factor == 1) return;
+  // a head of width 0 (an adapter of rank 0) has a gradient without elements
+  if (factor == 1 || p.num_rows < 1 || width < 1) return;
   const Kernel<C> kernel(p);
   const int64_t row_bytes = width * size_of(dtype);
   parallel_for(p.num_rows, kernel.useful_threads(), kernel.rows_per_chunk(), [&](int64_t n, int) {

@@ -77,6 +77,7 @@ void gather_products(const Tables& t, const Selection& s, int64_t num_rows, cons
 template <class C>
 void scatter_labels(const Tables& t, const Selection& s, int64_t num_rows, const Matrix& rows, int threads) {
   // threads share the columns, so that each number of the tables has its terms in the order of the rows
+  if (t.D == 0) return;
   constexpr int64_t kFewest = 64;
   const BlockOps<C>& ops = block_ops<C>();
   const int64_t num_slices = std::max<int64_t>(1, std::min<int64_t>(threads, t.D / kFewest));

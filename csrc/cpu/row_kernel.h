@@ -18,11 +18,31 @@ struct BlockState {
   double max, base_max;  // with the target's column
   double sum, sum_times_s, sum_times_base, base_sum;
   double weighted_sum, weights;
+  double others, base_others;  // with moments: the sums without the columns at the maxima
+};
+
+// log(denom). For a confident row from `others`, which is denom - 1 not rounded beside a 1 (negative: not known): its
+// entropy is no larger than what float loses there.
+inline double log_of_denom(double denom, double others) {
+  return others >= 0 && others < 1 ? std::log1p(others) : std::log(denom);
+}
+
+// A denominator without the 1 of a largest column, from those of blocks.
+struct Others {
+  double sum = 0, num_largest = 0;
+
+  void add(double block_max, double row_max, double factor, double block_sum, double block_others) {
+    const bool has_largest = block_max == row_max;
+    sum += has_largest ? block_others : factor * block_sum;
+    if (has_largest) num_largest += std::rint(block_sum - block_others);
+  }
+  double without_largest() const { return sum + (num_largest - 1); }
 };
 
 struct RowState {
   double max = kMinusInf, denom = 0, rest = 0;  // rest: the denominator without the target's column
   double base_max = kMinusInf, base_denom = 0, base_rest = 0;
+  double others = -1, base_others = -1;  // the denominators without the 1 of a largest column; negative: not known
   double mean_sum = 0, mean_base = 0, weighted_sum = 0;
   double target_logit = kMinusInf, base_target_logit = kMinusInf;
 
@@ -33,8 +53,8 @@ struct RowState {
   }
   double nll() const { return nll(denom, rest, target_logit - max); }
   double base_nll() const { return nll(base_denom, base_rest, base_target_logit - base_max); }
-  double log_denom() const { return std::log(denom); }
-  double base_log_denom() const { return std::log(base_denom); }
+  double log_denom() const { return log_of_denom(denom, others); }
+  double base_log_denom() const { return log_of_denom(base_denom, base_others); }
 };
 
 struct ScaleShares {
@@ -109,7 +129,7 @@ class Kernel {
   BlockState scan_block(int64_t n, int64_t k, const ScanWants& wants, C* s, C* z_b, RowState* row) const {
     const int64_t size = this->size(k), y = target(n) - k * kBlock;
     const auto [max, base_max] = load(n, k, s, wants.base ? z_b : nullptr);
-    BlockState state{max, base_max, 0, 0, 0, 0, 0, 0};
+    BlockState state{max, base_max, 0, 0, 0, 0, 0, 0, 0, 0};
     if (wants.weighted) {
       state.weighted_sum = ops.weighted_sum(s, weights(k), max, size);
       state.weights = sum_of_weights(k);
@@ -134,7 +154,7 @@ class Kernel {
     }
     const ScanSums<C> sums = ops.scan_sums(s, z_b, max, base_max, size, wants.moments, wants.base, first, second);
     state.sum = sums.sum, state.sum_times_s = sums.sum_times_s, state.sum_times_base = sums.sum_times_base;
-    state.base_sum = sums.base_sum;
+    state.base_sum = sums.base_sum, state.others = sums.others, state.base_others = sums.base_others;
     return state;
   }
 
@@ -152,26 +172,38 @@ class Kernel {
       row->max = std::max(row->max, blocks[k].max);
       row->base_max = std::max(row->base_max, blocks[k].base_max);
     }
+    Others others, base_others;
     for (int64_t k = 0; k < num_blocks; ++k) {
       const BlockState& block = blocks[k];
       const double factor = std::exp(block.max - row->max);
       row->rest += factor * block.sum;
+      others.add(block.max, row->max, factor, block.sum, block.others);
       if (block.max != kMinusInf) {  // a block of -inf alone has probability 0, and its maximum times that is NaN
         row->mean_sum += factor * (block.sum_times_s + (block.max - row->max) * block.sum);
         row->mean_base += factor * (block.sum_times_base + (block.base_max - row->base_max) * block.sum);
       }
-      if (wants.base) row->base_rest += std::exp(block.base_max - row->base_max) * block.base_sum;
+      if (wants.base) {
+        const double base_factor = std::exp(block.base_max - row->base_max);
+        row->base_rest += base_factor * block.base_sum;
+        base_others.add(block.base_max, row->base_max, base_factor, block.base_sum, block.base_others);
+      }
       if (wants.weighted)
         row->weighted_sum += block.weighted_sum + (finite_or_zero(block.max) - row->max) * block.weights;
     }
     const double s_y = row->target_logit - row->max, e_y = p.target == nullptr ? 0 : std::exp(s_y);
     row->denom = row->rest + e_y;
-    if (wants.base)
-      row->base_denom = row->base_rest + (p.target == nullptr ? 0 : std::exp(row->base_target_logit - row->base_max));
+    const double z_y = row->base_target_logit - row->base_max;
+    if (wants.base) row->base_denom = row->base_rest + (p.target == nullptr ? 0 : std::exp(z_y));
     if (!wants.moments) return;
+    if (p.target != nullptr) {
+      others.add(row->target_logit, row->max, e_y, 1, 0);
+      base_others.add(row->base_target_logit, row->base_max, wants.base ? std::exp(z_y) : 0, 1, 0);
+    }
+    if (row->denom == row->denom) row->others = others.without_largest();
+    if (wants.base && row->base_denom == row->base_denom) row->base_others = base_others.without_largest();
     if (e_y > 0) {
       row->mean_sum += e_y * s_y;
-      row->mean_base += e_y * (row->base_target_logit - row->base_max);
+      row->mean_base += e_y * z_y;
     }
     row->mean_sum /= row->denom;
     row->mean_base /= row->denom;

@@ -61,6 +61,10 @@ void small_lookup(const SmallLookup& p, float* mixture) {
 }
 
 void small_lookup_backward(const SmallLookup& p, const float* grad, float* grad_scores, float* grad_table) {
+  if (p.N == 0) {
+    if (grad_table != nullptr) std::fill(grad_table, grad_table + p.K * p.D, 0.0f);
+    return;
+  }
   const BlockOps<float>& ops = block_ops<float>();
   const Blocks blocks(p);
   const int64_t room = blocks.rows * p.K, num_products = grad_scores == nullptr ? 0 : p.K * p.D + blocks.threads * room;

@@ -35,11 +35,11 @@ void for_plain_rows(const SoftProblem& p, SoftmaxRows<C> rows, const Run& run) {
   rows.num_rows = p.num_rows, rows.K = p.K;
   std::vector<C> factors;
   if (p.temperature == nullptr) {
-    rows.factor = 1 / static_cast<C>(p.temperature_value);
+    rows.factor = inverse_of(static_cast<C>(p.temperature_value));
   } else {
     const C* temperature = static_cast<const C*>(p.temperature);
     factors.reserve(static_cast<size_t>(p.num_rows));
-    for (int64_t n = 0; n < p.num_rows; ++n) factors.push_back(1 / temperature[n * p.temperature_stride]);
+    for (int64_t n = 0; n < p.num_rows; ++n) factors.push_back(inverse_of(temperature[n * p.temperature_stride]));
     rows.factors = factors.data();
   }
   const int threads = threads_for(p.num_rows * p.K, p.threads);

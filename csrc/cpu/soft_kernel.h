@@ -36,8 +36,18 @@ struct RowPart {
   C largest = 0;
   int64_t num_nan = 0;
   double denom = 0, times_x = 0, squares = 0;
+  Others others;  // where the entropy is wanted
   std::vector<Label<C>> kept;
 };
+
+// 1 / T, a finite one where T is too small or too large for it: 0 times infinity would be NaN. NaN for T = 0.
+template <class C>
+C inverse_of(C T) {
+  const C inverse = 1 / T;
+  if (T == 0) return std::numeric_limits<C>::quiet_NaN();
+  if (inverse > std::numeric_limits<C>::max()) return std::numeric_limits<C>::max();
+  return inverse >= 0 && inverse < std::numeric_limits<C>::min() ? std::numeric_limits<C>::min() : inverse;
+}
 
 // One thread's rows of K numbers.
 template <class C>
@@ -165,7 +175,7 @@ class SoftKernel {
 
   void forward_row(int64_t n, const SoftRows& rows, const Matrix& probabilities, SoftBuffers<C>& b, int threads) const {
     const auto [largest, poisoned] = load_parts(n, b, threads, [](RowPart<C>&, int64_t, int64_t) {});
-    const C m = largest, inverse = 1 / temperature(n);
+    const C m = largest, inverse = inverse_of(temperature(n));
     if (m == static_cast<C>(kMinusInf) && !poisoned) {
       store_rows(rows, n, kMinusInf, 0, 0, 0, 0, -1);
       return fill(probabilities, n, 0, b.p);
@@ -173,11 +183,16 @@ class SoftKernel {
     const int64_t best = rows.argmax == nullptr ? 0 : argmax(b.v, m, poisoned);
     for_each_part(b.parts, threads, [&](RowPart<C>& part, int64_t begin, int64_t end) {
       part.denom = part.times_x = part.squares = 0;
+      part.others = Others();
       blocks(begin, end, [&](int64_t first, int64_t size) { add_sums(rows, m, inverse, b.v + first, size, &part); });
     });
     double denom = 0, times_x = 0, squares = 0;
-    for (const RowPart<C>& part : b.parts) denom += part.denom, times_x += part.times_x, squares += part.squares;
-    const double log_denom = std::log(denom);
+    Others others;
+    for (const RowPart<C>& part : b.parts) {
+      denom += part.denom, times_x += part.times_x, squares += part.squares;
+      others.sum += part.others.sum, others.num_largest += part.others.num_largest;
+    }
+    const double log_denom = log_of_denom(denom, rows.entropy == nullptr ? -1 : others.without_largest());
     store_rows(rows, n, poisoned ? static_cast<double>(NAN) : static_cast<double>(m), log_denom,
                log_denom - times_x / denom, 1 / denom, squares / (denom * denom), best);
     if (probabilities.values == nullptr) return;
@@ -195,6 +210,7 @@ class SoftKernel {
     if (rows.entropy != nullptr) {
       const ScanSums<C> sums = ops.scan_sums(x, nullptr, C(0), C(0), size, true, false, none, none);
       part->denom += static_cast<double>(sums.sum), part->times_x += static_cast<double>(sums.sum_times_s);
+      part->others.add(0, 0, 1, static_cast<double>(sums.sum), static_cast<double>(sums.others));
     } else {
       part->denom += static_cast<double>(ops.exp_sum(x, C(0), size, none, none));
     }
@@ -205,6 +221,7 @@ class SoftKernel {
                     const Matrix& grad_scores, void* grad_temperature, const Matrix& probabilities,
                     SoftBuffers<C>& b) const {
     const C largest = number<C>(rows.max, n), log_denom = number<C>(rows.log_denom, n), T = temperature(n);
+    const C inverse = inverse_of(T);
     const bool is_empty = largest == static_cast<C>(kMinusInf);
     if (is_empty || largest != largest) {
       const double value = is_empty ? 0 : static_cast<double>(NAN);
@@ -217,7 +234,7 @@ class SoftKernel {
     double mean = 0;
     blocks([&](int64_t first, int64_t size) {
       C *x = b.v + first, *p_k = b.p + first, *g = b.g + first;
-      ops.shift_and_scale(x, largest, 1 / T, size);
+      ops.shift_and_scale(x, largest, inverse, size);
       std::copy(x, x + size, p_k);
       ops.exp_sum(p_k, log_denom, size, Ahead{}, Ahead{});
       if (keeps_log) ops.shift_and_scale(x, log_denom, C(1), size);  // log p
@@ -241,7 +258,7 @@ class SoftKernel {
       if (grad_temperature != nullptr) times_log += static_cast<double>(ops.dot(g, x, size));
       // a NaN is one in every factor, or rounding to 16 bits might lose it
       if (grad_scores.values != nullptr)
-        store(grad_scores, n, first, size, g, mean == mean ? 1 / T : static_cast<C>(NAN));
+        store(grad_scores, n, first, size, g, mean == mean ? inverse : static_cast<C>(NAN));
       if (probabilities.values != nullptr) store(probabilities, n, first, size, p_k, C(1));
     });
     put<C>(grad_temperature, n, -times_log / static_cast<double>(T));
@@ -285,7 +302,7 @@ class SoftKernel {
     });
     // one thread looks through the whole row: what is found early saves looking at most of the rest
     if (threads == 1 && !poisoned) select(b.v, 0, p.K, k, &b.parts.front().kept);
-    const C inverse = 1 / temperature(n);
+    const C inverse = inverse_of(temperature(n));
     int64_t* labels = selection.labels + n * k;
     C* weights = selection.weights == nullptr ? b.p : static_cast<C*>(selection.weights) + n * k;
     std::fill(labels, labels + k, int64_t{-1});
@@ -297,25 +314,26 @@ class SoftKernel {
     }
     const std::vector<Label<C>>& kept = best_of(b.parts, k);
     if (kept.empty()) return store_rows(rows, n, kMinusInf, 0, 0, 0, 0, -1);
-    const double denom = weigh(kept, largest, inverse, weights);
-    double entropy = std::log(denom), squares = 0;
+    const double others = weigh(kept, largest, inverse, weights), log_denom = std::log1p(others);
+    double entropy = log_denom, squares = 0;
     for (size_t j = 0; j < kept.size(); ++j) {
       labels[j] = kept[j].label;
       const double p_j = static_cast<double>(weights[j]);
       if (p_j != 0) entropy -= p_j * static_cast<double>((kept[j].value - largest) * inverse);
       squares += p_j * p_j;
     }
-    store_rows(rows, n, static_cast<double>(largest), std::log(denom), entropy, 1 / denom, squares, kept[0].label);
+    const double max_prob = 1 / (1 + others);
+    store_rows(rows, n, static_cast<double>(largest), log_denom, entropy, max_prob, squares, kept[0].label);
   }
 
-  // weights = softmax of the kept labels; returns the denominator
+  // weights = softmax of the kept labels; returns the denominator without the 1 of the first, NaN if that is none
   double weigh(const std::vector<Label<C>>& kept, C largest, C inverse, C* weights) const {
     const int64_t size = static_cast<int64_t>(kept.size());
-    double denom = 0;
     for (int64_t j = 0; j < size; ++j) weights[j] = std::exp((kept[static_cast<size_t>(j)].value - largest) * inverse);
-    for (int64_t j = 0; j < size; ++j) denom += static_cast<double>(weights[j]);
-    for (int64_t j = 0; j < size; ++j) weights[j] = static_cast<C>(static_cast<double>(weights[j]) / denom);
-    return denom;
+    double others = static_cast<double>(weights[0]) - 1;
+    for (int64_t j = 1; j < size; ++j) others += static_cast<double>(weights[j]);
+    for (int64_t j = 0; j < size; ++j) weights[j] = static_cast<C>(static_cast<double>(weights[j]) / (1 + others));
+    return others;
   }
 
   // score + noise of one label
@@ -345,11 +363,12 @@ class SoftKernel {
     std::fill(weights, weights + k, C(0));
     fill(grad_scores, n, 0, b.p);  // only now: it may be the scores' own memory
     if (kept.empty()) return put<C>(grad_temperature, n, 0);
-    weigh(kept, largest, 1 / T, weights);
+    const C inverse = inverse_of(T);
+    weigh(kept, largest, inverse, weights);
     double mean = 0, times_log = 0;
     const int64_t size = static_cast<int64_t>(kept.size());
     const C log_denom = number<C>(rows.log_denom, n);
-    const auto log_p = [&](int64_t j) { return (kept[static_cast<size_t>(j)].value - largest) / T - log_denom; };
+    const auto log_p = [&](int64_t j) { return (kept[static_cast<size_t>(j)].value - largest) * inverse - log_denom; };
     for (int64_t j = 0; j < size; ++j) {
       b.g[j] = grad_weights == nullptr ? C(0) : grad_weights[n * k + j];
       b.g[j] += number<C>(up.usage, labels[j]) + 2 * number<C>(up.sum_squares, n) * weights[j];
@@ -360,7 +379,7 @@ class SoftKernel {
     for (int64_t j = 0; j < size; ++j) {
       const C du = weights[j] == 0 ? C(0) : weights[j] * (b.g[j] - static_cast<C>(mean));
       if (du != 0) times_log += static_cast<double>(du * log_p(j));
-      if (grad_scores.values != nullptr) store(grad_scores, n, labels[j], 1, &du, 1 / T);
+      if (grad_scores.values != nullptr) store(grad_scores, n, labels[j], 1, &du, inverse);
     }
     put<C>(grad_temperature, n, -times_log / static_cast<double>(T));
   }

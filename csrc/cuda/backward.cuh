@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kRescaleThreads)
   if (factor == C(1)) return;
   const int64_t width = p.problem.V, parts = (width + kRescaleColumns - 1) / kRescaleColumns;
   Cut cut = {};
-  cut.threads = kRescaleThreads;
+  cut.threads = cut.lanes = kRescaleThreads;
   const Lane<kPiece> lane(cut, hw::thread());
   for (int64_t unit = hw::block(); unit < p.problem.num_rows * parts; unit += hw::num_blocks()) {
     const int64_t n = unit / parts, first = unit % parts * kRescaleColumns;

@@ -92,28 +92,50 @@ py::dict dict_of(const Cut& cut, const Plan& plan) {
   py::dict d;
   d["threads"] = cut.threads, d["piece"] = cut.piece, d["is_ragged"] = cut.is_ragged != 0;
   d["num_segments"] = cut.num_segments, d["segment"] = cut.segment;
-  d["num_tiles"] = cut.num_tiles, d["tile"] = cut.tile;
+  d["num_tiles"] = cut.num_tiles, d["tile"] = cut.tile, d["lanes"] = cut.lanes;
   d["is_resident"] = plan.is_resident, d["cluster"] = plan.cluster, d["num_slots"] = plan.layout.num_slots;
   d["slot_bytes"] = plan.layout.slot_bytes, d["shared_bytes"] = plan.layout.bytes;
   return d;
 }
 
+// A call without what plans do not look at.
+struct Sketch {
+  Problem problem;
+  Outputs out;
+  bool is_double;
+
+  Sketch(int64_t num_rows, int64_t V, int base_dtype, int aux_dtype, bool has_gradient, bool has_statistics) {
+    static char somewhere[1];
+    const int64_t at = reinterpret_cast<intptr_t>(somewhere);
+    const SourceArguments base = {at, base_dtype, V, 1, 0, V, 0, 0};
+    const SourceArguments aux = {aux_dtype < 0 ? 0 : at, aux_dtype < 0 ? 0 : aux_dtype, V, 1, 0, V, 0, 0};
+    problem = checked_problem_of({num_rows, V, 0, 0, -100, 0, 0, 0, 0}, base, {1, 0}, aux, {1, 0});
+    out.grad_base = has_gradient ? somewhere : nullptr;
+    out.grad_base_dtype = problem.base.dtype;
+    out.fields[kEntropy] = has_statistics ? somewhere : nullptr;
+    is_double = problem.base.dtype == DType::kFloat64 || problem.aux.dtype == DType::kFloat64;
+  }
+};
+
 // The launch of a call on a device of that room, for tests and for those who tune.
 py::dict py_plan(int64_t num_rows, int64_t V, int base_dtype, int aux_dtype, bool has_gradient, bool has_statistics,
                  int multiprocessors, int64_t shared_bytes, bool has_clusters) {
-  static char somewhere[1];
-  Problem p;
-  p.num_rows = num_rows, p.V = V;
-  p.base.values = somewhere, p.base.dtype = static_cast<DType>(base_dtype), p.base.width = V;
-  p.aux.values = aux_dtype < 0 ? nullptr : somewhere, p.aux.dtype = static_cast<DType>(aux_dtype < 0 ? 0 : aux_dtype);
-  Outputs out;
-  out.grad_base = has_gradient ? somewhere : nullptr;
-  out.grad_base_dtype = p.base.dtype;
-  out.fields[kEntropy] = has_statistics ? somewhere : nullptr;
-  const bool is_double = p.base.dtype == DType::kFloat64 || p.aux.dtype == DType::kFloat64;
+  const Sketch call(num_rows, V, base_dtype, aux_dtype, has_gradient, has_statistics);
   const Room room = {multiprocessors, shared_bytes, has_clusters ? kMaxSegments : 0};
-  const Planned planned = plan_of_call(p, out, LossTerms(), is_double, room);
+  const Planned planned = plan_of_call(call.problem, call.out, LossTerms(), call.is_double, room);
   return dict_of(planned.cut, planned.plan);
+}
+
+// the same on a device that is there, of which the driver is asked how many clusters it runs at once
+py::dict py_plan_on(int device, int64_t num_rows, int64_t V, int base_dtype, int aux_dtype, bool has_gradient,
+                    bool has_statistics) {
+  const Sketch call(num_rows, V, base_dtype, aux_dtype, has_gradient, has_statistics);
+  Planned planned = {};
+  int blocks_at_once = 0;
+  check(plan_on_device(call.problem, call.out, LossTerms(), call.is_double, device, &planned, &blocks_at_once));
+  py::dict d = dict_of(planned.cut, planned.plan);
+  d["clusters_at_once"] = blocks_at_once / planned.plan.cluster;
+  return d;
 }
 
 }  // namespace
@@ -133,4 +155,5 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("plan", &auxk::cuda::py_plan, py::arg("num_rows"), py::arg("V"), py::arg("base_dtype"), py::arg("aux_dtype"),
         py::arg("has_gradient"), py::arg("has_statistics"), py::arg("multiprocessors"), py::arg("shared_bytes"),
         py::arg("has_clusters"));
+  m.def("plan_on", &auxk::cuda::py_plan_on);
 }

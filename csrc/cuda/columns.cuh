@@ -33,12 +33,12 @@ AUXK_DEVICE DType type_of(DType dtype) {
   return kType == kAny ? dtype : static_cast<DType>(kType);
 }
 
-// Which columns of a tile a lane has: column(0) < column(1) < ..., in pieces of neighbours.
+// Which columns of a tile a lane has: column(0) < column(1) < ..., in pieces of neighbours; first is kNowhere if none.
 template <int kPiece>
 struct Lane {
   int first, jump;
 
-  AUXK_DEVICE Lane(const Cut& cut, int t) : first(t * kPiece), jump(kPiece * cut.threads) {}
+  AUXK_DEVICE Lane(const Cut& cut, int t) : first(t < cut.lanes ? t * kPiece : kNowhere), jump(kPiece * cut.lanes) {}
   AUXK_DEVICE int column(int i) const { return first + (i / kPiece) * jump + i % kPiece; }
 };
 
@@ -383,7 +383,7 @@ AUXK_DEVICE void store_gradient(const RowOf& row, const Tile& tile, bool is_wide
                                 const C* x) {
   char* first = row.template at<kType>(tile.first);
   if constexpr (K::kIsRagged) {
-    const bool is_whole_warp = ((hw::thread() | (hw::kWarp - 1)) + 1) * kColumns <= tile.num;
+    const bool is_whole_warp = (lane.first | (kColumnsOfWarp - 1)) < tile.num;
     if (is_whole_warp)
       store_ragged<C, kType>(first + 2 * lane.first, misalignment(row.first, 16), x);
     else

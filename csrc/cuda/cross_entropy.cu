@@ -45,9 +45,11 @@ int state_bytes_of(Mode mode, Types types) {
   return mode == kPlain ? sizeof(PlainState<float>) : sizeof(FullState<float>);
 }
 
-// What is asked of the driver once for each kernel, device and way to launch it.
-const char* blocks_at_once(ForwardKernel kernel, const hw::Launch& how, int device, const Room& room, int* found) {
-  using Key = std::tuple<ForwardKernel, int, int, int, int64_t>;
+// What is asked of the driver once for each kernel, device and way to launch it, before the launch: a first launch loads
+// the kernel's code, which a capture need not allow.
+template <class Kernel>
+const char* blocks_at_once(Kernel kernel, const hw::Launch& how, int device, const Room& room, int* found) {
+  using Key = std::tuple<Kernel, int, int, int, int64_t>;
   static std::mutex mutex;
   static std::map<Key, int> known;
   const std::lock_guard<std::mutex> guard(mutex);
@@ -123,8 +125,52 @@ const char* room_of(int device, Room* room) {
   return error;
 }
 
-// that take many units each in turn: starting a block costs more than a unit of which nothing is wanted
-constexpr int64_t kBlocksOfMultiprocessor = 8;
+// A plan whose blocks run on the device, and what launches it.
+struct Settled {
+  Planned planned;
+  ForwardKernel kernel;
+  hw::Launch how;
+  int at_once;  // blocks
+};
+
+const char* settle(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Stream& stream,
+                   Settled* settled) {
+  Room room = {};
+  if (const char* error = hw::use_device(stream.device)) return error;
+  if (const char* error = room_of(stream.device, &room)) return error;
+  Choice choice = choose(p, out, terms, is_double, room);
+  const Cut& cut = choice.inputs.cut;
+  auto& [planned, kernel, how, at_once] = *settled;
+  planned = {cut, plan_of(choice.inputs)};
+  Plan& plan = planned.plan;
+  while (plan.is_resident) {
+    kernel = resident_kernel(choice.mode, choice.types, cut);
+    how = {0, plan.cluster, cut.threads + hw::kWarp, plan.layout.bytes, stream.handle};
+    if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
+    if (at_once > 0) return nullptr;
+    choice.inputs.room.max_cluster = plan.cluster / 2;  // none of this size here
+    plan = plan_of(choice.inputs);
+  }
+  kernel = reread_kernel(choice.mode, choice.types, cut);
+  how = {0, 0, cut.threads, plan.layout.bytes, stream.handle};
+  if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
+  return at_once == 0 ? "a block of this kernel does not fit on the device" : nullptr;
+}
+
+// Starts a kernel whose blocks take many units each in turn: starting a block costs more than a unit of which nothing is
+// wanted.
+template <class Kernel, class Parameters>
+const char* launch_over(int64_t units, Kernel kernel, hw::Launch how, const Stream& stream,
+                        const Parameters& parameters) {
+  constexpr int64_t kBlocksOfMultiprocessor = 8;
+  Room room = {};
+  int at_once = 0;
+  if (const char* error = hw::use_device(stream.device)) return error;
+  if (const char* error = room_of(stream.device, &room)) return error;
+  if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
+  how.num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
+  return hw::launch(kernel, how, parameters);
+}
 
 }  // namespace
 
@@ -133,52 +179,37 @@ Planned plan_of_call(const Problem& p, const Outputs& out, const LossTerms& term
   return {inputs.cut, plan_of(inputs)};
 }
 
+const char* plan_on_device(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, int device,
+                           Planned* planned, int* blocks_at_once) {
+  Settled settled = {};
+  const char* error = settle(p, out, terms, is_double, {device, nullptr}, &settled);
+  *planned = settled.planned, *blocks_at_once = settled.at_once;
+  return error;
+}
+
 const char* driver_problem() { return hw::driver_problem(); }
 
 const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double,
                     const Stream& stream) {
-  int at_once = 0;
-  Room room = {};
-  if (const char* error = hw::use_device(stream.device)) return error;
-  if (const char* error = room_of(stream.device, &room)) return error;
-  Choice choice = choose(p, out, terms, is_double, room);
-  const Cut& cut = choice.inputs.cut;
-  Plan plan = plan_of(choice.inputs);
-  ForwardKernel kernel = nullptr;
-  hw::Launch how = {};
-  while (plan.is_resident) {
-    kernel = resident_kernel(choice.mode, choice.types, cut);
-    how = {0, plan.cluster, cut.threads + hw::kWarp, plan.layout.bytes, stream.handle};
-    if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
-    if (at_once > 0) break;
-    choice.inputs.room.max_cluster = plan.cluster / 2;  // none of this size here
-    plan = plan_of(choice.inputs);
-  }
-  if (!plan.is_resident) {
-    kernel = reread_kernel(choice.mode, choice.types, cut);
-    how = {0, 0, cut.threads, plan.layout.bytes, stream.handle};
-    if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
-    if (at_once == 0) return "a block of this kernel does not fit on the device";
-  }
+  Settled settled = {};
+  if (const char* error = settle(p, out, terms, is_double, stream, &settled)) return error;
+  const auto& [cut, plan] = settled.planned;
   if (p.num_rows == 0 && terms.row_loss == nullptr) return nullptr;
   // as many blocks as run at once, each with many rows; one cluster at least, because it writes the loss
-  const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(p.num_rows, at_once / plan.cluster));
-  how.num_blocks = static_cast<int>(clusters * plan.cluster);
+  const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(p.num_rows, settled.at_once / plan.cluster));
+  settled.how.num_blocks = static_cast<int>(clusters * plan.cluster);
   Parameters parameters = {};
   parameters.problem = p, parameters.out = out, parameters.terms = terms;
   parameters.cut = cut, parameters.layout = plan.layout, parameters.cluster = plan.cluster;
   if (terms.row_loss != nullptr && terms.ticket == nullptr)
     if (const char* error = ticket_of(stream, &parameters.terms.ticket)) return error;
-  return hw::launch(kernel, how, parameters);
+  return hw::launch(settled.kernel, settled.how, parameters);
 }
 
 const char* backward(const Problem& p, const Outputs& out, const BackwardInputs& in, bool is_double,
                      const Stream& stream) {
   const bool wants_any = out.grad_base != nullptr || out.grad_aux != nullptr || sums_row(out);
   if (p.num_rows == 0 || !wants_any) return nullptr;
-  Room room = {};
-  if (const char* error = hw::use_device(stream.device)) return error;
-  if (const char* error = room_of(stream.device, &room)) return error;
   const Types types = types_of(p, out, is_double);
   bool is_plain = types != kAnyTypes && types != kWithDoubles && !is_bent(p.base) && !is_bent(p.aux) && !sums_row(out);
   for (int c = 0; c < kNumCoefficients; ++c) is_plain &= c == kA || c == kG || in.coefficients[c] == nullptr;
@@ -187,21 +218,16 @@ const char* backward(const Problem& p, const Outputs& out, const BackwardInputs&
   parameters.problem = p, parameters.out = out, parameters.in = in;
   parameters.cut = cut_of(p.V, is_narrow(mode, types) ? 8 : 4, kBackwardThreads, false);
   const int64_t units = p.num_rows * (sums_row(out) ? 1 : parameters.cut.num_segments);
-  const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
-  const hw::Launch how = {num_blocks, 0, parameters.cut.threads, 8 * kBackwardThreads / hw::kWarp, stream.handle};
-  return hw::launch(backward_kernel(mode, types, parameters.cut.piece), how, parameters);
+  const hw::Launch how = {0, 0, parameters.cut.threads, 8 * kBackwardThreads / hw::kWarp, stream.handle};
+  return launch_over(units, backward_kernel(mode, types, parameters.cut.piece), how, stream, parameters);
 }
 
 const char* rescale(const RescaleParameters& p, const Stream& stream) {
   const int64_t units = p.problem.num_rows * ((p.problem.V + kRescaleColumns - 1) / kRescaleColumns);
   if (units == 0) return nullptr;
-  Room room = {};
-  if (const char* error = hw::use_device(stream.device)) return error;
-  if (const char* error = room_of(stream.device, &room)) return error;
-  const int num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
-  const hw::Launch how = {num_blocks, 0, kRescaleThreads, 0, stream.handle};
+  const hw::Launch how = {0, 0, kRescaleThreads, 0, stream.handle};
   const bool is_double = p.dtype == DType::kFloat64 || p.factor_dtype == DType::kFloat64;
-  return hw::launch(rescale_kernel(is_double, p.problem.V % 4 == 0 ? 4 : 1), how, p);
+  return launch_over(units, rescale_kernel(is_double, p.problem.V % 4 == 0 ? 4 : 1), how, stream, p);
 }
 
 }  // namespace cuda

@@ -59,8 +59,33 @@ struct Share {
 
 // -- the producer -----------------------------------------------------------------------------------------------------
 
+AUXK_DEVICE const char* aligned_down(const char* p) { return p - misalignment(p, 16); }
+AUXK_DEVICE const char* aligned_up(const char* p) { return p + ((16 - misalignment(p, 16)) & 15); }
+
+// A lane's column of those at a row's ends, less than 16 bytes at each, which no copy of whole 16 bytes within the row
+// brings. Asked for while the row before is copied: a producer that waited for memory would start no copies meanwhile.
+template <int kType>
+struct RowEnd {
+  const char* at = nullptr;  // null: the lane has none
+  uint32_t value = 0;
+
+  RowEnd() = default;
+  AUXK_DEVICE RowEnd(const RowOf& row, int64_t V, int lane) {
+    if (row.first == nullptr) return;
+    const int size = bytes_of(type_of<kType>(row.dtype));
+    const char *end = row.template at<kType>(V), *from = aligned_up(row.first), *to = aligned_down(end);
+    if (to <= from) from = to = end;
+    const int before = static_cast<int>(from - row.first) / size;
+    const char* p = lane < before ? row.first + lane * size : to + (lane - before) * size;
+    if (p >= end) return;
+    at = p;
+    value = size == 2 ? *reinterpret_cast<const uint16_t*>(p) : *reinterpret_cast<const uint32_t*>(p);
+  }
+};
+
 // Brings a tile of one source to `slot`, in its place relative to 16 bytes. Whole 16 bytes within the row are copied by
 // the machine, which may be a few of the columns beside the tile too; what is left at the row's ends by the lanes.
+template <int kType>
 struct TileCopy {
   const char *tile, *end;  // of the tile's columns
   const char *from, *to;   // what the machine copies
@@ -68,11 +93,13 @@ struct TileCopy {
   int size;  // of an element
 
   AUXK_DEVICE TileCopy(const RowOf& row, int64_t V, const Tile& t, char* slot_of_source)
-      : tile(row.at(t.first)), end(row.at(t.first + t.num)), slot(slot_of_source) {
-    size = bytes_of(row.dtype);
-    const char *row_from = up(row.first), *row_to = down(row.at(V));
-    from = larger_of(down(tile), row_from);
-    to = smaller_of(up(end), row_to);
+      : tile(row.template at<kType>(t.first)),
+        end(row.template at<kType>(t.first + t.num)),
+        slot(slot_of_source),
+        size(bytes_of(type_of<kType>(row.dtype))) {
+    const char *row_from = aligned_up(row.first), *row_to = aligned_down(row.template at<kType>(V));
+    from = larger_of(aligned_down(tile), row_from);
+    to = smaller_of(aligned_up(end), row_to);
     if (to <= from) from = to = end;
   }
   AUXK_DEVICE uint32_t bytes() const { return static_cast<uint32_t>(to - from); }
@@ -81,45 +108,58 @@ struct TileCopy {
   AUXK_DEVICE void start(hw::Barrier* barrier) const {
     if (bytes() > 0) hw::copy_in(place_of(from), from, bytes(), barrier);
   }
-  AUXK_DEVICE void copy_ends(int lane) const {
-    const int before = from > tile ? static_cast<int>(from - tile) / size : 0;
-    const int after = end > to ? static_cast<int>(end - to) / size : 0;
-    if (before + after == 0) return;
-    for (int i = lane; i < before + after; i += hw::kWarp) {
-      const char* p = i < before ? tile + i * size : to + (i - before) * size;
+  AUXK_DEVICE void write(const RowEnd<kType>& column) const {
+    if (from <= tile && to >= end) return;
+    if (column.at >= tile && column.at < end) {
       if (size == 2)
-        *reinterpret_cast<uint16_t*>(place_of(p)) = *reinterpret_cast<const uint16_t*>(p);
+        *reinterpret_cast<uint16_t*>(place_of(column.at)) = static_cast<uint16_t>(column.value);
       else
-        *reinterpret_cast<uint32_t*>(place_of(p)) = *reinterpret_cast<const uint32_t*>(p);
+        *reinterpret_cast<uint32_t*>(place_of(column.at)) = column.value;
     }
     hw::before_copies();
   }
 
  private:
-  AUXK_DEVICE static const char* down(const char* p) { return p - misalignment(p, 16); }
-  AUXK_DEVICE static const char* up(const char* p) { return p + ((16 - misalignment(p, 16)) & 15); }
   AUXK_DEVICE static const char* larger_of(const char* a, const char* b) { return a < b ? b : a; }
   AUXK_DEVICE static const char* smaller_of(const char* a, const char* b) { return a < b ? a : b; }
 };
 
+// What the producer asks of memory while it copies the row before.
+template <class K>
+struct RowAhead {
+  RowOf base = {}, aux = {};
+  RowEnd<K::kBase> base_end;
+  RowEnd<K::kAux> aux_end;
+  StoredTarget target;
+
+  RowAhead() = default;
+  AUXK_DEVICE RowAhead(const Problem& p, int64_t n, int lane)
+      : base(row_of(p.base, n)),
+        aux(row_of(p.aux, n)),
+        base_end(base, p.V, lane),
+        aux_end(aux, p.V, lane),
+        target(p, n) {}
+};
+
+template <class K>
 AUXK_DEVICE void produce(const cuda::Parameters& p, const Shared& shared, const Share& share) {
   const int lane = hw::thread() % hw::kWarp;
   const bool has_aux = p.problem.aux.values != nullptr;
   const int64_t num_rows = p.problem.num_rows;
   Place place;
-  bool is_next_ignored = share.first_row < num_rows && target_of(p.problem, share.first_row).is_ignored;
+  RowAhead<K> next;
+  if (share.first_row < num_rows) next = RowAhead<K>(p.problem, share.first_row, lane);
   for (int64_t n = share.first_row; n < num_rows; n += share.row_step) {
-    const bool is_ignored = is_next_ignored;
-    if (n + share.row_step < num_rows) is_next_ignored = target_of(p.problem, n + share.row_step).is_ignored;
-    if (is_ignored) continue;
-    const RowOf base = row_of(p.problem.base, n), aux = row_of(p.problem.aux, n);
+    const RowAhead<K> row = next;
+    if (n + share.row_step < num_rows) next = RowAhead<K>(p.problem, n + share.row_step, lane);
+    if (target_of(p.problem, row.target).is_ignored) continue;
     for (int segment = 0; segment < share.segments; ++segment) {
       for (int i = 0; i < p.cut.num_tiles; ++i) {
         const Tile tile(p.problem, p.cut, share.first_segment + segment, i);
         if (tile.num < 1) break;
         hw::Barrier* full = shared.full(place.slot);
-        const TileCopy base_copy(base, p.problem.V, tile, shared.base_slot(place.slot));
-        const TileCopy aux_copy(has_aux ? aux : base, p.problem.V, tile, shared.aux_slot(place.slot));
+        const TileCopy<K::kBase> base_copy(row.base, p.problem.V, tile, shared.base_slot(place.slot));
+        const TileCopy<K::kAux> aux_copy(has_aux ? row.aux : row.base, p.problem.V, tile, shared.aux_slot(place.slot));
         hw::wait(shared.empty(place.slot), place.parity ^ 1);
         const uint32_t bytes = base_copy.bytes() + (has_aux ? aux_copy.bytes() : 0);
         if (lane == 0 && bytes > 0) {
@@ -127,8 +167,8 @@ AUXK_DEVICE void produce(const cuda::Parameters& p, const Shared& shared, const 
           base_copy.start(full);
           if (has_aux) aux_copy.start(full);
         }
-        base_copy.copy_ends(lane);
-        if (has_aux) aux_copy.copy_ends(lane);
+        base_copy.write(row.base_end);
+        if (has_aux) aux_copy.write(row.aux_end);
         hw::sync_warp();
         if (lane == 0) hw::arrive(full);
         place.advance(p.layout.num_slots);
@@ -146,7 +186,7 @@ class Worker {
 
  public:
   AUXK_DEVICE Worker(const cuda::Parameters& p, const Shared& shared, const Share& share)
-      : p(p), shared(shared), share(share), lane(p.cut, hw::thread()) {}
+      : p(p), shared(shared), share(share) {}
 
   AUXK_DEVICE void run() {
     const Outputs& out = p.out;
@@ -156,10 +196,11 @@ class Worker {
     const double divisor = divides ? divisor_of<C>(p.problem, p.terms, shared.sums(), p.cut) : 1;
     int64_t n = share.first_row;
     // a row's target is asked for while the row before it is worked on
-    RowTarget next = n < p.problem.num_rows ? target_of(p.problem, n) : RowTarget{-1, true, false};
+    StoredTarget next;
+    if (n < p.problem.num_rows) next = StoredTarget(p.problem, n);
     for (; n < p.problem.num_rows; n += share.row_step) {
-      const RowTarget target = next;
-      if (n + share.row_step < p.problem.num_rows) next = target_of(p.problem, n + share.row_step);
+      const RowTarget target = target_of(p.problem, next);
+      if (n + share.row_step < p.problem.num_rows) next = StoredTarget(p.problem, n + share.row_step);
       if (target.is_ignored)
         ignore(n);
       else
@@ -172,7 +213,6 @@ class Worker {
   const cuda::Parameters& p;
   const Shared& shared;
   const Share& share;
-  const Lane<K::kPiece> lane;
   Place place;
   uint32_t num_worked = 0;
   bool has_gradient = false;
@@ -182,6 +222,13 @@ class Worker {
   AUXK_DEVICE int warp() const { return hw::thread() / hw::kWarp; }
   AUXK_DEVICE int lane_of_warp() const { return hw::thread() % hw::kWarp; }
   AUXK_DEVICE bool is_first() const { return share.rank == 0 && hw::thread() == 0; }
+
+  // A tile's last warps often have no columns of it. Warps take turns there: a multiprocessor's four schedulers have
+  // every fourth warp each, and of eleven at work one would always have fewer.
+  AUXK_DEVICE Lane<K::kPiece> lane_of(int segment, int tile) const {
+    const int t = hw::thread() + (segment + tile) % 4 * hw::kWarp;
+    return Lane<K::kPiece>(p.cut, t < p.cut.threads ? t : t - p.cut.threads);
+  }
 
   // a row's sources, and its target's logits: asked for early, needed late
   struct Row {
@@ -225,7 +272,8 @@ class Worker {
 
   // the sources' values of this lane's columns
   template <int kMemory>
-  AUXK_DEVICE void load(const Row& row, const Tile& tile, int slot, C (&base)[kColumns], C (&aux)[kColumns]) const {
+  AUXK_DEVICE void load(const Row& row, const Tile& tile, const Lane<K::kPiece>& lane, int slot, C (&base)[kColumns],
+                        C (&aux)[kColumns]) const {
     const SourceRows& rows = row.sources;
     const char* base_tile = rows.base.template at<K::kBase>(tile.first);
     const char* aux_tile = rows.has_aux ? rows.aux.template at<K::kAux>(tile.first) : nullptr;
@@ -236,8 +284,8 @@ class Worker {
     load_sources<C, K, kMemory>(base_tile, aux_tile, rows, static_cast<int>(p.problem.V), lane, tile.num, base, aux);
   }
 
-  AUXK_DEVICE void scan(const Row& row, const Tile& tile, const C (&base)[kColumns], const C (&aux)[kColumns],
-                        S* state) const {
+  AUXK_DEVICE void scan(const Row& row, const Tile& tile, const Lane<K::kPiece>& lane, const C (&base)[kColumns],
+                        const C (&aux)[kColumns], S* state) const {
     Columns<C> x;
     x.counted = 0;
     const int y = row.target.column - tile.first;
@@ -284,11 +332,12 @@ class Worker {
       for (int i = 0; i < p.cut.num_tiles; ++i) {
         const Tile tile(p.problem, p.cut, share.first_segment + segment, i);
         if (tile.num < 1) break;
+        const Lane<K::kPiece> lane = lane_of(share.first_segment + segment, i);
         if (kResident) hw::wait(shared.full(place.slot), place.parity);
         if (lane.first < tile.num) {
           C base[kColumns], aux[kColumns];
-          load<kScanned>(row, tile, place.slot, base, aux);
-          scan(row, tile, base, aux, &state);
+          load<kScanned>(row, tile, lane, place.slot, base, aux);
+          scan(row, tile, lane, base, aux, &state);
         }
         if (kResident) {
           if (!has_gradient) release(place.slot);
@@ -424,12 +473,14 @@ class Worker {
     ScaleSums<C> scale_sums;
     for (int s = 0; s < share.segments; ++s) {
       const int segment = share.first_segment + (kResident ? s : share.segments - 1 - s);
-      for (int i = 0; i < p.cut.num_tiles; ++i) {
-        const Tile tile(p.problem, p.cut, segment, kResident ? i : p.cut.num_tiles - 1 - i);
+      for (int t = 0; t < p.cut.num_tiles; ++t) {
+        const int i = kResident ? t : p.cut.num_tiles - 1 - t;
+        const Tile tile(p.problem, p.cut, segment, i);
         if (tile.num < 1) continue;
+        const Lane<K::kPiece> lane = lane_of(segment, i);
         C base[kColumns], aux[kColumns];
         const bool has_columns = lane.first < tile.num;
-        if (has_columns) load<kLast>(row, tile, at.slot, base, aux);
+        if (has_columns) load<kLast>(row, tile, lane, at.slot, base, aux);
         if (kResident) {
           release(at.slot);
           at.advance(p.layout.num_slots);
@@ -511,7 +562,7 @@ __global__ void __launch_bounds__(kThreads<kMode> + hw::kWarp, 1)
   if (hw::thread() < p.cut.threads)
     Worker<C, kMode, K, true>(p, shared, share).run();
   else
-    produce(p, shared, share);
+    produce<K>(p, shared, share);
   hw::sync_cluster();  // a block's shared memory stays until no other writes to it
 }
 

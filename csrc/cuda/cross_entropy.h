@@ -62,6 +62,9 @@ struct Planned {
   Plan plan;
 };
 Planned plan_of_call(const Problem&, const Outputs&, const LossTerms&, bool is_double, const Room& room);
+// What it does on this device, and how many blocks run there at once. Starts nothing and waits for nothing.
+const char* plan_on_device(const Problem&, const Outputs&, const LossTerms&, bool is_double, int device,
+                           Planned* planned, int* blocks_at_once);
 
 }  // namespace cuda
 }  // namespace auxk

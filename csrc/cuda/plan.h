@@ -12,6 +12,7 @@ constexpr int kThreadsAtOnce = 512;   // of all blocks on a multiprocessor, abou
 constexpr int kMaxSegments = 16;      // also the largest cluster
 constexpr int kMaxSlots = 32;
 constexpr int kColumnsOfLane = 8;  // in a tile
+constexpr int kColumnsOfWarp = 32 * kColumnsOfLane;
 constexpr int64_t kWorthASegment = 6000;
 
 constexpr int kBackwardThreads = 256;
@@ -20,13 +21,14 @@ constexpr int kRescaleColumns = kRescaleThreads * kColumnsOfLane;  // of a row, 
 
 // How a row's columns are cut. The bits of a result depend on these numbers, so they follow from V and the dtypes alone.
 struct Cut {
-  int32_t threads;       // lanes, each with its own running maximum
+  int32_t threads;       // each with its own running maximum
   int32_t piece;         // neighbouring columns of a lane
   int32_t is_ragged;     // whether rows are misaligned, and end within a piece
   int32_t num_segments;  // whose states are merged at the row's end: 1, 2, 4, 8 or 16
   int32_t segment;       // columns; the last may have fewer
-  int32_t tile;          // columns that the lanes work on at once; a segment's last may have fewer
+  int32_t tile;          // columns that the threads work on at once; a segment's last may have fewer
   int32_t num_tiles;     // of a segment
+  int32_t lanes;         // threads that have columns of a whole tile
 };
 
 // `piece`: columns of 16 bytes. V that are no multiple of it leave most rows misaligned: then neighbouring lanes read
@@ -41,8 +43,13 @@ inline Cut cut_of(int64_t V, int piece, int most_threads, bool shifts) {
   while (cut.num_segments < kMaxSegments && V >= 2 * cut.num_segments * kWorthASegment) cut.num_segments *= 2;
   const int64_t columns = (V + cut.num_segments - 1) / cut.num_segments;
   cut.segment = static_cast<int32_t>((columns + kLine - 1) / kLine * kLine);
-  cut.tile = std::min(cut.segment, kColumnsOfLane * cut.threads);
-  cut.num_tiles = (cut.segment + cut.tile - 1) / cut.tile;
+  // Equal tiles, because a slot of the ring has room for a whole one. Whole warps of misaligned rows write pieces, the
+  // others their columns one by one.
+  const int64_t most = int64_t{kColumnsOfLane} * cut.threads, unit = cut.is_ragged ? kColumnsOfWarp : kLine;
+  cut.num_tiles = static_cast<int32_t>((cut.segment + most - 1) / most);
+  const int64_t even = (cut.segment + cut.num_tiles - 1) / cut.num_tiles;
+  cut.tile = static_cast<int32_t>(std::min<int64_t>(cut.segment, (even + unit - 1) / unit * unit));
+  cut.lanes = cut.tile / kColumnsOfLane;
   return cut;
 }
 

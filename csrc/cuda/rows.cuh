@@ -10,17 +10,32 @@ struct RowTarget {
   bool is_ignored, is_poisoned;  // poisoned: a target that names no class
 };
 
-AUXK_DEVICE int64_t stored_target(const Problem& p, int64_t n) {
-  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[n] : static_cast<const int64_t*>(p.target)[n];
-}
+// A row's target as it is stored. Whoever compares it waits for memory: it is asked for a row ahead, and looked at when
+// its row's turn has come. Two widths, because choosing between them would look at it.
+struct StoredTarget {
+  int32_t narrow = 0;
+  int64_t wide = 0;
 
-AUXK_DEVICE RowTarget target_of(const Problem& p, int64_t n) {
+  StoredTarget() = default;
+  AUXK_DEVICE StoredTarget(const Problem& p, int64_t n) {
+    if (p.target == nullptr) return;
+    if (p.target_is_int32)
+      narrow = static_cast<const int32_t*>(p.target)[n];
+    else
+      wide = static_cast<const int64_t*>(p.target)[n];
+  }
+  AUXK_DEVICE int64_t value(const Problem& p) const { return p.target_is_int32 ? narrow : wide; }
+};
+
+AUXK_DEVICE RowTarget target_of(const Problem& p, const StoredTarget& stored) {
   if (p.target == nullptr) return {-1, false, false};
-  const int64_t y = stored_target(p, n);
+  const int64_t y = stored.value(p);
   const bool in_range = static_cast<uint64_t>(y) < static_cast<uint64_t>(p.V);
   const bool is_ignored = y == p.ignore_index;
   return {in_range ? static_cast<int>(y) : -1, is_ignored, !in_range && !is_ignored};
 }
+
+AUXK_DEVICE RowTarget target_of(const Problem& p, int64_t n) { return target_of(p, StoredTarget(p, n)); }
 
 template <class C>
 AUXK_DEVICE C weight_of(const Problem& p, int64_t column) {
@@ -60,7 +75,7 @@ AUXK_DEVICE double sum_over_rows(int64_t num_rows, double* shared, const Cut& cu
 template <class C>
 AUXK_DEVICE double kept_rows(const Problem& p, double* shared, const Cut& cut) {
   return sum_over_rows(p.num_rows, shared, cut, [&](int64_t n) {
-    const int64_t y = stored_target(p, n);
+    const int64_t y = StoredTarget(p, n).value(p);
     if (p.weight == nullptr) return y == p.ignore_index ? 0.0 : 1.0;
     const bool is_class = static_cast<uint64_t>(y) < static_cast<uint64_t>(p.V) && y != p.ignore_index;
     return is_class ? static_cast<double>(static_cast<const C*>(p.weight)[y]) : 0.0;

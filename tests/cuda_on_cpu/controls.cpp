@@ -11,6 +11,7 @@ AUXK_CONTROL void auxk_forget_memory() { auxk::hw::forget_memory(); }
 AUXK_CONTROL void auxk_use_device(int number, int multiprocessors, int64_t shared_bytes, int has_clusters) {
   auxk::hw::device = {number, multiprocessors, shared_bytes, has_clusters != 0};
 }
+AUXK_CONTROL void auxk_capture(int is_capturing) { auxk::hw::device.is_capturing = is_capturing != 0; }
 
 // num_blocks, blocks of a cluster (1: also without clusters), threads, bytes of shared memory
 AUXK_CONTROL void auxk_last_launch(int64_t* launch) {

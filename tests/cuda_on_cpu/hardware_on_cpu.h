@@ -45,6 +45,7 @@ struct Device {
   int multiprocessors = 32;
   int64_t shared_bytes = model::kMaxSharedBytes;
   bool has_clusters = true;
+  bool is_capturing = false;  // as a stream does: launches run all the same, but may not be the first to load code
 };
 inline __attribute__((visibility("hidden"))) Device device;
 
@@ -239,20 +240,24 @@ inline const char* describe_device(int number, int32_t* multiprocessors, int64_t
   return nullptr;
 }
 
-// one block on each multiprocessor
-// What `prepare` has set for a kernel on this device: what the last call asked for, not the most that any did.
-inline int64_t& shared_limit_of(const void* kernel) {
-  static std::map<std::pair<int, const void*>, int64_t> limits;
-  return limits.emplace(std::make_pair(device.number, kernel), 48 << 10).first->second;
+// What is known of a kernel on this device: what the last `prepare` asked for, not the most that any did.
+struct Known {
+  int64_t shared_limit = 48 << 10;
+  bool is_loaded = false;
+};
+inline Known& known_of(const void* kernel) {
+  static std::map<std::pair<int, const void*>, Known> known;
+  return known[std::make_pair(device.number, kernel)];
 }
 
+// One block on each multiprocessor.
 template <class Parameters>
 const char* prepare(void (*kernel)(Parameters), const Launch& how, int64_t shared_bytes, int multiprocessors,
                     int* num_blocks) {
   *num_blocks = 0;
   if (how.shared_bytes > shared_bytes || shared_bytes > device.shared_bytes)
     return "prepare: more shared memory than the device has";
-  shared_limit_of(reinterpret_cast<const void*>(kernel)) = shared_bytes;
+  known_of(reinterpret_cast<const void*>(kernel)) = {shared_bytes, true};
   if (how.cluster == 0) *num_blocks = multiprocessors;
   if (how.cluster > 0 && device.has_clusters) *num_blocks = multiprocessors / how.cluster * how.cluster;
   return nullptr;
@@ -277,8 +282,10 @@ const char* launch(void (*kernel)(Parameters), const Launch& how, const Paramete
     return "launch: clusters of more than 16 blocks, or a number of blocks that is not a multiple of theirs";
   if (how.shared_bytes < 0 || how.shared_bytes > device.shared_bytes)
     return "launch: more shared memory than the device has";
-  if (how.shared_bytes > shared_limit_of(reinterpret_cast<const void*>(kernel)))
-    return "launch: more shared memory than the kernel was prepared for";
+  Known& known = known_of(reinterpret_cast<const void*>(kernel));
+  if (how.shared_bytes > known.shared_limit) return "launch: more shared memory than the kernel was prepared for";
+  if (device.is_capturing && !known.is_loaded) return "launch: a capture would load the kernel's code";
+  known.is_loaded = true;
   return model::machine.run(how, [&] { kernel(parameters); });
 }
 

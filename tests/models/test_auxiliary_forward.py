@@ -1,5 +1,7 @@
 """What one call of `AuxiliaryForCausalLM` computes: sums, losses, statistics, prefixes, trunks."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
+from network import assert_same_in_16_bits, assert_same_network  # noqa: E402
 from tiny import PAIRS, VOCAB_SIZE, tiny_config, tiny_model, tiny_pair  # noqa: E402
 
 from auxkernels.models import AuxiliaryForCausalLM, PairedCache  # noqa: E402
@@ -63,14 +66,14 @@ def test_softcapped_heads_and_sliding_windows(capped, tokens):
     model = AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False)
     want = base(tokens).logits + aux(tokens).logits
     output = model(tokens, labels=tokens)
-    torch.testing.assert_close(output.logits, want)
-    torch.testing.assert_close(output.loss.double(), shifted_loss(want, tokens))
+    assert_same_network(output.logits, want)
+    assert_same_network(output.loss, shifted_loss(want, tokens))
     generated = [model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*generated)
 
 
 def test_logits_are_the_sum(pair, tokens):
-    torch.testing.assert_close(pair(tokens).logits, pair.base(tokens).logits + pair.aux(tokens).logits)
+    assert_same_network(pair(tokens).logits, pair.base(tokens).logits + pair.aux(tokens).logits)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.5, torch.tensor(0.5), torch.tensor([0.0, 1.0, 2.5])], ids=str)
@@ -78,21 +81,21 @@ def test_aux_scale_multiplies_the_auxiliarys_logits(pair, tokens, scale):
     of_row = scale[:, None, None] if isinstance(scale, torch.Tensor) and scale.dim() else scale
     want = pair.base(tokens).logits + of_row * pair.aux(tokens).logits
     got = pair(tokens, labels=tokens, aux_scale=scale)
-    torch.testing.assert_close(got.logits, want)
-    torch.testing.assert_close(got.loss.double(), shifted_loss(want, tokens))
-    torch.testing.assert_close(pair(tokens, aux_scale=scale, logits_to_keep=2).logits, want[:, -2:])
+    assert_same_network(got.logits, want)
+    assert_same_network(got.loss, shifted_loss(want, tokens))
+    assert_same_network(pair(tokens, aux_scale=scale, logits_to_keep=2).logits, want[:, -2:])
 
 
 def test_configured_aux_scale_is_the_default(tokens):
     model = tiny_pair(aux_scale=0.25)
-    torch.testing.assert_close(model(tokens).logits, model(tokens, aux_scale=0.25).logits)
+    assert_same_network(model(tokens).logits, model(tokens, aux_scale=0.25).logits)
     assert not torch.allclose(model(tokens).logits, model(tokens, aux_scale=1.0).logits)
 
 
 def test_logits_to_keep(pair, tokens):
     want = pair(tokens).logits
-    torch.testing.assert_close(pair(tokens, logits_to_keep=1).logits, want[:, -1:])
-    torch.testing.assert_close(pair(tokens, logits_to_keep=torch.tensor([0, 4])).logits, want[:, [0, 4]])
+    assert_same_network(pair(tokens, logits_to_keep=1).logits, want[:, -1:])
+    assert_same_network(pair(tokens, logits_to_keep=torch.tensor([0, 4])).logits, want[:, [0, 4]])
     assert pair(tokens, logits_to_keep=1, labels=tokens).loss == pair(tokens, labels=tokens).loss
 
 
@@ -100,7 +103,7 @@ def test_sum_of_16_bit_models_is_not_rounded_to_16_bits(tokens):
     model = tiny_pair().bfloat16()
     want = model.base(tokens).logits.float() + model.aux(tokens).logits.float()
     assert model(tokens).logits.dtype == torch.float32
-    torch.testing.assert_close(model(tokens).logits, want)
+    assert_same_network(model(tokens).logits, want)
 
 
 def test_tuple_output(tokens):
@@ -134,11 +137,11 @@ def test_training_loss_and_gradient_are_those_of_the_summed_logits(pair, tokens)
         (pair.base(tokens).logits.detach() + pair.aux(tokens).logits)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     )
     want.backward()
-    torch.testing.assert_close(output.loss, want)
+    assert_same_network(output.loss, want)
     wanted = {name: p.grad for name, p in pair.named_parameters() if p.grad is not None}
     assert got.keys() == wanted.keys() and all(name.startswith("aux.") for name in got)
     for name in got:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5)
+        assert_same_network(got[name], wanted[name])
 
 
 def test_shift_labels_are_taken_as_they_are(tokens):
@@ -152,8 +155,8 @@ def test_num_items_in_batch_divides_the_sum(tokens):
     mean = model(tokens, labels=tokens)
     for count in (48, torch.tensor(48)):
         output = model(tokens, labels=tokens, num_items_in_batch=count)
-        torch.testing.assert_close(output.loss, mean.loss * 24 / 48)
-        torch.testing.assert_close(output.base_loss, mean.base_loss * 24 / 48)
+        assert_same_network(output.loss, mean.loss * 24 / 48)
+        assert_same_network(output.base_loss, mean.base_loss * 24 / 48)
 
 
 def test_statistics(pair, tokens):
@@ -166,10 +169,10 @@ def test_statistics(pair, tokens):
     entropy = torch.distributions.Categorical(logits=rows).entropy()
     correct = (rows.argmax(-1) == classes).sum()
     assert output.num_valid_tokens == len(classes) == 21 and output.num_correct_tokens == correct
-    torch.testing.assert_close(output.token_accuracy, correct / 21)
-    torch.testing.assert_close(output.entropy.double(), entropy.mean())
-    torch.testing.assert_close(output.entropy_sum.double(), entropy.sum())
-    torch.testing.assert_close(output.base_loss.double(), cross_entropy(base, classes))
+    assert_same_network(output.token_accuracy, correct / 21)
+    assert_same_network(output.entropy, entropy.mean())
+    assert_same_network(output.entropy_sum, entropy.sum())
+    assert_same_network(output.base_loss, cross_entropy(base, classes))
 
 
 def test_skip_logits_defaults_to_training_with_labels(tokens):
@@ -186,9 +189,9 @@ def test_label_smoothing_is_of_the_training_loss_alone(tokens):
     model = quiet(tiny_pair())
     model.config.label_smoothing = 0.1
     want = shifted_loss(model(tokens).logits, tokens, label_smoothing=0.1)
-    torch.testing.assert_close(model(tokens, labels=tokens).loss.double(), want)
+    assert_same_network(model(tokens, labels=tokens).loss, want)
     want = shifted_loss(model(tokens).logits, tokens)
-    torch.testing.assert_close(model.eval()(tokens, labels=tokens).loss.double(), want)
+    assert_same_network(model.eval()(tokens, labels=tokens).loss, want)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -230,8 +233,8 @@ def test_prefix_is_read_by_the_auxiliary_alone_and_bears_no_loss(pair, tokens):
     joined = torch.cat([PREFIX, tokens], dim=1)
     want = pair.base(tokens).logits + pair.aux(joined).logits[:, 4:]
     output = pair(tokens, labels=tokens, aux_input_ids=PREFIX)
-    torch.testing.assert_close(output.logits, want)
-    torch.testing.assert_close(output.loss.double(), shifted_loss(want, tokens))
+    assert_same_network(output.logits, want)
+    assert_same_network(output.loss, shifted_loss(want, tokens))
     assert not torch.allclose(output.logits, pair(tokens).logits, atol=1e-2)
 
 
@@ -239,10 +242,10 @@ def test_all_padding_and_masks_of_other_types_are_taken(tokens):
     model = tiny_pair()
     mask = torch.tensor([[0, 0, 1, 1]]).expand(3, 4)
     want = model(tokens, aux_input_ids=PREFIX, aux_attention_mask=mask).logits
-    torch.testing.assert_close(model(tokens, aux_input_ids=PREFIX, aux_attention_mask=mask.bool()).logits, want)
+    assert_same_network(model(tokens, aux_input_ids=PREFIX, aux_attention_mask=mask.bool()).logits, want)
     text = torch.ones_like(tokens)
     got = model(tokens, attention_mask=text, aux_input_ids=PREFIX, aux_attention_mask=mask.bool()).logits
-    torch.testing.assert_close(got, want)
+    assert_same_network(got, want)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -257,7 +260,7 @@ def test_padded_prefixes_equal_the_rows_alone(side, trunk_layer, tokens):
     got = model(tokens, aux_input_ids=prefix, aux_attention_mask=mask).logits
     for row, length in enumerate(lengths):
         alone = {"aux_input_ids": PREFIX[row : row + 1, :length]} if length else {}
-        torch.testing.assert_close(got[row : row + 1], model(tokens[row : row + 1], **alone).logits)
+        assert_same_network(got[row : row + 1], model(tokens[row : row + 1], **alone).logits)
 
 
 @pytest.mark.parametrize("base, aux", PAIRS)
@@ -268,7 +271,7 @@ def test_padded_texts_behind_prefixes_equal_the_rows_alone(base, aux, tokens):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     got = model(text, attention_mask=mask, position_ids=positions, aux_input_ids=PREFIX).logits
     want = model(tokens[1:2, 3:], aux_input_ids=PREFIX[:1]).logits
-    torch.testing.assert_close(got[1:2, 3:], want)
+    assert_same_network(got[1:2, 3:], want)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -277,7 +280,7 @@ def test_prefix_positions_do_not_depend_on_how_the_text_is_split(pair, tokens, u
     cache = pair(tokens[:, :4], aux_input_ids=PREFIX, use_cache=True).past_key_values
     assert isinstance(cache, PairedCache) and cache.get_seq_length() == 4 and cache.prefix_length == 4
     assert cache.aux.get_seq_length() == 8
-    torch.testing.assert_close(pair(tokens[:, 4:], past_key_values=cache).logits, want[:, 4:])
+    assert_same_network(pair(tokens[:, 4:], past_key_values=cache).logits, want[:, 4:])
 
 
 def test_prefix_gets_no_loss_but_passes_a_gradient(tokens):
@@ -296,7 +299,7 @@ def test_trunk_feeds_the_bases_hidden_states_to_the_auxiliary(base, aux, layer, 
     model = tiny_pair(base, aux, trunk_layer=layer)
     states = model.base(tokens, output_hidden_states=True).hidden_states[layer]
     want = model.base(tokens).logits + model.aux(inputs_embeds=model.trunk_projection(states)).logits
-    torch.testing.assert_close(model(tokens).logits, want)
+    assert_same_network(model(tokens).logits, want)
 
 
 def test_prefix_runs_through_the_trunk_on_its_own(tokens):
@@ -304,7 +307,7 @@ def test_prefix_runs_through_the_trunk_on_its_own(tokens):
     states = [model.base(ids, output_hidden_states=True).hidden_states[1] for ids in (PREFIX, tokens)]
     embeds = model.trunk_projection(torch.cat(states, dim=1))
     want = model.base(tokens).logits + model.aux(inputs_embeds=embeds).logits[:, 4:]
-    torch.testing.assert_close(model(tokens, aux_input_ids=PREFIX).logits, want)
+    assert_same_network(model(tokens, aux_input_ids=PREFIX).logits, want)
 
 
 def test_trunk_trains_the_projection_and_not_the_unread_embeddings(tokens):
@@ -329,20 +332,20 @@ def test_padded_vocabularies_count_what_both_have(base_width, aux_width, tokens)
     want = base(tokens).logits[..., :61] + aux(tokens).logits[..., :61]
     output = model(tokens, labels=tokens)
     assert output.logits.shape[-1] == base_width == model.config.get_text_config().vocab_size
-    torch.testing.assert_close(output.logits[..., :61], want)
+    assert_same_network(output.logits[..., :61], want)
     assert (output.logits[..., 61:] == -torch.inf).all()
-    torch.testing.assert_close(output.loss.double(), shifted_loss(want, tokens))
+    assert_same_network(output.loss, shifted_loss(want, tokens))
     assert model.generate(tokens, num_beams=3, max_new_tokens=4).max() < 61
 
 
 @pytest.mark.parametrize("options", [{}, {"trunk_layer": 1}], ids=["tokens", "trunk"])
 def test_base_and_auxiliary_may_differ_in_dtype(options, tokens):
     model = quiet(tiny_pair(**options))
-    want = model(tokens, labels=tokens)
+    exact = copy.deepcopy(model)
     model.base.bfloat16()
     output = model(tokens, labels=tokens, skip_logits=False)
     output.loss.backward()
-    torch.testing.assert_close(output.loss, want.loss, rtol=0.05, atol=0.0)
+    assert_same_in_16_bits(output.loss, lambda m: m(tokens, labels=tokens).loss, exact, "base")
     assert output.logits.dtype == torch.float32
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 

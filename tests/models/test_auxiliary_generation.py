@@ -5,6 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from network import assert_same_network  # noqa: E402
 from tiny import PAIRS, VOCAB_SIZE, tiny_pair  # noqa: E402
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer  # noqa: E402
 
@@ -68,7 +69,7 @@ def test_greedy_equals_a_loop_without_cache(base, aux, lengths, variant, tokens)
     want, steps = loop(model, text, mask, greedy, **kwargs)
     got = generate(model, text, mask, output_logits=True, **kwargs)
     assert torch.equal(got.sequences, want)
-    torch.testing.assert_close(torch.stack(got.logits, dim=1), steps, rtol=1e-4, atol=1e-4)
+    assert_same_network(torch.stack(got.logits, dim=1), steps)
     assert got.past_key_values.get_seq_length() == 9 + NEW - 1
 
 
@@ -200,11 +201,11 @@ def test_crop_removes_text_and_keeps_the_prefix(pair, tokens):
     cache.crop(-4)
     assert (cache.get_seq_length(), cache.aux.get_seq_length(), cache.prefix_length) == (5, 9, 4)
     want = pair(tokens, aux_input_ids=PREFIX, aux_attention_mask=PREFIX_MASK).logits[:, 5:]
-    torch.testing.assert_close(pair(tokens[:, 5:], past_key_values=cache).logits, want)
+    assert_same_network(pair(tokens[:, 5:], past_key_values=cache).logits, want)
     cache.crop(-9)
     assert (cache.get_seq_length(), cache.aux.get_seq_length()) == (0, 4)
     again = pair(tokens, past_key_values=cache, aux_input_ids=PREFIX, aux_attention_mask=PREFIX_MASK).logits
-    torch.testing.assert_close(again[:, 5:], want)
+    assert_same_network(again[:, 5:], want)
 
 
 @pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
@@ -213,7 +214,7 @@ def test_changes_of_the_batch_reach_both_caches_and_the_prefix(pair, change, tok
     want = pair(tokens, aux_input_ids=PREFIX, aux_attention_mask=PREFIX_MASK).logits[rows, 5:]
     cache = filled(pair, tokens[:, :5])
     getattr(cache, change)(2 if change == "batch_repeat_interleave" else torch.tensor(rows))
-    torch.testing.assert_close(pair(tokens[rows, 5:], past_key_values=cache).logits, want)
+    assert_same_network(pair(tokens[rows, 5:], past_key_values=cache).logits, want)
 
 
 def test_reset_empties_both_caches(tokens):
@@ -221,7 +222,7 @@ def test_reset_empties_both_caches(tokens):
     cache = filled(model, tokens)
     cache.reset()
     assert (cache.get_seq_length(), cache.aux.get_seq_length(), cache.prefix_length) == (0, 0, 0)
-    torch.testing.assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits)
+    assert_same_network(model(tokens, past_key_values=cache).logits, model(tokens).logits)
 
 
 def test_reset_empties_layers_that_transformers_only_zeroes(monkeypatch, tokens):
@@ -261,7 +262,7 @@ def test_refused_arguments_leave_the_cache_as_it_was(wrong, past, tokens):
     with pytest.raises(ValueError, match="must be"):
         model(tokens[:, past:], past_key_values=cache, **wrong)
     want = model(tokens, **prefix).logits[:, past:]
-    torch.testing.assert_close(model(tokens[:, past:], past_key_values=cache, **prefix).logits, want)
+    assert_same_network(model(tokens[:, past:], past_key_values=cache, **prefix).logits, want)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_a_cache_that_a_failed_call_left_half_filled_is_refused_until_it_is_rese
     with pytest.raises(ValueError, match="a call with this cache failed, begin again"):
         model(tokens[:, past:], past_key_values=cache, **prefix)
     cache.reset()
-    torch.testing.assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits)
+    assert_same_network(model(tokens, past_key_values=cache).logits, model(tokens).logits)
 
 
 def test_a_cache_that_one_model_alone_read_into_is_refused(tokens):
