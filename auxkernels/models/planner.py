@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
+from . import planner_loading as loading
+from . import saving
 from .causal_lm import are_packed, check_frozen, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .conditioning import (
@@ -109,9 +111,10 @@ class PlannerForCausalLM(
     @classmethod
     def from_lm(
         cls,
-        lm: PreTrainedModel,
+        lm: PreTrainedModel | str,
         planner: nn.Module | None = None,
         *,
+        lm_kwargs: dict | None = None,
         codebook: Tensor | None = None,
         num_labels: int | None = None,
         label_dim: int | None = None,
@@ -128,8 +131,9 @@ class PlannerForCausalLM(
     ) -> PlannerForCausalLM:
         """Condition the decoder layers of a language model on labels.
 
-        lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared. It gets
-                                hooks, which go with this model or by `remove_hooks`.
+        lm                      a causal LM of transformers, decoder only, or the name or path of one. It is not copied,
+                                and may be shared. It gets hooks, which go with this model or by `remove_hooks`.
+        lm_kwargs               for from_pretrained of a language model given by name
         planner                 called as planner(**planner_inputs), returns scores [S, K]; None: scores or labels are
                                 given to each call.
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
@@ -143,6 +147,7 @@ class PlannerForCausalLM(
             num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
         if num_labels is None or label_dim is None:
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
+        given, lm = lm, loading.language_model(lm, lm_kwargs)
         check_output_head(lm)
         config = PlannerConfig(
             text_config=copy.deepcopy(lm.config),  # what the constructor sets in it must not reach the model
@@ -160,6 +165,7 @@ class PlannerForCausalLM(
             conditioning_init=conditioning_init,
             freeze_lm=freeze_lm,
         )
+        loading.point_to(config, lm, given, lm_kwargs)
         model = cls(config, lm=lm, planner=planner)
         model.generation_config = copy.deepcopy(lm.generation_config)
         if codebook is not None:
@@ -381,14 +387,41 @@ class PlannerForCausalLM(
 
     # -- transformers --------------------------------------------------------------------------------------------------
 
+    def save_pretrained(self, save_directory, *, save_lm: bool | None = None, state_dict: dict | None = None, **kwargs):
+        """As any model's, with a pointer (name, revision, fingerprint) instead of a frozen language model's weights.
+
+        save_lm   True: also the language model's weights. None: where it is not frozen, has no name or path, or has
+                  changed since it was given. One that was changed between its own loading and `from_lm` needs True.
+        Raises    ValueError: save_lm=False in such a case; the folder that the language model was loaded from
+        """
+        self.config.lm_is_saved = loading.is_lm_saved(self, save_lm, save_directory)
+        self.lm.config.dtype = self.lm.dtype
+        of_lm = self.lm._keys_to_ignore_on_save if self.config.lm_is_saved else self.lm.state_dict()
+        self._keys_to_ignore_on_save = {f"lm.{key}" for key in of_lm or ()}  # Trainer misses no others when it resumes
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
     @classmethod
-    def from_pretrained(cls, name_or_path, *args, planner: nn.Module | None = None, config=None, **kwargs):
+    def from_pretrained(
+        cls,
+        name_or_path,
+        *args,
+        planner: nn.Module | None = None,
+        lm: PreTrainedModel | str | None = None,
+        lm_kwargs: dict | None = None,
+        check_lm: bool = True,
+        config=None,
+        **kwargs,
+    ):
         """As any model's, from safetensors. `planner` is the module whose weights were saved: they are loaded into it.
 
         Its buffers that are not saved keep their values.
 
-        planner   needed where a planner was saved; where none was, it is taken as it is.
-        Raises    ValueError: no planner for saved weights; weights that are missing or belong to nothing.
+        planner    needed where a planner was saved; where none was, it is taken as it is.
+        lm         for a folder with a pointer: the language model, where it is at hand (shared) or has moved; a model,
+                   name or path. lm_kwargs: for it alone, over **kwargs
+        check_lm   whether it must be the one that the planner was saved with, by its fingerprint
+        Raises     ValueError: no planner for saved weights; weights that are missing or belong to nothing; another
+                   language model. OSError: none where the pointer says.
         """
         if config is None:
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -396,23 +429,33 @@ class PlannerForCausalLM(
         had_planner = config.has_planner
         if had_planner and planner is None:
             raise ValueError(f"{name_or_path} holds the weights of a planner: pass planner=, the module they belong to")
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True, "config": config}
+        if config.lm_is_saved and (lm is not None or lm_kwargs):
+            raise ValueError(f"{name_or_path} holds the weights of its language model: lm and lm_kwargs must be None")
+        wants_info, loaded = kwargs.pop("output_loading_info", False), planner if had_planner else None
+        if config.lm_is_saved:
+            model, info = cls._loaded_whole(name_or_path, *args, planner=loaded, config=config, **kwargs)
+        else:
+            lm = loading.pointed_lm(name_or_path, config, lm, lm_kwargs, check_lm, kwargs)
+            model, info = cls(config, lm=lm, planner=loaded).eval(), {problem: set() for problem in saving.PROBLEMS}
+            loading.load_own_weights(model, name_or_path, kwargs)
+        if planner is not None and not had_planner:
+            model.planner, model.config.has_planner = planner, True
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _loaded_whole(cls, name_or_path, *args, planner: nn.Module | None, **kwargs):
+        """A model whose language model is saved with it, and what transformers says of loading it."""
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         dtypes = {} if planner is None else {name: value.dtype for name, value in planner.state_dict().items()}
-        loaded = planner if had_planner else None
-        with marked_as_initialized(loaded), kept_buffers(loaded):
-            model, info = super().from_pretrained(name_or_path, *args, planner=loaded, **kwargs)
-        wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["unexpected_keys"])})
-        if wrong:
-            raise ValueError(f"{name_or_path}: weights that are missing or belong to nothing: {', '.join(wrong)}")
-        if had_planner:
+        with marked_as_initialized(planner), kept_buffers(planner):
+            model, info = super().from_pretrained(name_or_path, *args, planner=planner, **kwargs)
+        loading.refuse_keys(name_or_path, {*info["missing_keys"], *info["unexpected_keys"]})
+        if planner is not None:
             for name, value in (*planner.named_parameters(), *planner.named_buffers()):
                 value.data = value.data.to(dtypes.get(name, value.dtype))
-        elif planner is not None:
-            model.planner, model.config.has_planner = planner, True
         if model.config.freeze_lm:  # loading makes new parameters, which require gradients
             model.freeze_lm()
-        return (model, info) if wants_info else model
+        return model, info
 
     def initialize_weights(self) -> None:
         """As the language model's own class does, also where one of its modules fills the buffers of others.

@@ -41,6 +41,8 @@ class PlannerConfig(PretrainedConfig):
                         "zero_gate": Xavier projections behind a trainable gate per channel that starts at zero;
                         "xavier": as the paper, where step 0 already differs from the language model.
     freeze_lm           the language model gets no gradient and stays in eval mode.
+    lm_name_or_path, lm_revision, lm_fingerprint   the pointer to a frozen language model that is not saved with it
+    lm_is_saved         the saved weights include the language model's
     has_planner         whether saved weights include a planner module, which must then be given to load them.
     """
 
@@ -72,6 +74,10 @@ class PlannerConfig(PretrainedConfig):
         conditioning_init: str = "zero_projection",
         freeze_lm: bool = True,
         has_planner: bool = False,
+        lm_name_or_path: str | None = None,
+        lm_revision: str | None = None,
+        lm_fingerprint: dict | None = None,
+        lm_is_saved: bool = True,
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -107,6 +113,10 @@ class PlannerConfig(PretrainedConfig):
         self.conditioning_init = conditioning_init
         self.freeze_lm = freeze_lm
         self.has_planner = has_planner
+        self.lm_name_or_path = lm_name_or_path
+        self.lm_revision = lm_revision
+        self.lm_fingerprint = lm_fingerprint
+        self.lm_is_saved = lm_is_saved
         super().__init__(**kwargs)
 
 
