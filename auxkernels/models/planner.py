@@ -210,7 +210,8 @@ class PlannerForCausalLM(
                               "hard" also ids; "fixed" reads none.
         mode                  instead of the configuration's.
         num_items_in_batch    divisor of the summed loss; None: the counted labels of this call.
-        skip_logits           return no logits; None: where there is a loss, in training mode.
+        skip_logits           return no logits; None: where there is a loss, in training mode or if the configuration
+                              says skip_logits_in_evaluation.
         plans                 what generate() passes instead.
         label_scores, label_ids and shift_labels (shifted already) are among the kwargs: a Trainer evaluates no loss
         without every argument that has "label" in its name. It also drops these columns and those of planner_inputs
@@ -246,7 +247,8 @@ class PlannerForCausalLM(
         if kwargs["output_router_logits"]:
             statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
             loss = loss if statistics["router_loss"] is None else loss + statistics["router_loss"].to(loss.device)
-        skip_logits = loss is not None and self.training if skip_logits is None else skip_logits
+        if skip_logits is None:
+            skip_logits = loss is not None and (self.training or self.config.skip_logits_in_evaluation)
         output = PlannerCausalLMOutput(
             loss=loss,
             logits=None if skip_logits else self._logits(outputs.last_hidden_state, logits_to_keep),

@@ -41,6 +41,8 @@ class PlannerConfig(PretrainedConfig):
                         "zero_gate": Xavier projections behind a trainable gate per channel that starts at zero;
                         "xavier": as the paper, where step 0 already differs from the language model.
     freeze_lm           the language model gets no gradient and stays in eval mode.
+    skip_logits_in_evaluation   where there are labels no [batch, seq, vocabulary] logits are made in evaluation either:
+                      for a Trainer without compute_metrics, which drops them
     lm_name_or_path, lm_revision, lm_fingerprint   the pointer to a frozen language model that is not saved with it
     lm_is_saved         the saved weights include the language model's
     has_planner         whether saved weights include a planner module, which must then be given to load them.
@@ -73,6 +75,7 @@ class PlannerConfig(PretrainedConfig):
         fixed_label: int = 0,
         conditioning_init: str = "zero_projection",
         freeze_lm: bool = True,
+        skip_logits_in_evaluation: bool = False,
         has_planner: bool = False,
         lm_name_or_path: str | None = None,
         lm_revision: str | None = None,
@@ -112,6 +115,7 @@ class PlannerConfig(PretrainedConfig):
         self.fixed_label = fixed_label
         self.conditioning_init = conditioning_init
         self.freeze_lm = freeze_lm
+        self.skip_logits_in_evaluation = checks.boolean("skip_logits_in_evaluation", skip_logits_in_evaluation)
         self.has_planner = has_planner
         self.lm_name_or_path = lm_name_or_path
         self.lm_revision = lm_revision
