@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .heads import OutputHead
+from .modules import features
 
 # -- recurrent and convolutional states --------------------------------------------------------------------------------
 
@@ -22,8 +25,20 @@ def is_stateful(*models: nn.Module) -> bool:
 
 def keeps_state(model) -> bool:
     """Whether a model carries a recurrent or convolutional state along the tokens, padding between them included."""
-    layers = DynamicCache(config=model.config).layers
-    return is_stateful(model) or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    if is_stateful(model):
+        return True
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def trunk_index(given: int, num_layers: int) -> int:
+    """Which of a model's num_layers + 1 hidden states is meant; negative: counted from the last."""
+    given = operator.index(given)
+    if not -num_layers - 1 <= given <= num_layers:
+        raise ValueError(f"trunk_layer must be in [{-num_layers - 1}, {num_layers}], the base's layers, got {given}")
+    return given if given >= 0 else given + num_layers + 1
 
 
 # -- packed texts ------------------------------------------------------------------------------------------------------
@@ -59,26 +74,42 @@ def wants_router_logits(model, given: bool | None) -> bool:
 def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:
     """The weighted balancing loss that a mixture of experts adds to its own loss: 0-d, with a gradient.
 
-    outputs   what its base model returned, with router logits; None is returned where there are none
+    outputs   what `run` returned of it, with router logits; None is returned where there are none
     The model's own `forward` computes it, since families differ: behind a base model that has been run, with the last
     token's logits and a cross-entropy of zero.
     """
-    if not outputs.get("router_logits"):
+    router_logits = outputs.get("router_logits")
+    if router_logits is None or len(router_logits) == 0:
         return None
-    hidden, calls = outputs.last_hidden_state, []
-    given = type(outputs)(**{**outputs, "last_hidden_state": hidden[:, -1:]})
+    hidden, calls = features(outputs), []
+    model = next(module for module in model.modules() if isinstance(module, PreTrainedModel))  # out of a wrapper
+    stand_ins = {
+        model.base_model_prefix: _Given(MoeModelOutputWithPast(hidden[:, -1:], router_logits=outputs.router_logits))
+    }
+    if "last_hidden_state" not in outputs:  # it was called with its head, whose weights may be gone again
+        head = model.get_output_embeddings()
+        stand_ins |= {name: nn.Identity() for name, module in model._modules.items() if module is head}
 
     def no_loss(*args, **kwargs):
         calls.append(args)
         return hidden.new_zeros((), dtype=torch.float32)
 
     shell = copy.copy(model)  # shares the weights; its base model and its loss are replaced, the model's are not
-    shell._modules = {**model._modules, model.base_model_prefix: _Given(given)}
+    shell._modules = {**model._modules, **stand_ins}
     shell.loss_function = no_loss
     no_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    loss = shell.forward(
-        input_ids=no_ids, attention_mask=attention_mask, labels=no_ids, output_router_logits=True, return_dict=True
-    ).loss
+    loss = (
+        type(model)
+        .forward(
+            shell,
+            input_ids=no_ids,
+            attention_mask=attention_mask,
+            labels=no_ids,
+            output_router_logits=True,
+            return_dict=True,
+        )
+        .loss
+    )
     if len(calls) != 1:
         raise ValueError(
             f"output_router_logits must be False for {type(model).__name__}, whose balancing loss cannot be told from "

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import ClassVar
 
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+# of one model's generation config: asked for by nobody who calls the composite, which some of them would refuse
+_OF_ONE_MODEL = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
+)
 _OTHER_DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
+
+
+def inherited(generation_config: GenerationConfig) -> GenerationConfig:
+    """A copy of one model's generation config, without what chooses its cache and its drafts."""
+    copied = copy.deepcopy(generation_config)
+    for name in (*_OF_ONE_MODEL, *_OTHER_DRAFTS, "token_healing"):
+        if getattr(copied, name, None):
+            setattr(copied, name, None)
+    return copied
 
 
 class GenerationOfComposites:

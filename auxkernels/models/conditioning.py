@@ -70,14 +70,16 @@ class Conditioning(nn.Module):
             raise ValueError(f"codebook must be [num_labels, label_dim] = {want}, got {got}")
         self.codebooks.copy_(codebook)
 
-    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats]:
-        """The rows of segments whose labels are predicted.
+    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats] | Tensor:
+        """The rows of segments whose labels are predicted, or given (`of_labels`, through the module and its hooks).
 
-        scores    [S, K] floating point
+        scores    [S, K] floating point; or labels [S], for which the rows alone are returned
         folded    whether the codebooks are projected, not the mixtures; None: what multiplies less (`is_folded`)
         options   temperature, hard, gumbel, clean_gradient, seed: as for `soft_embedding`
         Returns   rows [L, S, H], and the statistics of the label probabilities
         """
+        if not scores.is_floating_point():
+            return self.of_labels(scores, folded=folded)
         num_labels, label_dim = self.codebooks.shape[1:]
         if folded is None:
             folded = is_folded(len(scores), num_labels, label_dim, self.weight.shape[1])

@@ -16,7 +16,7 @@ from ..cross_entropy import aux_cross_entropy
 from . import planner_loading as loading
 from . import saving
 from .causal_lm import are_packed, check_frozen, is_stateful, router_loss, wants_router_logits
-from .composite_generation import GenerationOfComposites
+from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
     ActiveRows,
     Conditioning,
@@ -28,6 +28,7 @@ from .conditioning import (
     token_mask,
 )
 from .heads import check_output_head, kept_positions, output_head
+from .modules import device_of, features, run
 from .places import modules_at, width_at
 from .planner_checkpointing import CheckpointingThroughHooks
 from .planner_config import PlannerConfig, check_mode
@@ -69,6 +70,7 @@ class PlannerForCausalLM(
     Submodules: `lm`, the language model; `conditioning`, a `Conditioning`; `planner`, the user's module or None.
     A language model may be shared by several of these, and used on its own, also in other threads: the hooks add
     nothing outside `forward` and its thread. They are removed with `remove_hooks`, or when the model is deleted.
+    A language model or a head with hooks, or weights elsewhere (offloaded, sharded), is called: its logits are stored.
     Not for `torch.nn.DataParallel` (RuntimeError): segments are numbered over the whole batch.
     """
 
@@ -97,7 +99,7 @@ class PlannerForCausalLM(
             width_at(config.place, self.lm, modules, config.layers),
             init=config.conditioning_init,
             dtype=torch.float64 if self.lm.dtype == torch.float64 else torch.float32,
-            device=self.lm.device,
+            device=device_of(self.lm),
         )
         self._frozen: dict[str, list[str]] = {}  # names of the weights that freezing changed
         self._active = ActiveRows()
@@ -131,9 +133,9 @@ class PlannerForCausalLM(
     ) -> PlannerForCausalLM:
         """Condition the decoder layers of a language model on labels.
 
-        lm                      a causal LM of transformers, decoder only, or the name or path of one. It is not copied,
-                                and may be shared. It gets hooks, which go with this model or by `remove_hooks`.
-        lm_kwargs               for from_pretrained of a language model given by name
+        lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared. It gets
+                                hooks, which go with this model or by `remove_hooks`. Or the name or path of one.
+        lm_kwargs               for from_pretrained of an lm given by name.
         planner                 called as planner(**planner_inputs), returns scores [S, K]; None: scores or labels are
                                 given to each call.
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
@@ -167,7 +169,7 @@ class PlannerForCausalLM(
         )
         loading.point_to(config, lm, given, lm_kwargs)
         model = cls(config, lm=lm, planner=planner)
-        model.generation_config = copy.deepcopy(lm.generation_config)
+        model.generation_config = inherited(lm.generation_config)
         if codebook is not None:
             model.conditioning.set_codebook(codebook)
         return model.train(lm.training)
@@ -222,13 +224,14 @@ class PlannerForCausalLM(
         """
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
         shift_labels = given.pop("shift_labels")
-        shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        tokens = inputs_embeds if input_ids is None else input_ids
+        shape = tokens.shape[:2]
         if plans is not None:
             rows, token_segments, statistics = plans.rows, plans.segments_of_last(shape[1]), {}
         else:
             mode = check_mode(mode or self.config.mode)
             mask = None if segments_are_aligned else token_mask(attention_mask, shape)
-            segment_ids = checked_segments(segment_ids, mode, shape, self.lm.device)
+            segment_ids = checked_segments(segment_ids, mode, shape, tokens.device)
             rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
             num_segments = None if mode == "fixed" else rows.shape[1]
             token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, num_segments)
@@ -243,7 +246,8 @@ class PlannerForCausalLM(
         has_loss = labels is not None or shift_labels is not None
         kwargs["output_router_logits"] = self._is_balanced(has_loss, kwargs.pop("output_router_logits", None))
         outputs = self._lm_outputs(rows, token_segments, kwargs)
-        loss = self._loss(outputs.last_hidden_state, labels, shift_labels, num_items_in_batch)
+        hidden = features(outputs)
+        loss = self._loss(hidden, labels, shift_labels, num_items_in_batch)
         if kwargs["output_router_logits"]:
             statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
             loss = loss if statistics["router_loss"] is None else loss + statistics["router_loss"].to(loss.device)
@@ -251,7 +255,7 @@ class PlannerForCausalLM(
             skip_logits = loss is not None and (self.training or self.config.skip_logits_in_evaluation)
         output = PlannerCausalLMOutput(
             loss=loss,
-            logits=None if skip_logits else self._logits(outputs.last_hidden_state, logits_to_keep),
+            logits=None if skip_logits else self._logits(hidden, logits_to_keep),
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -287,7 +291,7 @@ class PlannerForCausalLM(
         lm_inputs = {name: value for name, value in lm_inputs.items() if value is not None}
         self._active.set(rows.unbind(0), token_segments)
         try:
-            outputs = self.lm.base_model(**lm_inputs, return_dict=True)
+            outputs = run(self.lm, **lm_inputs, return_dict=True)
         finally:
             self._active.set(None, None)
         self._check_all_were_added()
@@ -336,10 +340,10 @@ class PlannerForCausalLM(
         return rows, {"label_entropy": entropy, "label_usage": stats.usage, "segment_labels": stats.argmax}
 
     def _rows_of_labels(self, label_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.conditioning.of_labels(label_ids)
+        rows = self.conditioning(label_ids)
         num_labels = self.config.num_labels
         is_label = ((label_ids >= 0) & (label_ids < num_labels)).float()
-        usage = torch.zeros(num_labels, device=label_ids.device)
+        usage = torch.zeros(num_labels, dtype=torch.float32, device=label_ids.device)
         usage = usage.index_add(0, label_ids.clamp(0, num_labels - 1), is_label) / max(len(label_ids), 1)
         return rows, {"label_entropy": usage.new_zeros(()), "label_usage": usage, "segment_labels": label_ids}
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from .. import checks
+from .config_fields import describe_as
 from .places import check_place
 
 MODES = ("soft", "straight_through", "gumbel", "hard", "fixed")
@@ -45,6 +46,7 @@ class PlannerConfig(PretrainedConfig):
                       for a Trainer without compute_metrics, which drops them
     lm_name_or_path, lm_revision, lm_fingerprint   the pointer to a frozen language model that is not saved with it
     lm_is_saved         the saved weights include the language model's
+    hidden_size, ...    the language model's, for trainers and servers that read them of any model.
     has_planner         whether saved weights include a planner module, which must then be given to load them.
     """
 
@@ -122,6 +124,8 @@ class PlannerConfig(PretrainedConfig):
         self.lm_fingerprint = lm_fingerprint
         self.lm_is_saved = lm_is_saved
         super().__init__(**kwargs)
+        if text_config is not None:
+            describe_as(self, text_config)
 
 
 def check_mode(mode: str) -> str:

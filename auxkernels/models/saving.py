@@ -24,7 +24,9 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from . import base_pointer
 from .configuration import AuxiliaryConfig
+from .small import unread_weights
 
 BASE_FOLDER = "base"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -215,12 +217,12 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
     if not save_base and not config.base_name_or_path:
         raise ValueError(
-            "save_base must be True for a base that has no name to be found by: or save the base to a folder, load it "
-            "from there, and join it with the auxiliary anew"
+            f"save_base must be True for a base that has no name to be found by: or {base_pointer.way_to_save(model)}"
         )
     if state_dict is None:
         state_dict = model.state_dict()
-    own = {key: value for key, value in state_dict.items() if not key.startswith("base.")}
+    ignored = model._keys_to_ignore_on_save  # also matrices that nothing reads
+    own = {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in ignored)}
     _check_no_adapters(model, state_dict if save_base else own)
     _check_target(os.fspath(folder), config, save_base)
     config.base_is_saved = save_base
@@ -305,23 +307,36 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     if check_base and config.base_fingerprint is None:
         raise ValueError(f"{folder} must say which base it was saved with: pass check_base=False for any")
     if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
-        raise ValueError(
-            "base must be the model that the auxiliary was saved with, got other weights or shapes: pass "
-            "check_base=False if that is meant"
-        )
+        advice = base_pointer.advice_on(config, base_model)
+        raise ValueError(f"base must be the model that the auxiliary was saved with, {advice}")
     weights = weights_of(folder, where)
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
+    if type(config.aux_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"aux must be of a class of transformers, or registered there, got {config.aux_config.model_type}"
+        )
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.aux_config)]
     options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
+    unread = {} if config.head == "own" and config.trunk_layer is None else _unread_weights(config)
     aux, info = kind.from_pretrained(
-        None, config=config.aux_config, state_dict=dict(own), output_loading_info=True, **options
+        None, config=config.aux_config, state_dict={**unread, **own}, output_loading_info=True, **options
     )
     for problem in PROBLEMS:
         if info[problem]:
             raise ValueError(f"{folder} must hold the auxiliary's weights, {problem}: {_some(map(str, info[problem]))}")
     _keep_dtypes(aux, own, kwargs)
-    _point_to(config, base, check_base, base_kwargs)
+    _point_to(config, base, base_model, check_base, base_kwargs)
     return config, base_model, aux, weights
+
+
+def _unread_weights(config: AuxiliaryConfig) -> dict[str, Tensor]:
+    """Zeros without memory for the auxiliary's matrices that nothing reads, which only older folders hold."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config.aux_config))
+    shapes = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: torch.zeros(()).expand(shapes[name]) for name in unread_weights(model, config.head, config.trunk_layer)
+    }
 
 
 def _says_dtype(kwargs: dict) -> bool:
@@ -337,13 +352,16 @@ def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
             parameter.data = weights[name].to(parameter.device)
 
 
-def _point_to(config: AuxiliaryConfig, base, check_base: bool, base_kwargs: dict | None) -> None:
+def _point_to(config: AuxiliaryConfig, base, base_model, check_base: bool, base_kwargs: dict | None) -> None:
     """Makes the pointer that of a base given by name, or of an unchecked model, which may be another one."""
     if isinstance(base, PreTrainedModel) and not check_base:
         config.base_name_or_path, config.base_revision = pointer(base.config.name_or_path), None
+        config.base_options = base_pointer.weight_options(base, {})
     elif isinstance(base, (str, os.PathLike)):
         config.base_name_or_path = pointer(os.fspath(base))
         config.base_revision = (base_kwargs or {}).get("revision")
+        kwargs = base_pointer.loading_options(config, "moved", base_kwargs or {})
+        config.base_options = base_pointer.weight_options(base_model, kwargs)
 
 
 def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict | None) -> PreTrainedModel:
@@ -351,10 +369,15 @@ def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict 
         return causal_lm("base", base, base_kwargs or {})
     if config.base_config.dtype is not None and not _says_dtype(kwargs):
         kwargs = {**kwargs, "dtype": config.base_config.dtype}
+    kind = "moved" if base is not None else "folder" if config.base_is_saved else "pointer"
+    kwargs = base_pointer.loading_options(config, kind, kwargs)
     if base is None and config.base_is_saved:
         subfolder = os.path.join(where.get("subfolder", ""), BASE_FOLDER)
         if "revision" in where:
             kwargs = {**kwargs, "revision": where["revision"]}
+        inside = os.path.join(os.fspath(folder), subfolder)
+        if os.path.isdir(inside):  # code of its own is not looked for in subfolders
+            return causal_lm("base", inside, kwargs)
         return causal_lm("base", os.fspath(folder), {**kwargs, "subfolder": subfolder})
     name = config.base_name_or_path if base is None else base
     if base is None and config.base_revision is not None:
@@ -380,7 +403,7 @@ def weights_of(folder, where: dict) -> dict[str, Tensor]:
 
 
 def load_rest(model, weights: dict[str, Tensor], kwargs: dict) -> None:
-    """The weights that are neither model's: the trunk projection."""
+    """The weights that are neither model's: the trunk projection and a head in place of the auxiliary's."""
     expected = {key for key in model.state_dict() if not key.startswith(("base.", "aux."))}
     if expected != weights.keys():
         raise ValueError(f"weights must be {sorted(expected)} beside the auxiliary's, got {sorted(weights)}")
