@@ -18,6 +18,8 @@ from . import base_pointer, saving
 from .causal_lm import (
     are_packed,
     check_frozen,
+    check_trunk,
+    has_cache,
     is_dead,
     is_stateful,
     keeps_state,
@@ -28,7 +30,16 @@ from .causal_lm import (
 from .composite_generation import GenerationOfComposites, inherited
 from .config_fields import describe_as
 from .configuration import AuxiliaryConfig
-from .heads import CalledHead, OutputHead, check_output_head, detached, kept_positions, output_head, zero_output_head
+from .heads import (
+    CalledHead,
+    OutputHead,
+    check_output_head,
+    detached,
+    kept_positions,
+    output_head,
+    probe,
+    zero_output_head,
+)
 from .modules import device_of, features, head_width, run
 from .paired_cache import PairedCache
 from .small import (
@@ -124,6 +135,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         self.post_init()
         self.generation_config = inherited(base.generation_config)
         self._is_stateful = is_stateful(base, aux)  # generation asks before it drafts tokens that may be taken back
+        self._has_cache = has_cache(base) and has_cache(aux)
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
         self._has_known_head = False  # a frozen one that passes gradients, or of which the user was warned
@@ -207,6 +219,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         widths = [head_width(model) for model in (base, aux)]
         if config.trunk_layer is not None:
             config.trunk_layer = trunk_index(config.trunk_layer, base.config.get_text_config().num_hidden_layers)
+            check_trunk(base, config.trunk_layer, probe(base))
             if config.head != "own":
                 widths[1] = widths[0]  # the auxiliary has no vocabulary
         config.vocab_size, config.num_valid_tokens = widths[0], shared_width(*widths, config.vocab_policy)
@@ -325,7 +338,10 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         return super().generate(*args, aux_scale=aux_scale, **kwargs)
 
     def new_cache(self) -> PairedCache:
-        """An empty cache for both models."""
+        """An empty cache for both models. ValueError where one of them has none that can be paired (`has_cache`)."""
+        if not self._has_cache:
+            names = [type(model).__name__ for model in (self.base, self.aux) if not has_cache(model)]
+            raise ValueError(f"use_cache must be False: {' and '.join(names)} has no cache that can be paired")
         return PairedCache.of_configs(self.base.config, self.aux.config)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -336,6 +352,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
             raise ValueError(
                 f"cache_implementation must be 'dynamic' for two models, got {generation_config.cache_implementation!r}"
             )
+        if not self._has_cache:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
             if generation_config.is_assistant:
@@ -369,7 +387,8 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         position_ids        [batch, new]; of the auxiliary's text, behind a prefix, they count on from it, and where
                             none are given they count what attention_mask lets through
         use_cache           None: where a cache is given; in evaluation without labels as the configuration says, unless
-                            positions begin anew within a row (packed texts, which a cache would not keep apart)
+                            positions begin anew within a row (packed texts, which a cache would not keep apart).
+                            Without effect where a model has no cache that can be paired
         labels              [batch, new], shifted inside; keyword shift_labels: already shifted. -100: not counted
         logits_to_keep      how many of the last positions, or which, get logits; 0: all. The loss is over all
         aux_input_ids       [batch, prefix] int64, read by the auxiliary alone in front of the text, never predicted;
@@ -396,14 +415,15 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         if use_cache is None:
             is_new = target is None and not self.training and not are_packed(attention_mask, position_ids)
             use_cache = past_key_values is not None or (self.config.use_cache and is_new)
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and self._has_cache:
             past_key_values = self.new_cache()
+        use_cache = use_cache and past_key_values is not None
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         text = reading.Text(input_ids, attention_mask, position_ids, past_key_values, past)
         scale = reading.row_scale(self.config.aux_scale if aux_scale is None else aux_scale, input_ids.shape)
         reader = self.aux if self.config.trunk_layer is None else self.base
-        pad_token_id = reader.config.get_text_config().pad_token_id
+        pad_token_id = getattr(reader.config.get_text_config(), "pad_token_id", None)
         behind = reading.aux_text(text, aux_input_ids, aux_attention_mask, pad_token_id, *self._keep_states)
         if past_key_values is not None:
             past_key_values.is_complete = False

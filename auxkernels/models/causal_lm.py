@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .heads import OutputHead
-from .modules import features
+from .modules import backbone, features, run
 
 # -- recurrent and convolutional states --------------------------------------------------------------------------------
 
@@ -30,6 +31,26 @@ def keeps_state(model) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
 
 
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+def has_cache(model) -> bool:
+    """Whether a model reads on from a `DynamicCache` (past_key_values) that tells how many tokens it holds.
+
+    Some have none (OpenAI-GPT, XLM), some one of their own (RWKV, XLNet, Reformer), and one that holds recurrent states
+    alone (Mamba) does not tell; CPM-Ant's holds a prompt of its own too. Composites of such models read all tokens
+    again at each step.
+    """
+    if (
+        model.config.model_type == "cpmant"
+        or "past_key_values" not in inspect.signature(type(backbone(model)).forward).parameters
+    ):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    tells = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    return tells and type(model)._supports_default_dynamic_cache()
+
+
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -39,6 +60,46 @@ def trunk_index(given: int, num_layers: int) -> int:
     if not -num_layers - 1 <= given <= num_layers:
         raise ValueError(f"trunk_layer must be in [{-num_layers - 1}, {num_layers}], the base's layers, got {given}")
     return given if given >= 0 else given + num_layers + 1
+
+
+def check_trunk(base, index: int, tokens: Tensor) -> None:
+    """ValueError where a base has no hidden states [batch, n, width] at that index, which an auxiliary could read."""
+    states = _tried(base, tokens, output_hidden_states=True).get("hidden_states")
+    want = [*tokens.shape, base.config.get_text_config().hidden_size]
+    got = None if not states or len(states) <= index else list(states[index].shape)
+    if got != want:
+        raise ValueError(f"trunk_layer {index} of {type(base).__name__} must be [batch, n, width] = {want}, got {got}")
+
+
+def check_layers(lm, layers: list[nn.Module], tokens: Tensor) -> None:
+    """ValueError where layers do not take hidden states [..., batch, n, width], one for each token."""
+    shapes = []
+
+    def note(module, args, kwargs):
+        shapes.append(list((args[0] if args else kwargs["hidden_states"]).shape))
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        _tried(lm, tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    wrong = [shape for shape in shapes if shape[-3:-1] != list(tokens.shape)]
+    if wrong:
+        want = f"[batch, n, width] = [{tokens.shape[0]}, {tokens.shape[1]}, ...]"
+        raise ValueError(
+            f"layers of {type(lm).__name__} must take hidden states {want} to be conditioned, got {wrong[0]}"
+        )
+
+
+@torch.no_grad()
+def _tried(model, tokens: Tensor, **options):
+    was_training = model.training
+    model.eval()
+    try:
+        return run(model, input_ids=tokens, use_cache=False, **options)
+    finally:
+        model.train(was_training)
 
 
 # -- packed texts ------------------------------------------------------------------------------------------------------
@@ -83,8 +144,11 @@ def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:
         return None
     hidden, calls = features(outputs), []
     model = next(module for module in model.modules() if isinstance(module, PreTrainedModel))  # out of a wrapper
+    body = backbone(model)
     stand_ins = {
-        model.base_model_prefix: _Given(MoeModelOutputWithPast(hidden[:, -1:], router_logits=outputs.router_logits))
+        next(name for name, module in model._modules.items() if module is body): _Given(
+            MoeModelOutputWithPast(hidden[:, -1:], router_logits=outputs.router_logits)
+        )
     }
     if "last_hidden_state" not in outputs:  # it was called with its head, whose weights may be gone again
         head = model.get_output_embeddings()

@@ -33,9 +33,11 @@ def inherited(generation_config: GenerationConfig) -> GenerationConfig:
 class GenerationOfComposites:
     """Mixed in before transformers' generation.
 
+    _has_cache       whether the models inside have caches; if not, all tokens are read again at each step
     _own_arguments   those of `forward` that generate() passes on and that other models do not know
     """
 
+    _has_cache = True
     _own_arguments: ClassVar[tuple[str, ...]] = ()
     # the others are code from elsewhere, which reads one model's head, states and cache
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [
@@ -72,6 +74,12 @@ class GenerationOfComposites:
         return super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if self._has_cache:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        generation_config.use_cache = model_kwargs["use_cache"] = False  # or one token alone would be read
+        return None
 
     def init_continuous_batching(self, *args, **kwargs):
         """Raises ValueError: continuous batching has one cache, and no place for the arguments of each text."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..segments import segments_to_tokens
 from ..soft_embedding import LookupStats, soft_embedding
+from .modules import backbone
 
 # -- what is added -----------------------------------------------------------------------------------------------------
 
@@ -296,6 +297,12 @@ def _remove(handles: list) -> None:
         handle.remove()
 
 
+def _text_part(lm) -> nn.Module:
+    """Without the towers of other modalities, whose layers may be as many."""
+    part = lm.get_decoder() if hasattr(lm, "get_decoder") else None
+    return part if isinstance(part, nn.Module) and part is not lm else backbone(lm)
+
+
 def decoder_layers(lm) -> nn.ModuleList:
     """The decoder layers of a transformers causal LM: the outermost list of as many modules as the config has layers.
 
@@ -306,7 +313,7 @@ def decoder_layers(lm) -> nn.ModuleList:
         raise TypeError(f"the language model must be a decoder only, got {type(lm).__name__}")
     count = config.num_hidden_layers
     outermost, least_depth = None, 0
-    for name, module in lm.base_model.named_modules():  # min(..., key=...) would break a graph of torch.compile
+    for name, module in _text_part(lm).named_modules():  # min(..., key=...) would break a graph of torch.compile
         depth = name.count(".")
         if isinstance(module, nn.ModuleList) and len(module) == count and (outermost is None or depth < least_depth):
             outermost, least_depth = module, depth

@@ -100,7 +100,8 @@ def output_head(model) -> OutputHead | CalledHead:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # FalconH1 multiplies
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides, HyperCLOVAX multiplies
     scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    softcap = next((cap for cap in (getattr(config, name, None) for name in caps) if cap is not None), None)
     if not isinstance(layer, nn.Linear) or not is_plain(embeddings):
         return CalledHead(call_of(model, embeddings), scale, None if softcap is None else float(softcap))
     if low_rank and softcap is not None:
@@ -178,9 +179,12 @@ def _own_config(model) -> None:
             module.config = copies[id(held)]
 
 
-def _probe(model) -> Tensor:
+def probe(model) -> Tensor:
     """Some tokens [1, n] that are not padding, whose embeddings some models hold at zero."""
-    embeddings, padding = model.get_input_embeddings().weight, model.config.get_text_config().pad_token_id
+    embeddings, padding = (
+        model.get_input_embeddings().weight,
+        getattr(model.config.get_text_config(), "pad_token_id", None),
+    )
     tokens = [i for i in range(min(8, embeddings.shape[0])) if i != padding]
     return torch.tensor([tokens], device=device_of(model))
 
@@ -194,7 +198,7 @@ def check_output_head(model) -> None:
     """
     if is_called_whole(model):
         return
-    tokens, was_training, shown = _probe(model), model.training, []
+    tokens, was_training, shown = probe(model), model.training, []
 
     def show(module, args, output):
         own = output[0] if isinstance(output, tuple) else output.last_hidden_state

@@ -54,8 +54,12 @@ def features(outputs) -> Tensor:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """A causal LM without its head."""
-    return model.base_model
+    """A causal LM without its head; the model itself where it has none."""
+    if model.base_model is not model:
+        return model.base_model
+    # some classes, as Llama 4's, are parts of larger models, whose names for their parts they inherit
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    return parts[0] if len(parts) == 1 else model
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..cross_entropy import aux_cross_entropy
 from . import planner_loading as loading
 from . import saving
-from .causal_lm import are_packed, check_frozen, is_stateful, router_loss, wants_router_logits
+from .causal_lm import are_packed, check_frozen, check_layers, has_cache, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
     ActiveRows,
@@ -27,7 +27,7 @@ from .conditioning import (
     decoder_layers,
     token_mask,
 )
-from .heads import check_output_head, kept_positions, output_head
+from .heads import check_output_head, kept_positions, output_head, probe
 from .modules import device_of, features, run
 from .places import modules_at, width_at
 from .planner_checkpointing import CheckpointingThroughHooks
@@ -89,6 +89,7 @@ class PlannerForCausalLM(
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
         self.config.text_config = self.lm.config
         self._is_stateful = is_stateful(self.lm)  # generation asks before it drafts tokens that may be taken back
+        self._has_cache = has_cache(self.lm)
         self.planner = planner
         config.has_planner = planner is not None
         modules = modules_at(config.place, self.lm, self._decoder_layers(), config.layers)
@@ -151,6 +152,7 @@ class PlannerForCausalLM(
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
         given, lm = lm, loading.language_model(lm, lm_kwargs)
         check_output_head(lm)
+        check_layers(lm, list(decoder_layers(lm)), probe(lm))
         config = PlannerConfig(
             text_config=copy.deepcopy(lm.config),  # what the constructor sets in it must not reach the model
             attn_implementation=lm.config._attn_implementation,
@@ -237,7 +239,9 @@ class PlannerForCausalLM(
             token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, num_segments)
         if self.training and "lm" in self._frozen and torch.is_grad_enabled():
             check_frozen(self.lm, "lm", "; to train adapters in it, use freeze_lm=False")
-        if use_cache is None and past_key_values is None and plans is None:
+        if not self._has_cache:
+            use_cache = False
+        elif use_cache is None and past_key_values is None and plans is None:
             # a frozen model in eval mode would make one, which checkpointed layers fill twice
             is_asked = not self.training and labels is None and shift_labels is None
             use_cache = None if is_asked and not are_packed(attention_mask, position_ids) else False

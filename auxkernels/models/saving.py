@@ -26,6 +26,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from . import base_pointer
 from .configuration import AuxiliaryConfig
+from .modules import backbone
 from .small import unread_weights
 
 BASE_FOLDER = "base"
@@ -64,7 +65,7 @@ def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs
         allowed = "a PreTrainedModel or a name" + (", or a configuration" if name == "aux" else "")
         raise TypeError(f"{name} must be {allowed}, got {type(given).__name__}")
     _check_decoder(name, model.config)
-    if not model.can_generate() or model.base_model is model:
+    if not model.can_generate() or backbone(model) is model:
         raise TypeError(f"{name} must be a causal LM with an output head, got {type(model).__name__}")
     return model
 
