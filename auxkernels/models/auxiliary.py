@@ -395,7 +395,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
                             auxiliary with a recurrent or convolutional state reads padding in front of all tokens that
                             count, for which the first call with a cache must hold all of the text's left padding
         aux_scale           number, 0-d or [batch] tensor; None: config.aux_scale
-        skip_logits         None: with labels in training mode
+        skip_logits         None: with labels in training mode, or as config.skip_logits_in_evaluation says
         num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
         Raises              TypeError, ValueError: arguments; in training adapters in the base, where PEFT puts
                             them if a short name matches
@@ -442,7 +442,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         if router is not None:
             numbers |= {"loss": numbers["loss"] + router.to(numbers["loss"].device), "router_loss": router}
         if skip_logits is None:
-            skip_logits = self.training and target is not None
+            skip_logits = target is not None and (self.training or self.config.skip_logits_in_evaluation)
         return AuxiliaryCausalLMOutput(
             logits=None if skip_logits else self._logits(h_base, h_aux, scale, logits_to_keep),
             past_key_values=past_key_values if use_cache else None,
