@@ -84,9 +84,9 @@ RUNS: dict[int, tuple[Step, ...]] = {
     2: (
         Step("tests-triton", 110, 95, gpu_steps.suite("triton")),
         Step("lattice", 115, 105, gpu_steps.benchmark("lattice", "--lattice", "--op", "cross_entropy")),
-        Step("memcheck-native", 50, 40, gpu_steps.sanitizer("memcheck", every=1)),
-        Step("synccheck-native", 35, 30, gpu_steps.sanitizer("synccheck", every=2)),
-        Step("racecheck-native", 40, 25, gpu_steps.sanitizer("racecheck", every=4)),
+        Step("memcheck-native", 55, 40, gpu_steps.sanitizer("memcheck", every=1)),
+        Step("synccheck-native", 45, 30, gpu_steps.sanitizer("synccheck", every=2)),
+        Step("racecheck-native", 45, 25, gpu_steps.sanitizer("racecheck", every=4)),
     ),
     3: (
         Step("operators", 75, 60, gpu_steps.benchmark("operators", *OPERATORS)),

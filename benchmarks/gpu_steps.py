@@ -16,6 +16,8 @@ from .processes import Ended, Log, run
 
 # what a process takes to begin: torch, the device's context
 START_SECONDS = 10.0
+# and under a sanitizer, which goes through every library that is loaded
+SANITIZED_START_SECONDS = 20.0
 # the last call of a sanitizer begins this long before its time is over: its summary comes after it
 SUMMARY_SECONDS = 6.0
 # likewise the last case of the benchmark, tables included
@@ -223,7 +225,7 @@ def sanitizer(tool: str, every: int) -> Step:
         if reason:
             return {part: Outcome("skipped", reason)}
         # it ends by itself, so that the tool gets to its summary of what did run
-        last_call = max(seconds - SUMMARY_SECONDS, 1.0)
+        last_call = max(seconds - SANITIZED_START_SECONDS - SUMMARY_SECONDS, 1.0)
         options = ["--only", "native", "--every", str(every), "--seconds", f"{last_call:.0f}"]
         command = [program, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9"]
         command += _python("benchmarks.gpu_cases", "--device", "cuda", *options)

@@ -236,6 +236,22 @@ def test_an_implementation_that_cannot_be_used_is_skipped_with_its_reason(tmp_pa
     assert list(found) == parts and set(found.values()) == {Outcome("skipped", "was not built")}
 
 
+SANITIZERS = [step for step in gpu_check.RUNS[2] if "check-native" in step.name]
+
+
+@pytest.mark.parametrize("step", SANITIZERS, ids=lambda step: step.name)
+def test_the_calls_of_a_sanitizer_end_before_it_is_stopped(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(gpu_steps.shutil, "which", lambda name: name)
+    commands = []
+    monkeypatch.setattr(gpu_steps, "alone", lambda name, command, *_, **__: commands.append(command) or ended(OK, DONE))
+    step.run(gpu_steps.Place(ENVIRONMENT, Log(tmp_path / "log"), tmp_path), step.limit)
+    (command,) = commands
+    # counted from when the program has begun, which under the tool takes a while
+    last_call = float(command[command.index("--seconds") + 1])
+    assert gpu_steps.SANITIZED_START_SECONDS + last_call + gpu_steps.SUMMARY_SECONDS <= step.limit
+    assert last_call > step.expected - gpu_steps.SANITIZED_START_SECONDS
+
+
 def test_without_the_tool_nothing_is_said_of_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     place = gpu_steps.Place(ENVIRONMENT, Log(tmp_path / "log"), tmp_path)
