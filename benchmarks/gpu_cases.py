@@ -25,6 +25,7 @@ from torch import Tensor
 
 import auxkernels as ak
 from auxkernels import backends, native
+from auxkernels.native import cuda_cross_entropy
 
 from . import machine
 
@@ -36,6 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BY_NAME = ("triton", "native")
 # of the cases that are called hundreds of times or captured: every so many-th
 THIN = 3
+PLANNED_WIDTHS = (32000, 50257, 128256, 151936, 262144)
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 4e-3}  # norm-relative, against the reference on the same inputs
 
 
@@ -101,7 +103,21 @@ def unusable(device: torch.device) -> dict[str, str | None]:
 
 def describe(device: torch.device) -> dict:
     """The machine, why an implementation cannot be used there, and which file the compiled CUDA module is."""
-    return machine.describe(device) | {"unusable": unusable(device), "module": _module_text()}
+    cannot = unusable(device)
+    plans = None if cannot["native"] else _plans_text()
+    return machine.describe(device) | {"unusable": cannot, "module": _module_text(), "plans": plans}
+
+
+def _plans_text() -> str:
+    """How CUDA C++ shares rows out here: what a device lets run at once depends on how its processors are grouped."""
+    said = []
+    try:
+        for V in PLANNED_WIDTHS:
+            plan = cuda_cross_entropy.plan(8192, V, torch.bfloat16, torch.bfloat16)
+            said.append(f"{V}: {plan['clusters_at_once']} of {plan['cluster']}, {plan['num_slots']} slots")
+    except Exception as error:  # whatever it is, the check goes on without
+        return f"no plan was told: {type(error).__name__}: {error}"
+    return f"clusters at once for 8192 rows of bfloat16, of so many blocks: {'; '.join(said)}"
 
 
 def _module_text() -> str | None:

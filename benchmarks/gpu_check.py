@@ -105,6 +105,7 @@ class Check:
         self.log = Log(output / f"check-{number}.log")
         self.rows: list[dict] = []
         self.environment: dict = {}
+        self.plans: str | None = None
 
     def left(self) -> float:
         return self.deadline - time.perf_counter()
@@ -126,7 +127,7 @@ class Check:
         found = gpu_steps.describe(self.log, min(MACHINE_SECONDS, self.left()))
         if isinstance(found, str):
             return found
-        self.environment = found
+        self.plans, self.environment = found.pop("plans", None), found
         self.write("machine", Outcome("passed", f"driver {found['driver']}"), time.perf_counter() - start)
         self._provide_module()
         return None
@@ -138,10 +139,13 @@ class Check:
             outcome = gpu_steps.build(self.log, min(BUILD_SECONDS, self.left()))
             if outcome.status == "passed":
                 again = gpu_steps.describe(self.log, min(MACHINE_SECONDS, self.left()))
-                self.environment = again if isinstance(again, dict) else self.environment
+                if isinstance(again, dict):
+                    self.plans, self.environment = again.pop("plans", None), again
                 reason = self.environment["unusable"].get("native")
                 detail = f"built here: {self.environment['module']}"
                 outcome = Outcome("failed", f"{detail}; {reason}") if reason else Outcome("passed", detail)
+        if self.plans is not None:
+            outcome = outcome._replace(detail=f"{outcome.detail}; {self.plans}")
         self.write("module", outcome, time.perf_counter() - start)
 
     def take(self, step: Step) -> None:

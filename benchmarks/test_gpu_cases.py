@@ -185,6 +185,12 @@ def test_the_machine_is_described_on_the_stand_in(on_standin, capsys):
     found = json.loads(lines_of(capsys)[-1])
     assert (found["device"], found["device_slug"], found["capability"]) == (standin.NAME, "stand-in-gpu", "9.0")
     assert found["unusable"] == {"triton": None, "native": None} and found["copy_gbps"] > 0
+    assert "128256: 132 of 1, 20 slots" in found["plans"]
+
+
+def test_a_plan_that_cannot_be_told_stops_no_check(on_standin, monkeypatch):
+    monkeypatch.setattr(gpu_cases.cuda_cross_entropy, "plan", lambda *arguments: {})
+    assert gpu_cases.describe(torch.device("cuda"))["plans"] == "no plan was told: KeyError: 'clusters_at_once'"
 
 
 def test_an_illegal_access_is_one_finding_and_ends_its_process(standin_with, capsys):

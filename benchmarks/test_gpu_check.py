@@ -204,6 +204,7 @@ CLEAN, DIRTY = "========= ERROR SUMMARY: 0 errors", "========= ERROR SUMMARY: 10
         (ended(OK, BAD, DONE, CLEAN, status=1), "failed"),
         (ended(OK, OVER, CLEAN), "stopped"),
         (ended(OK, DONE, status=None), "stopped"),
+        (ended(OK, "========= Invalid __global__ read of size 16 bytes", status=None), "failed"),
         (ended("Error: Device not supported", status=1), "stopped"),
         (ended(CLEAN), "stopped"),
     ],
@@ -366,9 +367,11 @@ def test_a_module_that_is_missing_is_built_and_one_that_was_brought_is_not(tmp_p
     assert rows[1]["status"] == "failed" and rows[1]["detail"] == "built here: None; was not built"
     monkeypatch.setattr(gpu_steps, "build", lambda log, seconds: Outcome("skipped", "there is no nvcc"))
     assert run(tmp_path)[1][-2]["detail"] == "there is no nvcc"
+    described(ENVIRONMENT | {"plans": "132 clusters at once"})
+    assert run(tmp_path)[1][-2]["detail"].endswith("; 132 clusters at once")
 
 
-def test_the_build_is_of_the_cuda_module_alone(tmp_path, monkeypatch):
+def test_the_build_is_of_both_modules(tmp_path, monkeypatch):
     asked = []
 
     def alone(name, command, log, seconds, **variables):
@@ -380,7 +383,7 @@ def test_the_build_is_of_the_cuda_module_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDACXX", f"{sys.executable} --flag")
     found = [gpu_steps.build(Log(tmp_path / "log"), 9.0) for _ in range(3)]
     assert found == [Outcome("passed", "built here"), Outcome("failed", "said"), Outcome("stopped", "said")]
-    assert asked[0] == (["setup.py", "--quiet", "build_ext", "--inplace"], "cuda")
+    assert asked[0] == (["setup.py", "--quiet", "build_ext", "--inplace"], "all")
     monkeypatch.setenv("CUDACXX", "no-such-compiler")
     assert gpu_steps.build(Log(tmp_path / "log"), 9.0) == Outcome("skipped", "there is no nvcc")
 
