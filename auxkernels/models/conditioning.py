@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..segments import segments_to_tokens
-from ..soft_embedding import LookupStats, soft_embedding
+from ..soft_embedding import soft_embedding
 from .modules import backbone
 
 # -- what is added -----------------------------------------------------------------------------------------------------
@@ -71,15 +71,15 @@ class Conditioning(nn.Module):
             raise ValueError(f"codebook must be [num_labels, label_dim] = {want}, got {got}")
         self.codebooks.copy_(codebook)
 
-    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats] | Tensor:
+    def forward(self, scores: Tensor, *, folded: bool | None = None, are_labels: bool = False, **options):
         """The rows of segments whose labels are predicted, or given (`of_labels`, through the module and its hooks).
 
-        scores    [S, K] floating point; or labels [S], for which the rows alone are returned
+        scores    [S, K] floating point; with are_labels, labels [S], for which the rows alone are returned
         folded    whether the codebooks are projected, not the mixtures; None: what multiplies less (`is_folded`)
         options   temperature, hard, gumbel, clean_gradient, seed: as for `soft_embedding`
-        Returns   rows [L, S, H], and the statistics of the label probabilities
+        Returns   rows [L, S, H], and (rows, `LookupStats`) the statistics of the label probabilities
         """
-        if not scores.is_floating_point():
+        if are_labels:
             return self.of_labels(scores, folded=folded)
         num_labels, label_dim = self.codebooks.shape[1:]
         if folded is None:

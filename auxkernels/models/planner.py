@@ -344,7 +344,7 @@ class PlannerForCausalLM(
         return rows, {"label_entropy": entropy, "label_usage": stats.usage, "segment_labels": stats.argmax}
 
     def _rows_of_labels(self, label_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.conditioning(label_ids)
+        rows = self.conditioning(label_ids, are_labels=True)
         num_labels = self.config.num_labels
         is_label = ((label_ids >= 0) & (label_ids < num_labels)).float()
         usage = torch.zeros(num_labels, dtype=torch.float32, device=label_ids.device)
