@@ -40,6 +40,17 @@ def experts(family="mixtral", coefficient=10.0, balanced=True, seed=1):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def skip_unless_balanced(family):
+    """Some versions of transformers lose the balancing loss of some families, alone too."""
+    tokens = torch.randint(2, 61, (2, 9))
+    try:
+        loss = experts(family)(input_ids=tokens, labels=tokens).aux_loss
+    except AttributeError as error:
+        pytest.skip(f"{family} alone fails in this transformers: {error}")
+    if loss is None:
+        pytest.skip(f"{family} alone has no balancing loss in this transformers")
+
+
 def router_part(model, **inputs):
     """What the balancing loss adds to the model's own loss."""
     return model(**inputs).loss - model(**inputs, output_router_logits=False).loss.detach()
@@ -59,6 +70,7 @@ def balancing_loss(model, **inputs):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "jetmoe", "dbrx"])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
 def test_auxiliary_adds_what_the_model_alone_adds(family, mask, tokens):
+    skip_unless_balanced(family)
     labels = tokens if mask is None else torch.where(mask.bool(), tokens, -100)
     inputs = {"input_ids": tokens, "labels": labels, "attention_mask": mask}
     want = 10.0 * balancing_loss(alone := experts(family), **inputs)

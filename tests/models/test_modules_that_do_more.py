@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 transformers = pytest.importorskip("transformers")
 
 import planner_models  # noqa: E402
-from test_experts import MASK, experts  # noqa: E402
+from test_experts import MASK, experts, skip_unless_balanced  # noqa: E402
 from tiny import tiny_model, tiny_pair  # noqa: E402
 
 from auxkernels import Logits  # noqa: E402
@@ -166,6 +166,7 @@ def test_planner_gives_the_changed_language_models_logits(change):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "jetmoe", "dbrx"])
 def test_balancing_loss_of_experts_is_kept_where_the_model_is_called_whole(family, tokens):
+    skip_unless_balanced(family)
     aux = experts(family)
     model = AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), aux, zero_init=False)
     want = model(tokens, attention_mask=MASK, labels=tokens)
