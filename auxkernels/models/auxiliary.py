@@ -12,6 +12,7 @@ from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedMod
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..cross_entropy import aux_cross_entropy
+from ..sources import Head
 from . import auxiliary_inputs as reading
 from . import saving
 from .causal_lm import are_packed, is_stateful, keeps_state, router_loss, wants_router_logits
@@ -19,6 +20,7 @@ from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
 from .heads import check_output_head, detached, kept_positions, output_head, zero_output_head
 from .paired_cache import PairedCache
+from .token_statistics import OwnTokenStatistics
 from .vocabulary import check_tokenizers, shared_width
 
 _GROWING = (None, "dynamic", "dynamic_full")
@@ -53,7 +55,7 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     router_loss: Tensor | None = None
 
 
-class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMixin):
+class AuxiliaryForCausalLM(OwnTokenStatistics, GenerationOfComposites, PreTrainedModel, GenerationMixin):
     """softmax(base logits + aux_scale * aux logits), the base frozen: `from_base_and_aux` or `from_pretrained`.
 
     base              the frozen model: in eval mode, without gradients and run under no_grad, whatever is called
@@ -296,7 +298,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
         """
         # not in the signature, where Trainer would take it for a second label that every batch must have
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, token_statistics = kwargs.pop("shift_labels", None), kwargs.pop("token_statistics", None)
         target = reading.shifted(labels) if shift_labels is None else shift_labels
         reading.check_inputs(input_ids, target, num_items_in_batch, kwargs)
         if past_key_values is not None:
@@ -324,6 +326,11 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
             past_key_values.prefix_mask, past_key_values.arranged_mask = behind.prefix_mask, behind.arranged_mask
             past_key_values.is_complete = True
 
+        if token_statistics is not None:
+            self._check_no_further_loss(is_balanced)
+            sources = self._sources(h_base, h_aux, scale)
+            is_shifted, width = shift_labels is not None, self.config.num_valid_tokens
+            return token_statistics(*sources, target, is_shifted, width, num_items_in_batch)
         numbers = {} if target is None else self._loss(h_base, h_aux, target, scale, num_items_in_batch)
         router = router_loss(self.aux, aux_output, behind.attention_mask) if is_balanced else None
         if router is not None:
@@ -388,13 +395,31 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         )
         return output.hidden_states[self.config.trunk_layer]
 
-    def _loss(self, h_base, h_aux, target, scale, num_items_in_batch) -> dict[str, Tensor]:
+    def _sources(self, h_base, h_aux, scale) -> tuple[list[Head], list[Head]]:
+        """What the summed logits are made of: the base's part, without gradients, and the auxiliary's."""
         with torch.no_grad():
             base = [detached(source) for source in output_head(self.base).sources(h_base)]
         aux = output_head(self.aux).sources(h_aux)
+        return base, [replace(source, scale=scale if source.scale == 1.0 else source.scale * scale) for source in aux]
+
+    def _check_no_further_loss(self, is_balanced: bool) -> None:
+        """ValueError where a loss that a trainer makes of log-probabilities would lack what the model's own has."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if is_balanced:
+            raise ValueError(
+                "aux.config.output_router_logits must be False here: the trainer makes its loss of log-probabilities, "
+                "without the balancing loss of the auxiliary's experts"
+            )
+        if self.config.label_smoothing:
+            raise ValueError(
+                "config.label_smoothing must be 0 here: the trainer makes its loss of log-probabilities (SFTTrainer "
+                "smooths labels by its own label_smoothing_factor)"
+            )
+
+    def _loss(self, h_base, h_aux, target, scale, num_items_in_batch) -> dict[str, Tensor]:
         loss, stats = aux_cross_entropy(
-            base,
-            [replace(source, scale=scale if source.scale == 1.0 else source.scale * scale) for source in aux],
+            *self._sources(h_base, h_aux, scale),
             target,
             ignore_index=reading.IGNORE_INDEX,
             label_smoothing=self.config.label_smoothing if self.training else 0.0,

@@ -30,6 +30,7 @@ from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
 from .planner_loading import kept_buffers, marked_as_initialized
 from .planner_training import Freezing
+from .token_statistics import OwnTokenStatistics
 
 IGNORE_INDEX = -100
 
@@ -53,6 +54,7 @@ class PlannerCausalLMOutput(CausalLMOutputWithPast):
 
 
 class PlannerForCausalLM(
+    OwnTokenStatistics,
     Freezing,
     CheckpointingThroughHooks,
     GenerationWithPlans,
@@ -205,7 +207,7 @@ class PlannerForCausalLM(
         Raises                TypeError, ValueError: arguments. On CPU IndexError, on GPU NaN: unknown segments, labels.
         """
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
-        shift_labels = given.pop("shift_labels")
+        shift_labels, token_statistics = given.pop("shift_labels"), kwargs.pop("token_statistics", None)
         shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         if plans is not None:
             rows, token_segments, statistics = plans.rows, plans.segments_of_last(shape[1]), {}
@@ -223,6 +225,12 @@ class PlannerForCausalLM(
         has_loss = labels is not None or shift_labels is not None
         kwargs["output_router_logits"] = self._is_balanced(has_loss, kwargs.pop("output_router_logits", None))
         outputs = self._lm_outputs(rows, token_segments, kwargs)
+        if token_statistics is not None:
+            base, is_shifted = [output_head(self.lm).source(outputs.last_hidden_state)], shift_labels is not None
+            target = (shift_labels if is_shifted else _shifted(labels)).to(outputs.last_hidden_state.device)
+            output = token_statistics(base, [], target, is_shifted, None, num_items_in_batch)
+            output.aux_loss = self._unweighted_router_loss(outputs, attention_mask)
+            return output
         loss = self._loss(outputs.last_hidden_state, labels, shift_labels, num_items_in_batch)
         if kwargs["output_router_logits"]:
             statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
@@ -248,6 +256,13 @@ class PlannerForCausalLM(
         target = _shifted(labels) if shift_labels is None else shift_labels
         source = output_head(self.lm).source(hidden)
         return aux_cross_entropy(source, None, target.to(hidden.device), normalizer=num_items_in_batch)
+
+    def _unweighted_router_loss(self, outputs, attention_mask) -> Tensor:
+        """What a trainer that weights it itself adds to its loss; 0 of a frozen language model."""
+        weighted = router_loss(self.lm, outputs, attention_mask)
+        if weighted is None:
+            return outputs.last_hidden_state.new_zeros(())
+        return weighted / self.lm.config.get_text_config().router_aux_loss_coef
 
     def _is_balanced(self, has_loss: bool, given: bool | None) -> bool | None:
         """Whether the routers of the language model are to be balanced; None: it is not told, as it may not know."""
