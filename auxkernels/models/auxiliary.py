@@ -185,6 +185,7 @@ class AuxiliaryForCausalLM(OwnTokenStatistics, GenerationOfComposites, PreTraine
         model = cls._join(config, base_model, aux_model, zero_init=False).eval()
         saving.load_rest(model, rest, kwargs)
         saving.load_generation_config(model, folder, kwargs)
+        model.config.name_or_path = os.fspath(folder)
         return (model, {problem: set() for problem in saving.PROBLEMS}) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *, save_base: bool = False, state_dict: dict | None = None, **kwargs):

@@ -36,6 +36,7 @@ class AuxiliaryConfig(PretrainedConfig):
     """
 
     model_type = "auxiliary"
+    auto_map: ClassVar[dict] = {}  # of remote code; TRL reads it where transformers has no such class
     sub_configs: ClassVar[dict] = {"base_config": AutoConfig, "aux_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",

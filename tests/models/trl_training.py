@@ -69,7 +69,8 @@ def train(trainer_class, config_class, model, data: dict, *, options=None, **arg
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            calls.append((kept, num_items_in_batch, loss.detach()))
+            if not return_outputs:
+                calls.append((kept, num_items_in_batch, loss.detach()))
             return loss
 
     trainer = Recording(
