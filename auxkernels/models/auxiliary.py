@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from ..cross_entropy import aux_cross_entropy
 from ..sources import Head
+from . import adapters, saving
 from . import auxiliary_inputs as reading
-from . import saving
 from .causal_lm import are_packed, is_stateful, keeps_state, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .configuration import AuxiliaryConfig
@@ -55,7 +55,9 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     router_loss: Tensor | None = None
 
 
-class AuxiliaryForCausalLM(OwnTokenStatistics, GenerationOfComposites, PreTrainedModel, GenerationMixin):
+class AuxiliaryForCausalLM(
+    adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfComposites, PreTrainedModel, GenerationMixin
+):
     """softmax(base logits + aux_scale * aux logits), the base frozen: `from_base_and_aux` or `from_pretrained`.
 
     base              the frozen model: in eval mode, without gradients and run under no_grad, whatever is called
@@ -118,7 +120,7 @@ class AuxiliaryForCausalLM(OwnTokenStatistics, GenerationOfComposites, PreTraine
 
         The base is frozen for good. Training or eval mode is the auxiliary's (training for a new one).
 
-        base, aux      a causal LM, or the name or path of one; aux also a configuration: a new, random one
+        base, aux      a causal LM, also with adapters of PEFT (not prompts), or the name or path of one; aux also a configuration: a new, random one
         base_revision  of the base's name; saved in the pointer to it
         trunk_layer    which of the base's hidden states (0: the embeddings) the auxiliary reads through a new Linear
                        instead of its token embeddings; a prefix then runs through the base on its own
@@ -131,6 +133,7 @@ class AuxiliaryForCausalLM(OwnTokenStatistics, GenerationOfComposites, PreTraine
         Raises         TypeError, ValueError: no causal LM with a linear head, vocabularies, trunk layer
         """
         base_kwargs, aux_kwargs = dict(base_kwargs or {}), dict(aux_kwargs or {})
+        base, aux = adapters.language_model("base", base), adapters.language_model("aux", aux)
         base, aux = (os.fspath(given) if isinstance(given, os.PathLike) else given for given in (base, aux))
         if base_revision is not None and isinstance(base, str):
             base_kwargs["revision"] = base_revision
@@ -194,9 +197,13 @@ class AuxiliaryForCausalLM(OwnTokenStatistics, GenerationOfComposites, PreTraine
         save_base   also saves the base, in the folder's "base/"
         The configuration is written last, so that an interrupted save leaves no folder that loads.
         Raises ValueError for a base without a name, unless save_base; where the folder holds the base that is pointed
-        to, or another kind of model; for adapters of PEFT.
+        to, or another kind of model; for adapters of PEFT, unless they are the auxiliary's own, which are saved.
         """
         saving.save(self, super().save_pretrained, save_directory, save_base, state_dict, kwargs)
+
+    def merge_adapters(self) -> None:
+        """Adds the adapters that are in use on the auxiliary to its weights, and removes all of them."""
+        adapters.merge(self.aux)
 
     # -- the base stays frozen -----------------------------------------------------------------------------------------
 

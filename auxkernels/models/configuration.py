@@ -32,6 +32,7 @@ class AuxiliaryConfig(PretrainedConfig):
     aux_scale         the auxiliary's logits are multiplied by it
     label_smoothing   of the training loss, in [0, 1]; evaluation has none
     base_name_or_path, base_revision, base_fingerprint   the pointer to a base that is not saved with the model
+    aux_adapters      the auxiliary's adapters of PEFT, as they were saved; None: it has none
     base_is_saved     the folder holds the base too, in "base/"
     """
 
@@ -65,6 +66,7 @@ class AuxiliaryConfig(PretrainedConfig):
         base_revision: str | None = None,
         base_fingerprint: dict | None = None,
         base_is_saved: bool = False,
+        aux_adapters: dict | None = None,
         use_cache: bool = True,
         **kwargs,
     ):
@@ -90,4 +92,5 @@ class AuxiliaryConfig(PretrainedConfig):
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
         self.base_is_saved = base_is_saved
+        self.aux_adapters = aux_adapters
         self.use_cache = use_cache

@@ -112,6 +112,8 @@ def zero_output_head(model) -> None:
     """
     output_head(model)  # that it is a Linear
     layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError("zero_init must be False where adapters are on the head: or put them on after joining")
     tied = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight}
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
     if layer.bias is not None:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
 from .causal_lm import are_packed, is_stateful, router_loss, wants_router_logits
+from .adapters import PartsWithAdapters, language_model
 from .composite_generation import GenerationOfComposites
 from .conditioning import (
     ActiveRows,
@@ -54,6 +55,7 @@ class PlannerCausalLMOutput(CausalLMOutputWithPast):
 
 
 class PlannerForCausalLM(
+    PartsWithAdapters,
     OwnTokenStatistics,
     Freezing,
     CheckpointingThroughHooks,
@@ -141,6 +143,7 @@ class PlannerForCausalLM(
             num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
         if num_labels is None or label_dim is None:
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
+        lm = language_model("lm", lm)
         check_output_head(lm)
         config = PlannerConfig(
             text_config=copy.deepcopy(lm.config),  # what the constructor sets in it must not reach the model

@@ -36,7 +36,9 @@ def test_supervised_training_is_that_of_a_plain_loop(kind):
     assert all("entropy" in row and "mean_token_accuracy" in row for row in trainer.state.log_history[:-1])
 
 
-@pytest.mark.parametrize("options", [{"padding_free": True, "max_length": None}, {"packing": True}], ids=["free", "bfd"])
+@pytest.mark.parametrize(
+    "options", [{"padding_free": True, "max_length": None}, {"packing": True}], ids=["free", "bfd"]
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_rows_of_several_texts_are_trained_as_the_texts_alone(kind, options):
     model, plain, before = twice(MODELS[kind])
@@ -69,7 +71,11 @@ def test_completions_alone_are_counted(kind):
 
 # -- preferences -------------------------------------------------------------------------------------------------------
 
-PREFERENCES = {**COMPLETIONS, "chosen": COMPLETIONS["completion"], "rejected": [" " + text(i + 30, 3) for i in range(8)]}
+PREFERENCES = {
+    **COMPLETIONS,
+    "chosen": COMPLETIONS["completion"],
+    "rejected": [" " + text(i + 30, 3) for i in range(8)],
+}
 del PREFERENCES["completion"]
 
 
@@ -115,7 +121,12 @@ def test_statistics_of_logits_are_those_of_the_sum():
     """Mean logits and the weights of WPO, which DPO asks for."""
     model, before, _ = twice(auxiliary)
     trainer, calls = train(
-        trl.DPOTrainer, trl.DPOConfig, model, PREFERENCES, options={"use_weighting": True}, ref_model=copy.deepcopy(before)
+        trl.DPOTrainer,
+        trl.DPOConfig,
+        model,
+        PREFERENCES,
+        options={"use_weighting": True},
+        ref_model=copy.deepcopy(before),
     )
     inputs, _, _ = calls[0]
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -141,7 +152,9 @@ def fused(model, inputs, labels):
 
     names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     add_fused_lm_head(model, outputs=names)
-    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, fused_lm_head=True)
+    return model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, fused_lm_head=True
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -150,7 +163,9 @@ def test_binary_feedback_is_trained(kind):
     data = {**COMPLETIONS, "label": [i % 2 == 0 for i in range(8)]}
     trainer, calls = train(trl.KTOTrainer, trl.KTOConfig, model, data, ref_model=copy.deepcopy(before))
     assert all(loss.isfinite() for _, _, loss in calls)
-    changed = [name for (name, one), two in zip(model.named_parameters(), before.parameters()) if not torch.equal(one, two)]
+    changed = [
+        name for (name, one), two in zip(model.named_parameters(), before.parameters()) if not torch.equal(one, two)
+    ]
     assert changed and not any(name.startswith(("base.", "lm.")) for name in changed)
 
 
@@ -195,5 +210,7 @@ def test_leave_one_out_is_trained(kind):
     model, plain, before = twice(MODELS[kind])
     options = {**ONLINE, "beta": 0.0}
     trainer, calls = train(trl.RLOOTrainer, trl.RLOOConfig, model, PROMPTS, options=options, reward_funcs=reward)
-    changed = [name for (name, one), two in zip(model.named_parameters(), before.parameters()) if not torch.equal(one, two)]
+    changed = [
+        name for (name, one), two in zip(model.named_parameters(), before.parameters()) if not torch.equal(one, two)
+    ]
     assert changed and not any(name.startswith(("base.", "lm.")) for name in changed)
