@@ -120,7 +120,8 @@ class AuxiliaryForCausalLM(
 
         The base is frozen for good. Training or eval mode is the auxiliary's (training for a new one).
 
-        base, aux      a causal LM, also with adapters of PEFT (not prompts), or the name or path of one; aux also a configuration: a new, random one
+        base, aux      a causal LM, also with adapters of PEFT (not prompts), or the name or path of one; aux also a
+                       configuration: a new, random one
         base_revision  of the base's name; saved in the pointer to it
         trunk_layer    which of the base's hidden states (0: the embeddings) the auxiliary reads through a new Linear
                        instead of its token embeddings; a prefix then runs through the base on its own

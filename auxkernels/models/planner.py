@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
-from .causal_lm import are_packed, is_stateful, router_loss, wants_router_logits
 from .adapters import PartsWithAdapters, language_model
+from .causal_lm import are_packed, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .conditioning import (
     ActiveRows,
@@ -232,7 +232,8 @@ class PlannerForCausalLM(
             base, is_shifted = [output_head(self.lm).source(outputs.last_hidden_state)], shift_labels is not None
             target = (shift_labels if is_shifted else _shifted(labels)).to(outputs.last_hidden_state.device)
             output = token_statistics(base, [], target, is_shifted, None, num_items_in_batch)
-            output.aux_loss = self._unweighted_router_loss(outputs, attention_mask)
+            is_balanced = bool(kwargs["output_router_logits"])
+            output.aux_loss = self._unweighted_router_loss(outputs, attention_mask, is_balanced)
             return output
         loss = self._loss(outputs.last_hidden_state, labels, shift_labels, num_items_in_batch)
         if kwargs["output_router_logits"]:
@@ -260,9 +261,9 @@ class PlannerForCausalLM(
         source = output_head(self.lm).source(hidden)
         return aux_cross_entropy(source, None, target.to(hidden.device), normalizer=num_items_in_batch)
 
-    def _unweighted_router_loss(self, outputs, attention_mask) -> Tensor:
+    def _unweighted_router_loss(self, outputs, attention_mask, is_balanced: bool) -> Tensor:
         """What a trainer that weights it itself adds to its loss; 0 of a frozen language model."""
-        weighted = router_loss(self.lm, outputs, attention_mask)
+        weighted = router_loss(self.lm, outputs, attention_mask) if is_balanced else None
         if weighted is None:
             return outputs.last_hidden_state.new_zeros(())
         return weighted / self.lm.config.get_text_config().router_aux_loss_coef

@@ -65,7 +65,7 @@ class TokenStatistics(NamedTuple):
         vocab_size: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
     ) -> TokenStatisticsOutput:
-        """base, aux: sources of [batch, new] positions; target [batch, new], whose last has none if not `is_shifted`."""
+        """base, aux: sources of [batch, new] positions; target [batch, new], whose last counts if `is_shifted`."""
         base, aux = ([_scaled(source, 1 / self.temperature) for source in side] for side in (base, aux))
         stats = logit_stats(base, aux or None, target, ignore_index=IGNORE_INDEX, vocab_size=vocab_size)
         mask = target != IGNORE_INDEX

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 import transformers
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, tiny_model

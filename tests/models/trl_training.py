@@ -7,8 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
+import datasets
 from tiny import VOCAB_SIZE, tiny_model, tiny_pair
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
