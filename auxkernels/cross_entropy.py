@@ -22,7 +22,10 @@ class LogitStats:
     entropy                   entropy of p, nats
     kl_to_base                KL(p || q), nats
     argmax, base_argmax       int64, most likely class of p and of q: lowest index on a tie, the first NaN wins
-    Ignored rows hold 0.0, and -1 in the argmaxes.
+    Ignored rows hold 0.0, and -1 in the argmaxes. In a row that is no distribution (all -inf, any +inf or NaN) every
+    float of p is NaN, lse too, and base_log_prob where q is none. The sum is float32, so that a large scale (a small
+    temperature) rounds it: by half an ulp of the largest |base + aux|, absolutely. Entropies are accurate beside that,
+    relative to themselves also where one class is all but certain.
     """
 
     log_prob: Tensor | None

@@ -101,8 +101,8 @@ def _softmax(s: Tensor) -> _Softmax:
 def _divergence(log_p: Tensor, log_q: Tensor, a: Tensor) -> Tensor:
     """KL(p || q) of p = softmax(z + a) and q = softmax(z), not below 0 and accurate relative to itself also near 0.
 
-    As the sum of p d + (q - p) with d = log p - log q: q - p add up to 0, and with them no term is negative. For small a,
-    d is a - log E_q[exp(a)], rather than a difference of what z makes large.
+    As the sum of p d + (q - p) with d = log p - log q: q - p add up to 0, and with them no term is negative. For small
+    a, d is a - log E_q[exp(a)], rather than a difference of what z makes large.
     """
     p, q = log_p.exp(), log_q.exp()
     is_masked = log_p == -torch.inf

@@ -51,7 +51,8 @@ def soft_embedding(
 
     logits        scores [*, K] floating point, `Logits`, `Head` or a sequence of these (their sum).
     table         [K, D], or tables [L, K, D] that share one softmax, floating point.
-    temperature   positive number, or tensor of shape () or [*]; gets a gradient if it requires one.
+    temperature   positive number, or tensor of shape () or [*]; gets a gradient if it requires one. Divides scores
+                  relative to their maximum, so that a small one costs no digits, as a scale of the scores would.
     hard          straight-through: the row of the likeliest label forward, the gradient of the soft mixture backward;
                   the table's gradient goes to the chosen rows only.
     gumbel        scale of the Gumbel noise that is added to the scores before the temperature; gets no gradient.

@@ -34,6 +34,14 @@ class Head:
     scale     number, or tensor of shape () or [*] (the target's shape).
     softcap   None, or a positive number: applied to the logits before the scale, as in `Logits`.
     Each of hidden, weight, bias and a tensor scale gets a gradient if it requires one.
+
+    Heads of one weight (the same tensor, or the same memory in the same strides) are added up before their product,
+    which then is one, as is that of their gradients: where they have no softcap, a bias is scaled by one number without
+    a gradient, and the sum is as exact as its terms. That is so for float32 and float64, for float16 on CPU, and for
+    float32 hidden states under autocast; a sum of 16-bit hidden states does not fit into 16 bits, so there are two
+    products. A base and an auxiliary that share a weight cost two products as well where the base counts by itself:
+    `base_log_prob`, `kl_to_base` and `base_argmax` do, so `logit_stats` and return_stats=True. Who wants statistics of
+    the sum alone adds the hidden states and passes one head, with aux=None.
     """
 
     hidden: Tensor

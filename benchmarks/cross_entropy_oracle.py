@@ -48,7 +48,6 @@ def terms(base: torch.Tensor, aux: torch.Tensor | None, target: torch.Tensor) ->
     exp = (s - s_max).exp()
     exp_target = exp.gather(1, index)
     rest = exp.scatter(1, index, 0.0).sum(-1, keepdim=True)
-    total = rest + exp_target
     log_sum = exp.scatter(1, s.argmax(-1, keepdim=True), 0.0).sum(-1, keepdim=True).log1p()  # not beside the 1
     nll = torch.where(exp_target > rest, (rest / exp_target).log1p(), log_sum - (s_target - s_max))
     return Terms(s, exp, s_max, s_target, rest, log_sum, nll, s.abs().amax(-1, keepdim=True))

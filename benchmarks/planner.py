@@ -3,8 +3,9 @@
 A small GPT-2 is trained on the American Standard Version and frozen. A planner predicts a label for each verse, a
 k-means centroid of its embedding, from the verses before it; the language model is conditioned on embeddings of these
 labels in its layers. Compared at equal training, over seeds: no plan, a fixed label, the predicted hard label,
-straight-through, the mixture with a frozen planner, the mixture with planner and conditioning trained end to end, and
-the oracle label. Measured: perplexity of held-out chapters, and which labels the planner predicts.
+straight-through, the mixture with a frozen planner, the mixture with planner and conditioning trained end to end, these
+two also where the paper's code adds labels, before the attention's output projection, and the oracle label. Measured:
+perplexity of held-out chapters, and which labels the planner predicts.
 
     python -m benchmarks.planner [--scale tiny|small|gpu] [--seeds N] [--no-resume]
 

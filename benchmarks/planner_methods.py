@@ -23,11 +23,13 @@ class Arm:
     labels   where labels come from: "none", "planner" or "oracle"
     start    the way with a frozen planner that the first stage of training is the same as; then the second trains the
              planner too. None: the planner is frozen in both.
+    place    of `PlannerForCausalLM`; "attention_output" is that of the paper's own code
     """
 
     mode: str
     labels: str
     start: str | None = None
+    place: str = "layer_input"
 
 
 ARMS = {
@@ -36,6 +38,8 @@ ARMS = {
     "straight_through": Arm("straight_through", "planner", start="hard"),
     "soft_frozen": Arm("soft", "planner"),
     "soft": Arm("soft", "planner", start="soft_frozen"),
+    "soft_attention_frozen": Arm("soft", "planner", place="attention_output"),
+    "soft_attention": Arm("soft", "planner", start="soft_attention_frozen", place="attention_output"),
     "oracle": Arm("hard", "oracle"),
 }
 
@@ -103,7 +107,7 @@ def conditioned_lm(lm, planner: Planner, arm: Arm, codebook: Tensor, seed: int, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = PlannerForCausalLM.from_lm(
-            lm, planner, codebook=codebook, mode=arm.mode, freeze_lm=True, conditioning_init=init
+            lm, planner, codebook=codebook, place=arm.place, mode=arm.mode, freeze_lm=True, conditioning_init=init
         )
     model.freeze_planner()
     return model

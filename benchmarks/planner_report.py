@@ -16,14 +16,18 @@ LABELS = {
     "straight_through": "straight-through, end to end",
     "soft_frozen": "soft label, planner frozen",
     "soft": "soft label, end to end",
+    "soft_attention_frozen": "in the attention: planner frozen",
+    "soft_attention": "in the attention: end to end",
     "oracle": "oracle label (sees the verse)",
 }
-COLOURS = {  # of Okabe and Ito
+COLOURS = {  # of Okabe and Ito, and a brown
     "fixed": "#555555",
     "hard": "#0072B2",
     "straight_through": "#D55E00",
     "soft_frozen": "#56B4E9",
     "soft": "#009E73",
+    "soft_attention_frozen": "#E69F00",
+    "soft_attention": "#A6761D",
     "oracle": "#CC79A7",
 }
 REFERENCE = "hard"
@@ -63,6 +67,12 @@ def runs_of(results: dict, arm: str) -> list[dict]:
     return sorted((run for run in results["runs"] if run["arm"] == arm), key=lambda run: run["seed"])
 
 
+def arms_of(results: dict) -> list[str]:
+    """The ways that were run, in the order of `LABELS`."""
+    run = {each["arm"] for each in results["runs"]}
+    return [arm for arm in LABELS if arm in run]
+
+
 def perplexity(results: dict, arm: str) -> Estimate:
     return estimate([math.exp(run["loss"]) for run in runs_of(results, arm)])
 
@@ -93,14 +103,14 @@ def results_table(results: dict) -> str:
     against = f"millinats per token against {LABELS[REFERENCE]}"
     header = ["", "perplexity", f"{against}, ± over seeds", "± over chapters", "planner's accuracy"]
     rows = [["no plan", f"{math.exp(results['base']['loss']):.3f}", "", "", ""]]
-    for arm, label in LABELS.items():
+    for arm in arms_of(results):
         cells = ["", ""]
         if arm != REFERENCE:
             found = difference(results, arm)
             cells = [_with_error(found.seeds, 1000, "+.1f"), f"{1000 * found.chapters.error:.1f}"]
         accuracies = [run["accuracy"] for run in runs_of(results, arm) if "accuracy" in run]
         accuracy = f"{100 * statistics.fmean(accuracies):.1f} %" if accuracies else ""
-        rows.append([label, _with_error(perplexity(results, arm), 1, ".3f"), *cells, accuracy])
+        rows.append([LABELS[arm], _with_error(perplexity(results, arm), 1, ".3f"), *cells, accuracy])
     return markdown_table(header, rows)
 
 
@@ -130,19 +140,20 @@ def _plot_perplexity(axes, results: dict) -> None:
     axes.axvline(none, color="#555555", linestyle=":")
     axes.annotate("no plan", (none, 1), (-4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
                   rotation=90, ha="right", va="top", color="#555555", fontsize=9)  # fmt: skip
-    for place, arm in enumerate(LABELS):
+    arms = arms_of(results)
+    for place, arm in enumerate(arms):
         values = [math.exp(run["loss"]) for run in runs_of(results, arm)]
         found = estimate(values)
         error = None if math.isnan(found.error) else found.error
         axes.errorbar(found.mean, place, xerr=error, fmt="o", capsize=4, color=COLOURS[arm])
         axes.plot(values, [place + 0.22] * len(values), "|", color=COLOURS[arm])
-    axes.set_yticks(range(len(LABELS)), LABELS.values())
+    axes.set_yticks(range(len(arms)), [LABELS[arm] for arm in arms])
     axes.invert_yaxis()
     axes.set(xlabel="perplexity of held-out chapters", title="mean ± standard error; strokes: seeds")
 
 
 def _plot_differences(axes, results: dict) -> None:
-    arms = [arm for arm in LABELS if arm not in (REFERENCE, "oracle")]
+    arms = [arm for arm in arms_of(results) if arm not in (REFERENCE, "oracle")]
     axes.axvline(0, color=COLOURS[REFERENCE])
     for place, arm in enumerate(arms):
         found = difference(results, arm)
@@ -177,6 +188,9 @@ def make_report(results: dict) -> str:
 
 def _setting(results: dict) -> str:
     scale, base, text, runs = results["scale"], results["base"], results["text"], results["runs"]
+    place = f"the input of layers 3 to {scale['layers']}"
+    if "soft_attention" in arms_of(results):
+        place += ' ("in the attention": to the outputs of its heads)'
     train, test = (text["splits"][split] for split in ("train", "test"))
     num_seeds = len(runs_of(results, REFERENCE))
     return (
@@ -186,7 +200,7 @@ def _setting(results: dict) -> str:
         f"embedded by TF-IDF and {scale['label_dim']} singular vectors; labels are {scale['num_labels']} k-means "
         f"centroids. The planner reads the {scale['context']} verses before, also those outside the language model's "
         f"window, and is pretrained for {scale['planner_steps']} steps to predict the nearest centroid. Each way adds "
-        f"label embeddings to the input of layers 3 to {scale['layers']} and is trained with the language model's loss "
+        f"label embeddings to {place} and is trained with the language model's loss "
         f"on the same {runs[0]['examples']:,} windows: {scale['start_steps']} steps of the conditioning alone, then "
         f'{scale["joint_steps"]} at a lower rate, where "end to end" trains the planner too. The {num_seeds} seeds '
         f"share text, base, embeddings and codebook; planner, its pretraining and the windows' order are each "
@@ -203,6 +217,7 @@ def findings(results: dict) -> list[str]:
         _claim(results, "soft", "soft labels end to end beat predicted hard labels", expects_gain=True),
         _claim(results, "straight_through", "straight-through does not help", expects_gain=False),
         _what_helps(results),
+        *_place(results),
         _against_no_plan(results),
         _planner(results),
         _drift(results),
@@ -238,9 +253,19 @@ def _what_helps(results: dict) -> str:
     return f"Of soft labels' difference to predicted hard labels: {'; '.join(parts)}."
 
 
+def _place(results: dict) -> list[str]:
+    if "soft_attention" not in arms_of(results):
+        return []
+    found = difference(results, "soft_attention", "soft")
+    return [
+        f"Soft labels end to end before the attention's output projection, where the paper's code adds them, against "
+        f"those at the layer's input: {_with_errors(found)}, {'clear' if found.is_clear() else 'not clear'}."
+    ]
+
+
 def _against_no_plan(results: dict) -> str:
     none = math.exp(results["base"]["loss"])
-    parts = "; ".join(f"{LABELS[arm]} {perplexity(results, arm).mean - none:+.2f}" for arm in LABELS)
+    parts = "; ".join(f"{LABELS[arm]} {perplexity(results, arm).mean - none:+.2f}" for arm in arms_of(results))
     return (
         f"Against no plan (perplexity {none:.2f}): {parts}. The fixed label says what training the conditioning's "
         f"parameters gives without any plan."

@@ -139,7 +139,8 @@ def test_only_end_to_end_ways_train_the_planner_and_none_the_base(name, base, ta
     inputs = conditioned_inputs(ARMS[name], batch, task, labels)
     model.train()(**inputs, shift_labels=batch.targets).loss.backward()
     moved = {part for part, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    expected = {"conditioning", "planner"} if name in ("soft", "straight_through") else {"conditioning"}
+    expected = {"conditioning", "planner"} if ARMS[name].start else {"conditioning"}
+    assert model.config.place == ("attention_output" if "attention" in name else "layer_input")
     assert {part.split(".")[0] for part in moved} == expected
     model.remove_hooks()
 
@@ -223,7 +224,7 @@ def test_reproduction_has_every_way_with_every_seed_at_equal_training(miniature)
         assert run["loss"] == pytest.approx(sum(run["chapter_nats"]) / sum(tokens))
         assert run["loss"] < math.log(TINY.vocab_size), "not better than a guess"
     for run in results["runs"]:
-        if run["arm"] in ("hard", "soft_frozen"):
+        if run["arm"] in ("hard", "soft_frozen", "soft_attention_frozen"):
             assert run["accuracy"] == results["planners"][run["seed"]]["accuracy"], "a frozen planner has changed"
 
 
@@ -259,6 +260,14 @@ def test_report_calls_equal_losses_no_clear_difference(miniature):
     results = with_losses(miniature[0], dict.fromkeys(ARMS, 5.0))
     assert not difference(results, "soft").is_clear()
     assert '"soft labels end to end beat predicted hard labels": **not seen' in planner_report.make_report(results)
+
+
+def test_results_of_fewer_ways_have_a_report_of_these(miniature):
+    results = copy.deepcopy(miniature[0])
+    results["runs"] = [run for run in results["runs"] if "attention" not in run["arm"]]
+    report = planner_report.make_report(results)
+    assert "attention" not in report and "attention" in planner_report.make_report(miniature[0])
+    assert planner_report.plot_results(results).startswith(b"\x89PNG")
 
 
 def test_one_seed_has_no_error_over_seeds(miniature):

@@ -136,7 +136,8 @@ for (N, K, D), threads in itertools.product(EMPTY, (0, 1, 4)):
 def test_rows_that_are_numbered_by_no_inner_dimension_are_refused():
     code = """
 try:
-    cpu().scan([1, 3, 0, 0, -100, 0, 1, 0, 0], [1, 0, 3, 0, 0, 3, 0, 0], [1.0, 0.0], [0, 0, 0, 1, 0, 0, 0, 0], [1.0, 0.0], [0] * 22)
+    base, aux = ([1, 0, 3, 0, 0, 3, 0, 0], [1.0, 0.0]), ([0, 0, 0, 1, 0, 0, 0, 0], [1.0, 0.0])
+    cpu().scan([1, 3, 0, 0, -100, 0, 1, 0, 0], *base, *aux, [0] * 22)
 except ValueError as error:
     print(error)
 """
@@ -185,5 +186,5 @@ def test_segments_without_rows_columns_or_tokens_are_empty(impl):
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 4, 3), (2, 4, 0), (2, 0, 3)], ids=str)
 def test_a_table_without_elements_is_refused(impl, shape):
-    with pytest.raises(ValueError, match="table|class"):
+    with pytest.raises(ValueError, match=r"table|class"):
         soft_embedding(torch.zeros(2, shape[-2], device=impl.device), torch.zeros(shape), backend=impl.backend)

@@ -59,7 +59,7 @@ def relative_error(got, want) -> float:
 
 
 def allowed(gap: float, size: float) -> float:
-    """Relative, from the error model of oracle.py: exp's condition is the size of the logits. A divergence is a square."""
+    """Relative, by the error model of oracle.py: the condition of exp is the size of the logits."""
     return 64 * EPS * (8 + gap + 4 * size)
 
 

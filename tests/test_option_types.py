@@ -1,4 +1,4 @@
-"""Options of other types than Python's int, float and bool: what torch takes for one is one, and gives the same bits."""
+"""Options of other types than Python's int, float and bool: what torch takes for one is one, and gives its bits."""
 
 import enum
 import fractions
@@ -121,6 +121,22 @@ def test_modules_take_them(impl):
     module = module.to(impl.device)
     module.backend = impl.backend
     assert module(base).shape == (3, 3) and module.weight.shape == (9, 3)
+
+
+def test_configurations_hold_what_json_holds():
+    pytest.importorskip("transformers")
+    from transformers import GPT2Config
+
+    from auxkernels.models import AuxiliaryConfig, PlannerConfig
+
+    small = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)
+    config = AuxiliaryConfig(small, small, trunk_layer=np.int64(1), vocab_size=np.int32(11), aux_scale=np.float32(0.5))
+    assert '"trunk_layer": 1' in config.to_json_string() and '"aux_scale": 0.5' in config.to_json_string()
+    options = {"layers": np.arange(2), "label_temperature": np.float32(0.5), "gumbel_hard": np.True_}
+    config = PlannerConfig(
+        small, np.int64(4), np.int64(3), fixed_label=np.int64(1), gumbel_scale=np.int64(2), **options
+    )
+    assert config.layers == [0, 1] and '"gumbel_hard": true' in config.to_json_string()
 
 
 def test_numbers_of_heads_and_of_the_chunk_settings_may_be_numpys(impl, monkeypatch):

@@ -247,6 +247,32 @@ def test_temperatures_at_their_extremes_are_argmax_and_mean(impl):
     assert relative_error(hot, table.double().mean(0).expand(6, 5)) < 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"hard": True}], ids=str)
+@pytest.mark.parametrize("kind", ["number", "0-d", "per row"])
+@pytest.mark.parametrize("T", [1e-50, 1e-44, 1e-40, 1e-38, 1e-30, 1e30, 1e38, 1e39])
+def test_no_positive_temperature_makes_nan_of_a_row_with_masked_and_huge_scores(impl, T, kind, options):
+    """Its inverse may be no float32 number, and 0 times infinity is NaN."""
+    scores, table = leaves(impl)
+    scores = with_rows(
+        scores, (0, 3, -INF), (1, slice(None), -INF), (2, [4, 5], 2e38), (2, 6, -2e38), (3, slice(None), 7.0)
+    )
+    given = T
+    if kind != "number":
+        given = torch.full((6,) if kind == "per row" else (), min(max(T, 1e-44), 3e38), device=impl.device)
+        given.requires_grad_()
+    mask = torch.zeros(37, dtype=torch.bool, device=impl.device)
+    mask[9] = True
+    case = Case(scores, table, {"temperature": given, "mask": mask, **options})
+    got = case.run(impl.backend, case.upstream("out", *FLOATS))
+    for name, value in got.items():
+        if name != "grad temperature":  # it may be infinity times 0
+            assert not value.isnan().any(), name
+    if T <= 1e-30 and not options:
+        chosen = scores.detach().masked_fill(mask, -INF).argmax(-1)
+        assert torch.equal(got["out"][[0, 4, 5]], table.detach()[chosen[[0, 4, 5]]])
+        assert torch.equal(got["out"][2].double().float(), (table.detach()[4] + table.detach()[5]) / 2)
+
+
 @pytest.mark.parametrize("size", [1e4, 1e30, 3e38])
 def test_scores_as_large_as_they_may_be_do_not_overflow(impl, size):
     scores = torch.tensor([[size, -size, 0.0], [size, size, -size]], device=impl.device, requires_grad=True)

@@ -238,11 +238,52 @@ def test_a_row_that_is_not_a_distribution_is_nan_and_alone(impl, fill):
     clean = logit_stats(base, aux, target, backend=impl.backend)
     base[1, 7 if fill != -torch.inf else slice(None)] = fill
     stats = logit_stats(base, aux, target, backend=impl.backend)
-    for name in ("log_prob", "base_log_prob", "entropy", "kl_to_base"):
+    for name in FLOATS:
         got = getattr(stats, name)
         assert got.isnan().tolist() == [False, True, False], name
         assert torch.equal(got[::2], getattr(clean, name)[::2]), name
-    assert not stats.lse[1].isfinite() and torch.equal(stats.lse[::2], clean.lse[::2])
+
+
+# (changes of base, changes of aux) in a row of zeros -> the argmax of the sum and of the base; whether q is no
+# distribution either. Every statistic of p is NaN there, and of q's log-probability where q is none
+NO_DISTRIBUTIONS = {
+    "all -inf by the base": ([(slice(None), -torch.inf)], [], (0, 0), True),
+    "all -inf by aux": ([], [(slice(None), -torch.inf)], (0, 0), False),
+    "all -inf by both": ([(slice(0, 4000), -torch.inf)], [(slice(4000, None), -torch.inf)], (0, 4000), False),
+    "+inf in the base": ([(77, torch.inf)], [], (77, 77), True),
+    "+inf in aux": ([], [(77, torch.inf)], (77, 0), False),
+    "+inf twice": ([], [(5, torch.inf), (8000, torch.inf)], (5, 0), False),
+    "+inf among -inf": ([], [(slice(None), -torch.inf), (4500, torch.inf)], (4500, 0), False),
+    "NaN in the base": ([(8299, torch.nan)], [], (8299, 8299), True),
+    "NaN in aux": ([], [(0, torch.nan)], (0, 0), False),
+    "NaN behind +inf": ([], [(3, torch.inf), (5000, torch.nan)], (5000, 0), False),
+    "inf - inf": ([(9, torch.inf)], [(9, -torch.inf)], (9, 9), True),
+    "NaN among -inf": ([], [(slice(None), -torch.inf), (8298, torch.nan)], (8298, 0), False),
+}
+
+
+@pytest.mark.parametrize("form", ["logits", "few rows", "sequence", "differentiable", "with a loss"])
+@pytest.mark.parametrize("name", NO_DISTRIBUTIONS)
+def test_rows_without_a_distribution_have_one_answer_everywhere(impl, name, form):
+    of_base, of_aux, argmaxes, base_is_none = NO_DISTRIBUTIONS[name]
+    num_rows = 1 if form == "few rows" else 16
+    base, aux = (torch.zeros(num_rows, 8300, device=impl.device) for _ in range(2))
+    for tensor, changes in ((base, of_base), (aux, of_aux)):
+        for place, value in changes:
+            tensor[0, place] = value
+    target = torch.full((num_rows,), 4100, device=impl.device)
+    if form == "differentiable":
+        aux.requires_grad_()
+    source = [aux, torch.zeros_like(aux)] if form == "sequence" else aux
+    if form == "with a loss":
+        _, stats = aux_cross_entropy(base, source, target, return_stats=True, backend=impl.backend)
+    else:
+        stats = logit_stats(base, source, target, backend=impl.backend)
+    for field in ("log_prob", "lse", "entropy", "kl_to_base"):
+        assert getattr(stats, field)[0].isnan(), field
+        assert getattr(stats, field)[1:].isfinite().all(), field
+    assert stats.base_log_prob[0].isnan() == base_is_none
+    assert (int(stats.argmax[0]), int(stats.base_argmax[0])) == argmaxes
 
 
 # -- argmax ------------------------------------------------------------------------------------------------------------
@@ -326,7 +367,7 @@ def test_return_stats_gives_the_same_loss_and_detached_statistics(doubles, reduc
         assert getattr(stats, name).shape == target.shape
     upstream = torch.rand_like(loss)
     (with_stats,), (without,) = (torch.autograd.grad(out, aux, upstream) for out in (loss, plain))
-    # a confident row's log d is formed otherwise where its entropy is wanted: each p is as wrong as the error model says
+    # a confident row's log d is formed otherwise where its entropy is wanted: p is as wrong as the error model says
     spread = rows.z.abs().amax() + rows.log_d.amax() + 1
     rtol = max(torch.finfo(dtype).eps, 8 * torch.finfo(loss.dtype).eps * float(spread))
     torch.testing.assert_close(with_stats, without, rtol=rtol, atol=torch.finfo(dtype).tiny)

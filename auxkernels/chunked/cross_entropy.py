@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import checks, ops
 from .products import operand_dtype, plan_of
 from .rows import Rows, chunks_of, rows_that_count, settings
-from .sides import Buffers, Part, Setting, are_one_product, bytes_per_row, side_of
+from .shared_weights import Part, as_one, groups_of
+from .sides import Buffers, Setting, are_one_product, bytes_per_row, side_of
 
 _SOURCES = (
     "Tensor?[] parts, float[] softcaps, int num_base, ScalarType? autocast, Tensor? target, Tensor? weight, "
@@ -72,7 +73,8 @@ class Sources(NamedTuple):
 class ChunkedCall:
     """One call: its rows, its sides, and what the row kernels are given for each chunk.
 
-    is_base_wanted   whether the base counts by itself; otherwise what can be one product becomes one
+    is_base_wanted   whether the base counts by itself; otherwise its products and the auxiliary's become one where they
+                     can
     keeps_wide       whether gradients of float16 heads stay in float32
     """
 
@@ -83,22 +85,24 @@ class ChunkedCall:
         self.sources, self.in_place = sources, backend == "native" and not is_cuda
         self.kernels = ops.implementation(backend, is_cuda=is_cuda)
         parts, num = sources.as_parts(), len(sources.softcaps)
-        if not is_base_wanted and are_one_product(parts, sources.autocast):
-            sources = sources._replace(num_base=num)  # the auxiliary's products onto the base's
         of_source = [list(needs[4 * i : 4 * i + 4]) or [False] * 4 for i in range(num)]
+        groups = groups_of(parts, of_source, sources.num_base, sources.autocast, is_base_wanted)
+        ones = [[as_one([parts[i] for i in group]) for group in side] for side in groups]
+        if not is_base_wanted and are_one_product([*ones[0], *ones[1]], sources.autocast):
+            groups, ones = ([*groups[0], *groups[1]], []), [[*ones[0], *ones[1]], []]  # the auxiliary's onto the base's
+        self.order = [i for side in groups for group in side for i in group]
         ignored = sources.ignored()
         self.rows = rows_that_count(sources.shape(), ignored, _fewest_to_drop(parts, sources.shape().numel()))
-        wants = sources.sides([any(n) for n in of_source])
+        wants = [[any(any(of_source[i]) for i in group) for group in side] for side in groups]
         shared = (sources.vocab_size, sources.compute(), sources.autocast)
-        row_bytes = bytes_per_row(sources.sides(parts), wants, *shared, self.in_place, self.rows.keeps_all())
+        row_bytes = bytes_per_row(ones, wants, *shared, self.in_place, self.rows.keeps_all())
         self.chunks = chunks_of(self.rows.num_rows, row_bytes, settings.budget(sources.first().device))
         if ignored is not None:
             ignored = None if self.rows.kept is not None else ignored.flatten()
         setting = Setting(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)
         buffers = Buffers(setting, sources.first())
         self.base, self.aux = (
-            side_of(side, setting, side_needs, buffers)
-            for side, side_needs in zip(sources.sides(parts), sources.sides(of_source), strict=True)
+            side_of(_picked(parts, side), setting, _picked(of_source, side), buffers) for side in groups
         )
 
     def leading(self, start: int, stop: int) -> tuple:
@@ -130,6 +134,8 @@ class ChunkedCall:
 
     def gradients(self, needs: list[bool]) -> list[Tensor]:
         grads = self.base.gradients() + self.aux.gradients()
+        of_source = {i: grads[4 * place : 4 * place + 4] for place, i in enumerate(self.order)}
+        grads = [grad for i in range(len(of_source)) for grad in of_source[i]]
         return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
     def new_fields(self, wanted: int) -> list[Tensor]:
@@ -158,6 +164,11 @@ class ChunkedCall:
         classes = sources.target.long()
         in_range = counts & (classes >= 0) & (classes < sources.vocab_size)
         return torch.where(in_range, sources.weight[classes.where(in_range, 0)].to(like), 0.0).sum()
+
+
+def _picked(of_sources: list, groups: list[list[int]]) -> list[list]:
+    """What belongs to the sources of each group."""
+    return [[of_sources[i] for i in group] for group in groups]
 
 
 def _fewest_to_drop(parts: list[Part], num_rows: int) -> int | None:

@@ -10,19 +10,10 @@ from torch import Tensor
 from .. import native
 from .products import HeadProducts, plan_of
 from .rows import Rows
+from .shared_weights import Part, SummedHeads, as_one
 from .sums import Term, scale_gradient, sum_of, value_gradient, with_tail
 
 ALIGNMENT = 64  # elements between the rows of a buffer: GEMMs and row kernels load whole vectors
-
-
-class Part(NamedTuple):
-    """One source. `weight` None: `values` are its logits [*, V]; otherwise hidden states [*, D]."""
-
-    values: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    softcap: float | None
 
 
 class Operand(NamedTuple):
@@ -193,12 +184,31 @@ class HeadChunks(SourceChunks):
         return [*self.products.gradients(), self.scale_gradient()]
 
 
-def source_chunks(part: Part, setting: Setting, needs: list[bool], buffers: Buffers) -> LogitsChunks | HeadChunks:
-    return (LogitsChunks if part.weight is None else HeadChunks)(part, setting, needs, buffers)
+class SharedHeadChunks(HeadChunks):
+    """Heads of one weight, which are added up before their product: one source without softcap and scale."""
+
+    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
+        SourceChunks.__init__(self, as_one(parts), setting, [any(map(any, needs)), False, False, False], buffers)
+        self.plan = plan_of(parts[0].values.dtype, setting.autocast, parts[0].values.device)
+        self.grad_dtype, self.width = self.plan.operands, setting.vocab_size
+        shared = (setting.rows, len(setting.chunks), needs, setting.grad_dtype, setting.compute)
+        self.products = SummedHeads(parts, self.plan, self.width, *shared)
+
+    def gradients(self) -> list[Tensor | None]:
+        return self.products.gradients()
 
 
-# -- sides: what the row kernels take as base or auxiliary. needs() is whether they have to give the gradient of the
-# values, and of the scale ---------------------------------------------------------------------------------------------
+def source_chunks(
+    group: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers
+) -> LogitsChunks | HeadChunks:
+    """Of one source, or of a group of heads that share their weight."""
+    if len(group) > 1:
+        return SharedHeadChunks(group, setting, needs, buffers)
+    return (LogitsChunks if group[0].weight is None else HeadChunks)(group[0], setting, needs[0], buffers)
+
+
+# -- sides: what the row kernels take as base or auxiliary, made of groups of sources (`shared_weights.groups_of`) and
+# what each source needs. needs() is whether they have to give the gradient of the values, and of the scale ------------
 
 
 class NoSide:
@@ -220,8 +230,8 @@ class NoSide:
 class OneSource:
     """A side of one source: the row kernels apply its softcap and scale."""
 
-    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
-        self.source = source_chunks(parts[0], setting, needs[0], buffers)
+    def __init__(self, groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers):
+        self.source = source_chunks(groups[0], setting, needs[0], buffers)
 
     def needs(self) -> tuple[bool, bool]:
         return self.source.needs_values, self.source.needs_scale
@@ -245,8 +255,8 @@ class OneSource:
 class SumOfSources:
     """A side of several sources, summed in the compute dtype."""
 
-    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
-        self.sources = [source_chunks(part, setting, n, buffers) for part, n in zip(parts, needs, strict=True)]
+    def __init__(self, groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers):
+        self.sources = [source_chunks(group, setting, n, buffers) for group, n in zip(groups, needs, strict=True)]
         self.setting, self.buffers = setting, buffers
         self.dtype = self.grad_dtype = setting.compute
 
@@ -291,8 +301,8 @@ class SumOfSources:
 class SumOfProducts(SumOfSources):
     """Heads whose products are added up in one buffer (`are_one_product`), whose gradient is that of each head."""
 
-    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
-        super().__init__(parts, setting, needs, buffers)
+    def __init__(self, groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers):
+        super().__init__(groups, setting, needs, buffers)
         plan = self.sources[0].plan
         self.dtype, self.grad_dtype = plan.logits, plan.operands
 
@@ -309,17 +319,18 @@ class SumOfProducts(SumOfSources):
 Side = NoSide | OneSource | SumOfSources
 
 
-def side_of(parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers) -> Side:
-    if not parts:
+def side_of(groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers) -> Side:
+    if not groups:
         return NoSide()
-    if len(parts) == 1:
-        return OneSource(parts, setting, needs, buffers)
-    kind = SumOfProducts if are_one_product(parts, setting.autocast) else SumOfSources
-    return kind(parts, setting, needs, buffers)
+    if len(groups) == 1:
+        return OneSource(groups, setting, needs, buffers)
+    is_one = are_one_product([as_one(group) for group in groups], setting.autocast)
+    return (SumOfProducts if is_one else SumOfSources)(groups, setting, needs, buffers)
 
 
 def plain_side_of(parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers) -> Side:
     """A side whose operand has neither scale nor softcap: for row kernels that know of none."""
+    groups, of_group = [[part] for part in parts], [[of_part] for of_part in needs]
     if len(parts) == 1 and (parts[0].scale is not None or parts[0].softcap is not None):
-        return SumOfSources(parts, setting, needs, buffers)
-    return side_of(parts, setting, needs, buffers)
+        return SumOfSources(groups, setting, of_group, buffers)
+    return side_of(groups, setting, of_group, buffers)

@@ -16,7 +16,8 @@ from .. import checks, native, ops
 from ..soft_rows import ROW_FIELDS, SoftRows, Upstream
 from .products import WeightGradient, multiply, plan_of
 from .rows import Rows, chunks_of, settings
-from .sides import Buffers, Part, Setting, bytes_per_row, padded, plain_side_of
+from .shared_weights import Part
+from .sides import Buffers, Setting, bytes_per_row, padded, plain_side_of
 
 # what the forward op can return after the mixture, as bits of `wanted`, in this order
 OUTPUTS = (*ROW_FIELDS, "usage", "labels")

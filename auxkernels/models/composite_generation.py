@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import ClassVar
 
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+# of one model's generation config: asked for by nobody who calls the composite, which some of them would refuse
+_OF_ONE_MODEL = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
+)
 _OTHER_DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
+
+
+def inherited(generation_config: GenerationConfig) -> GenerationConfig:
+    """A copy of one model's generation config, without what chooses its cache and its drafts."""
+    copied = copy.deepcopy(generation_config)
+    for name in (*_OF_ONE_MODEL, *_OTHER_DRAFTS, "token_healing"):
+        if getattr(copied, name, None):
+            setattr(copied, name, None)
+    return copied
 
 
 class GenerationOfComposites:
     """Mixed in before transformers' generation.
 
+    _has_cache       whether the models inside have caches; if not, all tokens are read again at each step
     _own_arguments   those of `forward` that generate() passes on and that other models do not know
     """
 
+    _has_cache = True
     _own_arguments: ClassVar[tuple[str, ...]] = ()
     # the others are code from elsewhere, which reads one model's head, states and cache
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [
@@ -53,6 +74,12 @@ class GenerationOfComposites:
         return super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if self._has_cache:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        generation_config.use_cache = model_kwargs["use_cache"] = False  # or one token alone would be read
+        return None
 
     def init_continuous_batching(self, *args, **kwargs):
         """Raises ValueError: continuous batching has one cache, and no place for the arguments of each text."""

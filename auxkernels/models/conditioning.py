@@ -1,4 +1,4 @@
-"""Label embeddings added to the input of chosen decoder layers, through hooks on the layers."""
+"""Label embeddings added in chosen decoder layers, through hooks on the layers or on modules in them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..segments import segments_to_tokens
 from ..soft_embedding import LookupStats, soft_embedding
+from .modules import backbone
 
 # -- what is added -----------------------------------------------------------------------------------------------------
 
@@ -19,14 +20,14 @@ from ..soft_embedding import LookupStats, soft_embedding
 class Conditioning(nn.Module):
     """Codebooks and projections of all conditioned layers, stacked: one row for each layer and segment.
 
-    Layer l of L adds `gate_l * (weight_l @ e + bias_l)` to its input, where e is the segment's label embedding in the
+    Layer l of L adds `gate_l * (weight_l @ e + bias_l)` at its place, where e is the segment's label embedding in the
     layer's own codebook: a row of it, or the average of its rows with the probabilities of one softmax for all layers.
 
     codebooks   [L, K, E]: K labels of width E
-    weight      [L, H, E] and bias [L, H]: from E to the width H of the hidden states
+    weight      [L, H, E] and bias [L, H]: from E to the width H at the place (`places.width_at`)
     gate        [L, H], or None: only for init="zero_gate"
-    Source      Cornille et al. 2024. The authors add inside the layer, before the attention's output projection or the
-                feed-forward part; here it is the layer's input, the same place in every architecture.
+    Source      Cornille et al. 2024. The authors' code adds inside the layer: in GPT-2 before the attention's output
+                projection, in OLMo before the feed-forward part. `PlannerConfig.place` says where.
     """
 
     def __init__(
@@ -70,14 +71,16 @@ class Conditioning(nn.Module):
             raise ValueError(f"codebook must be [num_labels, label_dim] = {want}, got {got}")
         self.codebooks.copy_(codebook)
 
-    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats]:
-        """The rows of segments whose labels are predicted.
+    def forward(self, scores: Tensor, *, folded: bool | None = None, **options) -> tuple[Tensor, LookupStats] | Tensor:
+        """The rows of segments whose labels are predicted, or given (`of_labels`, through the module and its hooks).
 
-        scores    [S, K] floating point
+        scores    [S, K] floating point; or labels [S], for which the rows alone are returned
         folded    whether the codebooks are projected, not the mixtures; None: what multiplies less (`is_folded`)
         options   temperature, hard, gumbel, seed: as for `soft_embedding`
         Returns   rows [L, S, H], and the statistics of the label probabilities
         """
+        if not scores.is_floating_point():
+            return self.of_labels(scores, folded=folded)
         num_labels, label_dim = self.codebooks.shape[1:]
         if folded is None:
             folded = is_folded(len(scores), num_labels, label_dim, self.weight.shape[1])
@@ -170,8 +173,8 @@ def token_mask(attention_mask, shape) -> Tensor | None:
     return attention_mask[:, attention_mask.shape[1] - shape[1] :]
 
 
-def conditioning_segments(segment_ids, are_aligned: bool, attention_mask, mode: str, shape, device) -> Tensor:
-    """The row of segments that conditions each token, [batch, seq]; mode "fixed" has a single one."""
+def checked_segments(segment_ids: Tensor | None, mode: str, shape, device) -> Tensor:
+    """The segment of each token, [batch, seq], as it is given. Mode "fixed" needs none."""
     if segment_ids is None:
         if mode != "fixed":
             raise ValueError(f"mode {mode!r} needs segment_ids")
@@ -179,8 +182,43 @@ def conditioning_segments(segment_ids, are_aligned: bool, attention_mask, mode: 
     if segment_ids.is_floating_point() or segment_ids.shape != shape:
         got = f"{segment_ids.dtype} {list(segment_ids.shape)}"
         raise ValueError(f"segment_ids must be int64 {list(shape)}, as the tokens, got {got}")
-    token_segments = segment_ids if are_aligned else predicted_segments(segment_ids, attention_mask)
-    return token_segments.clamp(max=0) if mode == "fixed" else token_segments
+    return segment_ids
+
+
+def conditioning_segments(segment_ids: Tensor, are_aligned: bool, attention_mask, num_segments: int | None) -> Tensor:
+    """The row of segments that conditions each token, [batch, seq]; num_segments None: a single row for all."""
+    if num_segments is None:
+        segment_ids = segment_ids.clamp(max=0)
+    else:
+        segment_ids = refuse_numbers_of_rows(segment_ids, num_segments, attention_mask)
+    return segment_ids if are_aligned else predicted_segments(segment_ids, attention_mask)
+
+
+def refuse_numbers_of_rows(segment_ids: Tensor, num_segments: int, attention_mask: Tensor | None = None) -> Tensor:
+    """The segments of tokens [batch, seq], which must be numbered over the whole batch, as they are.
+
+    Collators that know nothing of segments leave each example's own ids. With them all rows would follow the first
+    row's plans, so such ids are recognised: 0, 1, 2, ... in every row, while labels of further segments are given.
+
+    Raises   ValueError for them on CPU; on GPU they become unknown segments (NaN).
+    """
+    if segment_ids.shape[0] < 2 or segment_ids.shape[1] == 0:
+        return segment_ids
+    is_token = segment_ids >= 0
+    if attention_mask is not None:
+        is_token &= attention_mask.to(segment_ids.device) != 0
+    highest = segment_ids.masked_fill(~is_token, -1).cummax(dim=1).values
+    steps = highest.diff(dim=1, prepend=torch.full_like(highest[:, :1], -1))
+    counts = highest[:, -1] + 1
+    is_counted = (steps <= 1).all() & (~is_token | (segment_ids == highest)).all()
+    begins_anew = is_counted & ((counts > 0).sum() > 1) & (counts.max() < num_segments)
+    if segment_ids.device.type == "cpu" and not torch.compiler.is_compiling() and begins_anew:
+        raise ValueError(
+            "segment_ids must be numbered over the whole batch, got ids that begin anew in each row, at most "
+            f"{int(counts.max())} where labels of {num_segments} segments are given: number them on from row to row, "
+            "as labels.collate_segments does"
+        )
+    return torch.where(begins_anew & is_token, num_segments, segment_ids)
 
 
 class ActiveRows(threading.local):
@@ -202,7 +240,9 @@ class ActiveRows(threading.local):
 
 
 class AddRows:
-    """A forward pre-hook that adds the active rows of one layer to the hidden states, the layer's first argument."""
+    """A forward pre-hook that adds the active rows of one layer to the hidden states, the module's first argument."""
+
+    has_run = False
 
     def __init__(self, active: ActiveRows, index: int):
         self.active, self.index = active, index
@@ -210,29 +250,39 @@ class AddRows:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         if self.active.rows is None:
             return None
+        self.has_run = True
         if args:
             return (self._added(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._added(kwargs["hidden_states"])}
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        return args, {**kwargs, name: self._added(kwargs[name])}
 
     def _added(self, hidden: Tensor) -> Tensor:
         rows = self.active.rows[self.index].to(device=hidden.device, dtype=hidden.dtype)
-        return hidden + segments_to_tokens(rows, self.active.segment_ids.to(hidden.device))
+        added = segments_to_tokens(rows, self.active.segment_ids.to(hidden.device))
+        return hidden + (added.flatten(0, 1) if hidden.dim() == 2 else added)  # some flatten tokens inside a layer
 
 
 class LayerHooks:
-    """`AddRows` hooks on layers, the n-th for row set n. They are removed by `remove`, or when this object dies."""
+    """`AddRows` hooks on the n-th modules for row set n. They are removed by `remove`, or when this object dies."""
 
-    def __init__(self, layers: list[nn.Module], active: ActiveRows):
+    def __init__(self, modules: list[list[nn.Module]], active: ActiveRows):
+        self.added = [AddRows(active, n) for n, of_layer in enumerate(modules) for _ in of_layer]
+        flat = [module for of_layer in modules for module in of_layer]
         self.handles = [
-            layer.register_forward_pre_hook(AddRows(active, n), with_kwargs=True) for n, layer in enumerate(layers)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module, hook in zip(flat, self.added, strict=True)
         ]
         self.remove = _remover(self)
 
-    def __getstate__(self):
-        return self.handles
+    def passed_by(self) -> list[int]:
+        """Row sets that have never been added, where hooks were never called."""
+        return sorted({hook.index for hook in self.added if not hook.has_run})
 
-    def __setstate__(self, handles):
-        self.handles = handles
+    def __getstate__(self):
+        return self.handles, self.added
+
+    def __setstate__(self, state):
+        self.handles, self.added = state
         self.remove = _remover(self)
 
 
@@ -247,6 +297,12 @@ def _remove(handles: list) -> None:
         handle.remove()
 
 
+def _text_part(lm) -> nn.Module:
+    """Without the towers of other modalities, whose layers may be as many."""
+    part = lm.get_decoder() if hasattr(lm, "get_decoder") else None
+    return part if isinstance(part, nn.Module) and part is not lm else backbone(lm)
+
+
 def decoder_layers(lm) -> nn.ModuleList:
     """The decoder layers of a transformers causal LM: the outermost list of as many modules as the config has layers.
 
@@ -257,7 +313,7 @@ def decoder_layers(lm) -> nn.ModuleList:
         raise TypeError(f"the language model must be a decoder only, got {type(lm).__name__}")
     count = config.num_hidden_layers
     outermost, least_depth = None, 0
-    for name, module in lm.base_model.named_modules():  # min(..., key=...) would break a graph of torch.compile
+    for name, module in _text_part(lm).named_modules():  # min(..., key=...) would break a graph of torch.compile
         depth = name.count(".")
         if isinstance(module, nn.ModuleList) and len(module) == count and (outermost is None or depth < least_depth):
             outermost, least_depth = module, depth

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from .. import checks
+from .config_fields import describe_as
 
 VOCAB_POLICIES = ("strict", "pad")
+HEADS = ("own", "shared", "low_rank")
 
 
 def _as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedConfig | None:
@@ -17,7 +19,26 @@ def _as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedCo
     if not isinstance(given, dict) or "model_type" not in given:
         raise TypeError(f"{name} must be a PretrainedConfig or a dict with model_type, got {type(given).__name__}")
     given = dict(given)
-    return AutoConfig.for_model(given.pop("model_type"), **given)
+    model_type = given.pop("model_type")
+    if model_type in CONFIG_MAPPING:
+        return AutoConfig.for_model(model_type, **given)
+    config = PretrainedConfig(**given)  # of a model with code of its own, until that is loaded
+    config.model_type = model_type
+    return config
+
+
+def check_head(head: str, rank: int | None) -> int | None:
+    """The rank of a head's map as an int, None: full. Raises ValueError, TypeError."""
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+    if rank is None:
+        if head == "low_rank":
+            raise ValueError("head_rank must be given for head='low_rank'")
+        return None
+    rank = checks.integer("head_rank", rank)
+    if head == "own" or rank < 1:
+        raise ValueError(f"head_rank must be positive, and None for head='own', got {rank} for head={head!r}")
+    return rank
 
 
 class AuxiliaryConfig(PretrainedConfig):
@@ -26,6 +47,9 @@ class AuxiliaryConfig(PretrainedConfig):
     base_config, aux_config   PretrainedConfig, or its dict with model_type
     trunk_layer       index into the base's hidden states (0: the embeddings) that the auxiliary reads instead of token
                       embeddings; None: it reads tokens
+    head              what makes the auxiliary's part: "own", its output head; "shared", the base's frozen head behind a
+                      trained map of hidden states; "low_rank", two narrow matrices
+    head_rank         rank of that map (None: full) or of the two
     vocab_policy      "strict": equally wide heads; "pad": the narrower one's width counts, the rest is -inf
     vocab_size        width of the emitted logits: the base's
     num_valid_tokens  how many leading columns count
@@ -33,7 +57,10 @@ class AuxiliaryConfig(PretrainedConfig):
     label_smoothing   of the training loss, in [0, 1]; evaluation has none
     base_name_or_path, base_revision, base_fingerprint   the pointer to a base that is not saved with the model
     aux_adapters      the auxiliary's adapters of PEFT, as they were saved; None: it has none
+    base_options      what else from_pretrained needs to load the base's weights
     base_is_saved     the folder holds the base too, in "base/"
+    hidden_size, num_hidden_layers, bos_token_id, ...   the base's, for trainers and servers that read them of any model
+    max_position_embeddings   the smaller of the two; a prefix takes its length of the auxiliary's
     """
 
     model_type = "auxiliary"
@@ -57,6 +84,8 @@ class AuxiliaryConfig(PretrainedConfig):
         aux_config: PretrainedConfig | dict | None = None,
         *,
         trunk_layer: int | None = None,
+        head: str = "own",
+        head_rank: int | None = None,
         vocab_policy: str = "strict",
         vocab_size: int | None = None,
         num_valid_tokens: int | None = None,
@@ -65,6 +94,7 @@ class AuxiliaryConfig(PretrainedConfig):
         base_name_or_path: str | None = None,
         base_revision: str | None = None,
         base_fingerprint: dict | None = None,
+        base_options: dict | None = None,
         base_is_saved: bool = False,
         aux_adapters: dict | None = None,
         use_cache: bool = True,
@@ -72,6 +102,7 @@ class AuxiliaryConfig(PretrainedConfig):
     ):
         if vocab_policy not in VOCAB_POLICIES:
             raise ValueError(f"vocab_policy must be one of {', '.join(VOCAB_POLICIES)}, got {vocab_policy!r}")
+        head_rank = check_head(head, head_rank)
         # as Python's own numbers: JSON holds no others
         label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
         aux_scale = checks.real_number("aux_scale", aux_scale)
@@ -83,6 +114,7 @@ class AuxiliaryConfig(PretrainedConfig):
         self.base_config = _as_config("base_config", base_config)
         self.aux_config = _as_config("aux_config", aux_config)
         self.trunk_layer = trunk_layer
+        self.head, self.head_rank = head, head_rank
         self.vocab_policy = vocab_policy
         self.vocab_size = vocab_size
         self.num_valid_tokens = num_valid_tokens
@@ -91,6 +123,9 @@ class AuxiliaryConfig(PretrainedConfig):
         self.base_name_or_path = base_name_or_path
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
+        self.base_options = base_options
         self.base_is_saved = base_is_saved
         self.aux_adapters = aux_adapters
         self.use_cache = use_cache
+        if self.base_config is not None and self.aux_config is not None:
+            describe_as(self, self.base_config, self.aux_config)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..sources import Head
+from ..sources import Head, Logits, Source
+from .modules import backbone, call_of, device_of, features, head_width, is_called_whole, is_plain, run
 
 
 class LowRank(NamedTuple):
@@ -39,7 +40,7 @@ class OutputHead(NamedTuple):
         """hidden [*, D] -> Head. TypeError for a head with adapters, which is the sum of several: `sources`."""
         if self.low_rank:
             raise TypeError("the output embeddings must have no adapters here, got LoRA on them")
-        return Head(hidden, self.weight, bias=self.bias, scale=self.scale, softcap=self.softcap)
+        return Head(hidden.to(self.weight.device), self.weight, bias=self.bias, scale=self.scale, softcap=self.softcap)
 
     def sources(self, hidden: Tensor) -> list[Head]:
         """hidden [*, D] -> the sources whose sum are the logits."""
@@ -56,27 +57,60 @@ class OutputHead(NamedTuple):
         return z if self.scale == 1.0 else self.scale * z
 
 
-def output_head(model) -> OutputHead:
-    """The head of a transformers causal LM, as its configuration says. `check_output_head` compares with the model.
+class CalledHead(NamedTuple):
+    """A head that must be called, because a product with its weight would pass something by: see `modules`.
 
-    PEFT's wrappers are looked through: a head trained whole (`modules_to_save`), and LoRA on it.
+    The logits [*, V] are stored, and their gradient where one is required; scale and softcap are as in `OutputHead`.
     """
-    layer, low_rank = _without_wrappers(model.get_output_embeddings())
-    if not isinstance(layer, nn.Linear):
-        kind = f"{type(layer).__module__}.{type(layer).__name__}"
-        raise TypeError(f"the output embeddings of {type(model).__name__} must be a Linear, got {kind}")
+
+    call: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def source(self, hidden: Tensor) -> Logits:
+        return Logits(self.call(hidden), scale=self.scale, softcap=self.softcap)
+
+    def sources(self, hidden: Tensor) -> list[Logits]:
+        return [self.source(hidden)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        z = self.call(hidden)
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z if self.scale == 1.0 else self.scale * z
+
+
+_OF_THE_MODEL = CalledHead(lambda logits: logits)  # behind a model that is called whole
+
+
+def output_head(model) -> OutputHead | CalledHead:
+    """What turns `features` of a transformers causal LM into logits. `check_output_head` compares with the model.
+
+    PEFT's wrappers are looked through: a head trained whole (`modules_to_save`), and LoRA on it. A head, or a model,
+    with hooks or with weights of other kinds is called.
+    """
+    if is_called_whole(model):
+        return _OF_THE_MODEL
+    embeddings = model.get_output_embeddings()
+    if embeddings is None:
+        raise TypeError(f"{type(model).__name__} must have output embeddings, got None")
+    layer, low_rank = without_wrappers(embeddings)
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # FalconH1 multiplies
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides, HyperCLOVAX multiplies
     scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    softcap = next((cap for cap in (getattr(config, name, None) for name in caps) if cap is not None), None)
+    if not isinstance(layer, nn.Linear) or not is_plain(embeddings):
+        return CalledHead(call_of(model, embeddings), scale, None if softcap is None else float(softcap))
     if low_rank and softcap is not None:
         raise TypeError("the output embeddings must have no adapters under a softcap, got LoRA on them")
     return OutputHead(layer.weight, layer.bias, scale, None if softcap is None else float(softcap), low_rank)
 
 
-def _without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
+def without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
+    """(the layer in PEFT's wrappers, the adapters that they add)."""
     copies = getattr(layer, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
         return (layer.original_module if layer.disable_adapters else copies[layer.active_adapters[0]]), ()
@@ -99,29 +133,40 @@ def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
     return slice(-checks.integer("logits_to_keep", logits_to_keep), None)
 
 
-def detached(source: Head) -> Head:
-    """The same source with a head that gets no gradient."""
+def detached(source: Source) -> Source:
+    """The same source without a gradient of its own: of its head, or of logits."""
+    if isinstance(source, Logits):
+        return replace(source, values=source.values.detach())
     bias = None if source.bias is None else source.bias.detach()
     return replace(source, weight=source.weight.detach(), bias=bias)
 
 
 def zero_output_head(model) -> None:
-    """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied.
-
-    The model gets a configuration of its own to say so: others may share the one it had.
-    """
-    output_head(model)  # that it is a Linear
+    """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied."""
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
-        raise ValueError("zero_init must be False where adapters are on the head: or put them on after joining")
-    tied = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight}
+    if not isinstance(layer, nn.Linear) or not is_plain(layer):
+        raise ValueError(
+            f"zero_init must be False for {type(model).__name__}, whose output head is not a Linear layer with weights "
+            "in memory and without hooks: or load it so, and offload, shard or quantise the joined model"
+        )
+    untie_output_head(model)
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
     if layer.bias is not None:
         layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
+
+
+def untie_output_head(model) -> nn.Module:
+    """The output head's layer, whose weight is no longer said to be that of the input embeddings.
+
+    The model gets a configuration of its own to say so: others may share the one it had.
+    """
+    layer = model.get_output_embeddings()
+    tied = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight}
     _own_config(model)
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     keys = model.all_tied_weights_keys
     model.all_tied_weights_keys = {to: source for to, source in keys.items() if not tied & {to, source}}
+    return layer
 
 
 def _own_config(model) -> None:
@@ -134,11 +179,14 @@ def _own_config(model) -> None:
             module.config = copies[id(held)]
 
 
-def _probe(model) -> Tensor:
+def probe(model) -> Tensor:
     """Some tokens [1, n] that are not padding, whose embeddings some models hold at zero."""
-    embeddings, padding = model.get_input_embeddings().weight, model.config.get_text_config().pad_token_id
+    embeddings, padding = (
+        model.get_input_embeddings().weight,
+        getattr(model.config.get_text_config(), "pad_token_id", None),
+    )
     tokens = [i for i in range(min(8, embeddings.shape[0])) if i != padding]
-    return torch.tensor([tokens], device=embeddings.device)
+    return torch.tensor([tokens], device=device_of(model))
 
 
 @torch.no_grad()
@@ -148,28 +196,33 @@ def check_output_head(model) -> None:
     The model is shown random hidden states in place of its own, which may all be zero (behind a zero norm); its own
     where it does not call its base model as a module.
     """
-    weight, tokens, was_training = output_head(model).weight, _probe(model), model.training
-    hidden = torch.randn(*tokens.shape, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    shown = []
+    if is_called_whole(model):
+        return
+    tokens, was_training, shown = probe(model), model.training, []
 
     def show(module, args, output):
-        shown.append(True)
+        own = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        drawn = torch.Generator("cpu").manual_seed(0)
+        shown.append(torch.randn(own.shape, generator=drawn, dtype=torch.float32, device="cpu").to(own))
         if isinstance(output, tuple):
-            return hidden, *output[1:]
-        output.last_hidden_state = hidden
+            return shown[0], *output[1:]
+        output.last_hidden_state = shown[0]
         return output
 
-    hook = model.base_model.register_forward_hook(show)
+    hook = backbone(model).register_forward_hook(show)
     model.eval()
     try:
         want = model(input_ids=tokens, use_cache=False).logits.float()
         hook.remove()
-        if not shown:
-            hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = shown[0] if shown else features(run(model, input_ids=tokens, use_cache=False))
+        got = output_head(model).logits(hidden).float()
     finally:
         hook.remove()
         model.train(was_training)
-    got = output_head(model).logits(hidden).float()
-    tolerance = 64 * torch.finfo(weight.dtype).eps * want.abs().max().item()
-    if want.shape != got.shape or not torch.allclose(want, got, rtol=0.0, atol=tolerance):
+    tolerance = 64 * torch.finfo(hidden.dtype).eps * want.abs().max().item()
+    if want.shape != got.shape or not torch.allclose(want, got.to(want.device), rtol=0.0, atol=tolerance):
         raise ValueError(f"the logits of {type(model).__name__} are not those of a linear head with scale and softcap")
+    if want.shape[-1] != head_width(model):
+        raise ValueError(
+            f"the head of {type(model).__name__} must give {head_width(model)} logits, got {want.shape[-1]}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,23 +15,27 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
 from .adapters import PartsWithAdapters, language_model
-from .causal_lm import are_packed, is_stateful, router_loss, wants_router_logits
-from .composite_generation import GenerationOfComposites
+from .causal_lm import are_packed, check_frozen, check_layers, has_cache, is_stateful, router_loss, wants_router_logits
+from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
     ActiveRows,
     Conditioning,
     LayerHooks,
+    checked_segments,
     chosen_layers,
     conditioning_segments,
     decoder_layers,
     token_mask,
 )
-from .heads import check_output_head, kept_positions, output_head
+from .heads import check_output_head, kept_positions, output_head, probe
+from .modules import device_of, features, run
+from .places import modules_at, width_at
 from .planner_checkpointing import CheckpointingThroughHooks
 from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
-from .planner_loading import kept_buffers, marked_as_initialized
+from .planner_loading import MARK, kept_buffers, marked_as_initialized
 from .planner_training import Freezing
+from .saving import causal_lm
 from .token_statistics import OwnTokenStatistics
 
 IGNORE_INDEX = -100
@@ -69,6 +74,7 @@ class PlannerForCausalLM(
     Submodules: `lm`, the language model; `conditioning`, a `Conditioning`; `planner`, the user's module or None.
     A language model may be shared by several of these, and used on its own, also in other threads: the hooks add
     nothing outside `forward` and its thread. They are removed with `remove_hooks`, or when the model is deleted.
+    A language model or a head with hooks, or weights elsewhere (offloaded, sharded), is called: its logits are stored.
     Not for `torch.nn.DataParallel` (RuntimeError): segments are numbered over the whole batch.
     """
 
@@ -87,21 +93,22 @@ class PlannerForCausalLM(
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
         self.config.text_config = self.lm.config
         self._is_stateful = is_stateful(self.lm)  # generation asks before it drafts tokens that may be taken back
+        self._has_cache = has_cache(self.lm)
         self.planner = planner
         config.has_planner = planner is not None
+        modules = modules_at(config.place, self.lm, self._decoder_layers(), config.layers)
         self.conditioning = Conditioning(
             len(config.layers),
             config.num_labels,
             config.label_dim,
-            config.text_config.hidden_size,
+            width_at(config.place, self.lm, modules, config.layers),
             init=config.conditioning_init,
             dtype=torch.float64 if self.lm.dtype == torch.float64 else torch.float32,
-            device=self.lm.device,
+            device=device_of(self.lm),
         )
         self._frozen: dict[str, list[str]] = {}  # names of the weights that freezing changed
         self._active = ActiveRows()
-        layers = self._decoder_layers()
-        self._hooks = LayerHooks([layers[i] for i in config.layers], self._active)
+        self._hooks = LayerHooks(modules, self._active)
         self._is_hooked = True
         with marked_as_initialized(lm, planner):  # or post_init would draw weights anew that are not its own
             self.post_init()
@@ -111,13 +118,15 @@ class PlannerForCausalLM(
     @classmethod
     def from_lm(
         cls,
-        lm: PreTrainedModel,
+        lm: PreTrainedModel | str,
         planner: nn.Module | None = None,
         *,
+        lm_kwargs: dict | None = None,
         codebook: Tensor | None = None,
         num_labels: int | None = None,
         label_dim: int | None = None,
         layers: Iterable[int] | None = None,
+        place: str = "layer_input",
         mode: str = "soft",
         temperature: float = 1.0,
         freeze_lm: bool = True,
@@ -129,13 +138,14 @@ class PlannerForCausalLM(
         """Condition the decoder layers of a language model on labels.
 
         lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared. It gets
-                                hooks, which go with this model or by `remove_hooks`.
+                                hooks, which go with this model or by `remove_hooks`. Or the name or path of one.
+        lm_kwargs               for from_pretrained of an lm given by name.
         planner                 called as planner(**planner_inputs), returns scores [S, K]; None: scores or labels are
                                 given to each call.
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
                                 `fit_codebook`; None: standard normal, of num_labels and label_dim.
         layers                  indices of the layers to condition; None: all but the first two.
-        mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, fixed_label, conditioning_init
+        place, mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, fixed_label, conditioning_init
                                 as in `PlannerConfig`, where temperature is `label_temperature`.
         Raises                  TypeError, ValueError: a model or an option that cannot be served.
         """
@@ -143,14 +153,18 @@ class PlannerForCausalLM(
             num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
         if num_labels is None or label_dim is None:
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
+        if lm_kwargs or isinstance(lm, (str, os.PathLike)):
+            lm = causal_lm("lm", lm, dict(lm_kwargs or {}))
         lm = language_model("lm", lm)
         check_output_head(lm)
+        check_layers(lm, list(decoder_layers(lm)), probe(lm))
         config = PlannerConfig(
             text_config=copy.deepcopy(lm.config),  # what the constructor sets in it must not reach the model
             attn_implementation=lm.config._attn_implementation,
             num_labels=num_labels,
             label_dim=label_dim,
             layers=chosen_layers(layers, len(decoder_layers(lm))),
+            place=place,
             mode=mode,
             label_temperature=temperature,
             gumbel_scale=gumbel_scale,
@@ -160,7 +174,7 @@ class PlannerForCausalLM(
             freeze_lm=freeze_lm,
         )
         model = cls(config, lm=lm, planner=planner)
-        model.generation_config = copy.deepcopy(lm.generation_config)
+        model.generation_config = inherited(lm.generation_config)
         if codebook is not None:
             model.conditioning.set_codebook(codebook)
         return model.train(lm.training)
@@ -194,7 +208,9 @@ class PlannerForCausalLM(
         use_cache             None: unless past_key_values are given, none is made in training, where there are labels,
                               or where positions begin anew within a row (packed texts, which it would not keep apart).
         segment_ids           int64 [batch, seq], the segment of each token, numbered from 0 over the whole batch;
-                              negative: a token of no segment. Mode "fixed" does without: all tokens.
+                              negative: a token of no segment. Mode "fixed" does without: all tokens. Ids that begin
+                              anew in each row, as collators leave them that know nothing of segments, are an error
+                              where labels of further segments are given.
         segments_are_aligned  they already say of which segment the *predicted* token is (`predicted_segments`).
         label_scores [S, K], label_ids int64 [S], planner_inputs: keyword arguments of the planner
                               where the S segments' labels come from. Exactly one: scores or planner_inputs, in mode
@@ -207,19 +223,27 @@ class PlannerForCausalLM(
         without every argument that has "label" in its name. It also drops these columns and those of planner_inputs
         from the data, unless `TrainingArguments(remove_unused_columns=False)`.
         Returns               `PlannerCausalLMOutput`. In training no [batch, seq, vocabulary] tensor is made.
-        Raises                TypeError, ValueError: arguments. On CPU IndexError, on GPU NaN: unknown segments, labels.
+        Raises                TypeError, ValueError: arguments; in training trainable weights, such as PEFT's, in a
+                              language model that is frozen. On CPU IndexError, on GPU NaN: unknown segments, labels.
         """
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
         shift_labels, token_statistics = given.pop("shift_labels"), kwargs.pop("token_statistics", None)
-        shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        tokens = inputs_embeds if input_ids is None else input_ids
+        shape = tokens.shape[:2]
         if plans is not None:
             rows, token_segments, statistics = plans.rows, plans.segments_of_last(shape[1]), {}
         else:
             mode = check_mode(mode or self.config.mode)
             mask = None if segments_are_aligned else token_mask(attention_mask, shape)
-            token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, mode, shape, self.lm.device)
+            segment_ids = checked_segments(segment_ids, mode, shape, tokens.device)
             rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
-        if use_cache is None and past_key_values is None and plans is None:
+            num_segments = None if mode == "fixed" else rows.shape[1]
+            token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, num_segments)
+        if self.training and "lm" in self._frozen and torch.is_grad_enabled():
+            check_frozen(self.lm, "lm", "; to train adapters in it, use freeze_lm=False")
+        if not self._has_cache:
+            use_cache = False
+        elif use_cache is None and past_key_values is None and plans is None:
             # a frozen model in eval mode would make one, which checkpointed layers fill twice
             is_asked = not self.training and labels is None and shift_labels is None
             use_cache = None if is_asked and not are_packed(attention_mask, position_ids) else False
@@ -228,21 +252,22 @@ class PlannerForCausalLM(
         has_loss = labels is not None or shift_labels is not None
         kwargs["output_router_logits"] = self._is_balanced(has_loss, kwargs.pop("output_router_logits", None))
         outputs = self._lm_outputs(rows, token_segments, kwargs)
+        hidden = features(outputs)
         if token_statistics is not None:
-            base, is_shifted = [output_head(self.lm).source(outputs.last_hidden_state)], shift_labels is not None
-            target = (shift_labels if is_shifted else _shifted(labels)).to(outputs.last_hidden_state.device)
+            base, is_shifted = output_head(self.lm).sources(hidden), shift_labels is not None
+            target = (shift_labels if is_shifted else _shifted(labels)).to(hidden.device)
             output = token_statistics(base, [], target, is_shifted, None, num_items_in_batch)
             is_balanced = bool(kwargs["output_router_logits"])
             output.aux_loss = self._unweighted_router_loss(outputs, attention_mask, is_balanced)
             return output
-        loss = self._loss(outputs.last_hidden_state, labels, shift_labels, num_items_in_batch)
+        loss = self._loss(hidden, labels, shift_labels, num_items_in_batch)
         if kwargs["output_router_logits"]:
             statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
             loss = loss if statistics["router_loss"] is None else loss + statistics["router_loss"].to(loss.device)
         skip_logits = loss is not None and self.training if skip_logits is None else skip_logits
         output = PlannerCausalLMOutput(
             loss=loss,
-            logits=None if skip_logits else self._logits(outputs.last_hidden_state, logits_to_keep),
+            logits=None if skip_logits else self._logits(hidden, logits_to_keep),
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -265,7 +290,7 @@ class PlannerForCausalLM(
         """What a trainer that weights it itself adds to its loss; 0 of a frozen language model."""
         weighted = router_loss(self.lm, outputs, attention_mask) if is_balanced else None
         if weighted is None:
-            return outputs.last_hidden_state.new_zeros(())
+            return features(outputs).new_zeros(())
         return weighted / self.lm.config.get_text_config().router_aux_loss_coef
 
     def _is_balanced(self, has_loss: bool, given: bool | None) -> bool | None:
@@ -285,9 +310,22 @@ class PlannerForCausalLM(
         lm_inputs = {name: value for name, value in lm_inputs.items() if value is not None}
         self._active.set(rows.unbind(0), token_segments)
         try:
-            return self.lm.base_model(**lm_inputs, return_dict=True)
+            outputs = run(self.lm, **lm_inputs, return_dict=True)
         finally:
             self._active.set(None, None)
+        self._check_all_were_added()
+        return outputs
+
+    def _check_all_were_added(self) -> None:
+        """RuntimeError where layers read a module's weight and never call it: nothing would be added there."""
+        if torch.compiler.is_compiling() or getattr(self.lm.config.get_text_config(), "layerdrop", 0):
+            return
+        missed = [self.config.layers[n] for n in self._hooks.passed_by()]
+        if missed:
+            raise RuntimeError(
+                f"{type(self.lm).__name__} as it is configured does not call the modules that place="
+                f"{self.config.place!r} is in front of, in layers {missed}: use place='layer_input'"
+            )
 
     def _rows(self, mode: str, sources: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """The conditioning rows [L, S, H] of the segments, and the label statistics."""
@@ -320,10 +358,10 @@ class PlannerForCausalLM(
         return rows, {"label_entropy": entropy, "label_usage": stats.usage, "segment_labels": stats.argmax}
 
     def _rows_of_labels(self, label_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.conditioning.of_labels(label_ids)
+        rows = self.conditioning(label_ids)
         num_labels = self.config.num_labels
         is_label = ((label_ids >= 0) & (label_ids < num_labels)).float()
-        usage = torch.zeros(num_labels, device=label_ids.device)
+        usage = torch.zeros(num_labels, dtype=torch.float32, device=label_ids.device)
         usage = usage.index_add(0, label_ids.clamp(0, num_labels - 1), is_label) / max(len(label_ids), 1)
         return rows, {"label_entropy": usage.new_zeros(()), "label_usage": usage, "segment_labels": label_ids}
 
@@ -406,8 +444,21 @@ class PlannerForCausalLM(
             model.freeze_lm()
         return (model, info) if wants_info else model
 
+    def initialize_weights(self) -> None:
+        """As the language model's own class does, also where one of its modules fills the buffers of others.
+
+        In code that is not its own transformers passes over modules without weights, and would leave such buffers as
+        uninitialized memory.
+        """
+        self.is_custom_code = self.lm.is_custom_code
+        try:
+            super().initialize_weights()
+        finally:
+            del self.is_custom_code
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Conditioning):
+        is_new = not all(getattr(weight, MARK, False) for weight in module.parameters(recurse=False))
+        if isinstance(module, Conditioning) and is_new:
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .conditioning import ActiveRows
 
 # some versions checkpoint a layer's __call__, so that its hooks run again in the backward pass; others its forward,
-# which gets the hidden states as the hooks left them.
+# which gets the hidden states as the layer's own hooks left them, and runs those of modules inside again.
 HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)
 
 
@@ -30,7 +30,7 @@ class CheckpointingThroughHooks:
         if "lm" in self._frozen:
             check_own_dropout(self.lm, self._decoder_layers())
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if HOOKS_RUN_AGAIN:
+        if self._hooks_run_again():
             if options["use_reentrant"]:
                 raise ValueError("gradient checkpointing of a planner's language model needs use_reentrant=False")
             options["context_fn"] = partial(_checkpoint_contexts, self._active)
@@ -47,9 +47,12 @@ class CheckpointingThroughHooks:
             super().gradient_checkpointing_disable()
         self.train(self.training)
 
+    def _hooks_run_again(self) -> bool:
+        return HOOKS_RUN_AGAIN or self.config.place != "layer_input"
+
     def _check_checkpointing(self) -> None:
         """RuntimeError where the recomputation would lack what the hooks add."""
-        if not HOOKS_RUN_AGAIN or self._checkpoints_through_hooks:
+        if not self._hooks_run_again() or self._checkpoints_through_hooks:
             return
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self._decoder_layers()):
             raise RuntimeError("enable gradient checkpointing on the PlannerForCausalLM, not on its language model")

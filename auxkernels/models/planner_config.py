@@ -7,6 +7,8 @@ from typing import ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from .. import checks
+from .config_fields import describe_as
+from .places import check_place
 
 MODES = ("soft", "straight_through", "gumbel", "hard", "fixed")
 INITS = ("zero_projection", "zero_gate", "xavier")
@@ -19,6 +21,12 @@ class PlannerConfig(PretrainedConfig):
     num_labels          K, the number of labels. Their names, if any, are `id2label`.
     label_dim           E, width of a label's embedding.
     layers              indices of the conditioned decoder layers, ascending.
+    place               what a layer's label embeddings are added to:
+                        "layer_input": its hidden states, residual stream included, in every family;
+                        "attention_output": the input of its attention's output projection, that is all heads' outputs,
+                        as the paper's code does in GPT-2;
+                        "feed_forward_input": what its feed-forward part reads, as the paper's code does in OLMo.
+                        The last two are refused in layers without such a module, as those of state-space models.
     mode                how a segment's label conditions its tokens, unless a call says otherwise:
                         "soft": embeddings averaged with softmax(scores / label_temperature);
                         "straight_through": the likeliest label forward, the gradient of "soft" backward;
@@ -33,6 +41,7 @@ class PlannerConfig(PretrainedConfig):
                         "zero_gate": Xavier projections behind a trainable gate per channel that starts at zero;
                         "xavier": as the paper, where step 0 already differs from the language model.
     freeze_lm           the language model gets no gradient and stays in eval mode.
+    hidden_size, ...    the language model's, for trainers and servers that read them of any model.
     has_planner         whether saved weights include a planner module, which must then be given to load them.
     """
 
@@ -55,6 +64,7 @@ class PlannerConfig(PretrainedConfig):
         num_labels: int = 2,
         label_dim: int = 1,
         layers=(),
+        place: str = "layer_input",
         mode: str = "soft",
         label_temperature: float = 1.0,
         gumbel_scale: float = 1.0,
@@ -73,6 +83,7 @@ class PlannerConfig(PretrainedConfig):
             num_labels = len(kwargs["id2label"])
         else:
             kwargs["num_labels"] = num_labels
+        check_place(place)
         check_mode(mode)
         if conditioning_init not in INITS:
             raise ValueError(f"conditioning_init must be one of {', '.join(INITS)}, got {conditioning_init!r}")
@@ -84,6 +95,7 @@ class PlannerConfig(PretrainedConfig):
         self.text_config = text_config
         self.label_dim = checks.integer("label_dim", label_dim)
         self.layers = [checks.integer("layers", layer) for layer in layers]
+        self.place = place
         self.mode = mode
         self.label_temperature = label_temperature
         self.gumbel_scale = checks.number("gumbel_scale", gumbel_scale)
@@ -93,6 +105,8 @@ class PlannerConfig(PretrainedConfig):
         self.freeze_lm = freeze_lm
         self.has_planner = has_planner
         super().__init__(**kwargs)
+        if text_config is not None:
+            describe_as(self, text_config)
 
 
 def check_mode(mode: str) -> str:

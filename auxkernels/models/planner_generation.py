@@ -29,7 +29,8 @@ class SegmentPlans:
     ):
         self.rows_of, self.planner_fn = rows_of, planner_fn
         self.is_segment_end = is_segment_end if callable(is_segment_end) else None
-        self.end_tokens = None if callable(is_segment_end) else torch.tensor(sorted(is_segment_end), dtype=torch.int64)
+        ends = None if callable(is_segment_end) else sorted(is_segment_end)
+        self.end_tokens = None if ends is None else torch.tensor(ends, dtype=torch.int64, device="cpu")
         self.rows: Tensor | None = None  # [L, plans, H]
         self.tokens: Tensor | None = None  # [batch, n], those planned so far
         self.plan_of_token: Tensor | None = None  # [batch, n], -1: none

@@ -13,7 +13,8 @@ import tempfile
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -23,12 +24,15 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from . import adapters
+from . import adapters, base_pointer
 from .configuration import AuxiliaryConfig
+from .modules import backbone
+from .small import unread_weights
 
 BASE_FOLDER = "base"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OF_THE_FOLDER = ("revision", "subfolder")
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NUM_SAMPLES = 32
 _SUM_LENGTH = 4096
 PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -60,7 +64,7 @@ def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs
         allowed = "a PreTrainedModel or a name" + (", or a configuration" if name == "aux" else "")
         raise TypeError(f"{name} must be {allowed}, got {type(given).__name__}")
     _check_decoder(name, model.config)
-    if not model.can_generate() or model.base_model is model:
+    if not model.can_generate() or backbone(model) is model:
         raise TypeError(f"{name} must be a causal LM with an output head, got {type(model).__name__}")
     return model
 
@@ -96,32 +100,85 @@ def fingerprint(model: PreTrainedModel) -> dict:
 
     sums       of at most 4096 elements of each parameter, evenly spaced; magnitudes: of their absolute values
     dtype is kept beside the values, because a base may be loaded in another one than it was saved with. Weights that
-    are offloaded have no value and are not compared.
+    are offloaded have no value and are not compared, nor those that DeepSpeed has partitioned. Quantised weights count
+    as what they are stored as. Sharded ones (DTensor) are gathered one at a time: all ranks must call.
     """
     parameters = sorted(model.named_parameters())
-    structure = hashlib.sha256(repr([(name, list(p.shape)) for name, p in parameters]).encode()).hexdigest()
-    values = []
-    for i in range(_NUM_SAMPLES):
-        tensor = parameters[i * len(parameters) // _NUM_SAMPLES][1].detach()
-        index = (i * 7919 + tensor.numel() // 2) % tensor.numel()
-        element = tensor[torch.unravel_index(torch.tensor(index), tensor.shape)]
-        values.append(None if tensor.is_meta else element.item())
-    sums, magnitudes = zip(*(_sums(parameter.detach()) for _, parameter in parameters), strict=True)
+    shapes = [(name, list(getattr(p, "ds_shape", p.shape))) for name, p in parameters]
+    values, sums = [], []
+    for n, (_, parameter) in enumerate(parameters):
+        stored = None if _is_partitioned(parameter) else _stored(parameter.detach())
+        samples = [i for i in range(_NUM_SAMPLES) if i * len(parameters) // _NUM_SAMPLES == n]
+        values += [_element(stored, i) for i in samples]
+        sums.append(_sums(stored))
     return {
-        "structure": structure[:32],
+        "structure": hashlib.sha256(repr(shapes).encode()).hexdigest()[:32],
         "dtype": str(model.dtype).removeprefix("torch."),
         "values": values,
-        "sums": list(sums),
-        "magnitudes": list(magnitudes),
+        "sums": [one for one, _ in sums],
+        "magnitudes": [magnitude for _, magnitude in sums],
     }
 
 
-def _sums(tensor: Tensor) -> tuple[float, float] | tuple[None, None]:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a rank holds only its part of some weights, so that it cannot tell alone which model this is."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return True
+    return any(_is_sharded(weight) or _is_partitioned(weight) for weight in model.parameters())
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")  # DeepSpeed's ZeRO-3
+
+
+def _stored(tensor: Tensor) -> list[Tensor] | None:
+    """The ordinary tensors that a weight consists of; None: it is offloaded."""
     if tensor.is_meta:
+        return None
+    if _is_sharded(tensor):
+        return _stored(tensor.full_tensor())
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        return None if None in parts else [part for stored in parts for part in stored]
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor = tensor.as_subclass(Tensor)
+        return [tensor.int_repr() if tensor.is_quantized else tensor]
+
+
+def _element(stored: list[Tensor] | None, i: int) -> float | int | None:
+    """The i-th sample: an element of the first tensor that has any."""
+    tensor = next((one for one in stored or () if one.numel()), None)
+    if tensor is None:
+        return None
+    index = (i * 7919 + tensor.numel() // 2) % tensor.numel()
+    element = tensor[torch.unravel_index(torch.tensor(index), tensor.shape)]
+    return element.item() if _has_numbers(tensor) else _numbers(element.reshape(1)).item()
+
+
+def _sums(stored: list[Tensor] | None) -> tuple[float, float] | tuple[None, None]:
+    if stored is None:
         return None, None
-    step = -(-tensor.numel() // _SUM_LENGTH) | 1  # odd, so that it does not stay in one column
-    sample = tensor.reshape(-1)[::step].cpu().double()
-    return sample.sum().item(), sample.abs().sum().item()
+    total = magnitude = 0.0
+    for tensor in stored:
+        step = -(-tensor.numel() // _SUM_LENGTH) | 1  # odd, so that it does not stay in one column
+        sample = _numbers(tensor.reshape(-1)[::step])
+        total, magnitude = total + sample.sum().item(), magnitude + sample.abs().sum().item()
+    return total, magnitude
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() and tensor.element_size() > 1) or tensor.dtype in _INTEGERS
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """[n] in float64 on the CPU: values, or the bytes of types that torch cannot convert (several values in one)."""
+    if not _has_numbers(tensor) and not str(tensor.dtype).startswith("torch.float8"):
+        tensor = tensor.contiguous().view(torch.uint8)
+    return tensor.cpu().double()
 
 
 def is_same_base(expected: dict, found: dict) -> bool:
@@ -130,8 +187,10 @@ def is_same_base(expected: dict, found: dict) -> bool:
         return False
     tolerance = least = 0.0
     if expected["dtype"] != found["dtype"]:
-        limits = [torch.finfo(getattr(torch, one["dtype"])) for one in (expected, found)]
-        tolerance, least = max(one.eps for one in limits), max(one.smallest_normal for one in limits)
+        dtypes = [getattr(torch, one["dtype"]) for one in (expected, found)]
+        limits = [torch.finfo(dtype) for dtype in dtypes if dtype.is_floating_point]
+        tolerance = max((one.eps for one in limits), default=0.0)
+        least = max((one.smallest_normal for one in limits), default=0.0)
     pairs = zip(expected["values"], found["values"], strict=True)
     known = (pair for pair in pairs if None not in pair)
     if not all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance * 1e-4) for pair in known):
@@ -158,16 +217,17 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
     if not save_base and not config.base_name_or_path:
         raise ValueError(
-            "save_base must be True for a base that has no name to be found by: or save the base to a folder, load it "
-            "from there, and join it with the auxiliary anew"
+            f"save_base must be True for a base that has no name to be found by: or {base_pointer.way_to_save(model)}"
         )
     if state_dict is None:
         state_dict = model.state_dict()
-    own = {key: value for key, value in state_dict.items() if not key.startswith("base.")}
+    ignored = model._keys_to_ignore_on_save  # also matrices that nothing reads
+    own = {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in ignored)}
     _check_adapters(model, save_base)
     _check_target(os.fspath(folder), config, save_base)
     config.base_is_saved, config.aux_adapters = save_base, adapters.described(model.aux)
-    config.base_fingerprint = fingerprint(model.base)
+    if not is_sharded(model.base):  # else it is as it was when all ranks joined the models: this one may save alone
+        config.base_fingerprint = fingerprint(model.base)
     model.aux.config.dtype, model.base.config.dtype = model.aux.dtype, model.base.dtype
     if not kwargs.get("is_main_process", True):
         write(folder, state_dict=own, **kwargs)
@@ -248,18 +308,21 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     if check_base and config.base_fingerprint is None:
         raise ValueError(f"{folder} must say which base it was saved with: pass check_base=False for any")
     if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
-        raise ValueError(
-            "base must be the model that the auxiliary was saved with, got other weights or shapes: pass "
-            "check_base=False if that is meant"
-        )
+        advice = base_pointer.advice_on(config, base_model)
+        raise ValueError(f"base must be the model that the auxiliary was saved with, {advice}")
     weights = _weights(folder, where)
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
+    if type(config.aux_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"aux must be of a class of transformers, or registered there, got {config.aux_config.model_type}"
+        )
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.aux_config)]
     options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
+    unread = {} if config.head == "own" and config.trunk_layer is None else _unread_weights(config)
     aux, info = kind.from_pretrained(
         None,
         config=config.aux_config,
-        state_dict=dict(adapters.plain_weights(own, config.aux_adapters)),
+        state_dict={**unread, **adapters.plain_weights(own, config.aux_adapters)},
         output_loading_info=True,
         **options,
     )
@@ -267,10 +330,20 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
         if info[problem]:
             raise ValueError(f"{folder} must hold the auxiliary's weights, {problem}: {_some(map(str, info[problem]))}")
     if config.aux_adapters:
-        adapters.put_in(aux, own, config.aux_adapters)
+        adapters.put_in(aux, {**unread, **own}, config.aux_adapters)
     _keep_dtypes(aux, own, kwargs)
-    _point_to(config, base, check_base, base_kwargs)
+    _point_to(config, base, base_model, check_base, base_kwargs)
     return config, base_model, aux, weights
+
+
+def _unread_weights(config: AuxiliaryConfig) -> dict[str, Tensor]:
+    """Zeros without memory for the auxiliary's matrices that nothing reads, which only older folders hold."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config.aux_config))
+    shapes = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: torch.zeros(()).expand(shapes[name]) for name in unread_weights(model, config.head, config.trunk_layer)
+    }
 
 
 def _says_dtype(kwargs: dict) -> bool:
@@ -286,13 +359,16 @@ def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
             parameter.data = weights[name].to(parameter.device)
 
 
-def _point_to(config: AuxiliaryConfig, base, check_base: bool, base_kwargs: dict | None) -> None:
+def _point_to(config: AuxiliaryConfig, base, base_model, check_base: bool, base_kwargs: dict | None) -> None:
     """Makes the pointer that of a base given by name, or of an unchecked model, which may be another one."""
     if isinstance(base, PreTrainedModel) and not check_base:
         config.base_name_or_path, config.base_revision = pointer(base.config.name_or_path), None
+        config.base_options = base_pointer.weight_options(base, {})
     elif isinstance(base, (str, os.PathLike)):
         config.base_name_or_path = pointer(os.fspath(base))
         config.base_revision = (base_kwargs or {}).get("revision")
+        kwargs = base_pointer.loading_options(config, "moved", base_kwargs or {})
+        config.base_options = base_pointer.weight_options(base_model, kwargs)
 
 
 def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict | None) -> PreTrainedModel:
@@ -300,10 +376,15 @@ def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict 
         return causal_lm("base", base, base_kwargs or {})
     if config.base_config.dtype is not None and not _says_dtype(kwargs):
         kwargs = {**kwargs, "dtype": config.base_config.dtype}
+    kind = "moved" if base is not None else "folder" if config.base_is_saved else "pointer"
+    kwargs = base_pointer.loading_options(config, kind, kwargs)
     if base is None and config.base_is_saved:
         subfolder = os.path.join(where.get("subfolder", ""), BASE_FOLDER)
         if "revision" in where:
             kwargs = {**kwargs, "revision": where["revision"]}
+        inside = os.path.join(os.fspath(folder), subfolder)
+        if os.path.isdir(inside):  # code of its own is not looked for in subfolders
+            return causal_lm("base", inside, kwargs)
         return causal_lm("base", os.fspath(folder), {**kwargs, "subfolder": subfolder})
     name = config.base_name_or_path if base is None else base
     if base is None and config.base_revision is not None:
@@ -329,7 +410,7 @@ def _weights(folder, where: dict) -> dict[str, Tensor]:
 
 
 def load_rest(model, weights: dict[str, Tensor], kwargs: dict) -> None:
-    """The weights that are neither model's: the trunk projection."""
+    """The weights that are neither model's: the trunk projection and a head in place of the auxiliary's."""
     expected = {key for key in model.state_dict() if not key.startswith(("base.", "aux."))}
     if expected != weights.keys():
         raise ValueError(f"weights must be {sorted(expected)} beside the auxiliary's, got {sorted(weights)}")

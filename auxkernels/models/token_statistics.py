@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from ..cross_entropy import logit_stats
-from ..sources import Head
+from ..sources import Logits, Source
 
 IGNORE_INDEX = -100
 _CHUNK = 8192
@@ -58,8 +58,8 @@ class TokenStatistics(NamedTuple):
 
     def __call__(
         self,
-        base: list[Head],
-        aux: list[Head],
+        base: list[Source],
+        aux: list[Source],
         target: Tensor,
         is_shifted: bool,
         vocab_size: int | None = None,
@@ -85,12 +85,15 @@ class TokenStatistics(NamedTuple):
         return TokenStatisticsOutput(loss=loss, **fields)
 
 
-def _scaled(source: Head, factor: float) -> Head:
+def _scaled(source: Source, factor: float) -> Source:
     return source if factor == 1.0 else replace(source, scale=source.scale * factor)
 
 
-def _mean_logits(source: Head, vocab_size: int | None) -> Tensor:
+def _mean_logits(source: Source, vocab_size: int | None) -> Tensor:
     """Mean over the vocabulary, [batch, new] in float32."""
+    if isinstance(source, Logits):
+        values = source.values[..., :vocab_size].float()
+        return source.scale * _softcapped(values, source.softcap).mean(dim=-1)
     hidden, weight = source.hidden.float(), source.weight[:vocab_size]
     bias = None if source.bias is None else source.bias[:vocab_size]
     if source.softcap is None:
@@ -100,8 +103,12 @@ def _mean_logits(source: Head, vocab_size: int | None) -> Tensor:
     for start in range(0, len(weight), _CHUNK):
         part = None if bias is None else bias[start : start + _CHUNK].float()
         z = torch.nn.functional.linear(hidden, weight[start : start + _CHUNK].float(), part)
-        total = total + torch.tanh(z / source.softcap).sum(dim=-1)
-    return source.scale * source.softcap * total / len(weight)
+        total = total + _softcapped(z, source.softcap).sum(dim=-1)
+    return source.scale * total / len(weight)
+
+
+def _softcapped(values: Tensor, softcap: float | None) -> Tensor:
+    return values if softcap is None else softcap * torch.tanh(values / softcap)
 
 
 # -- TRL's replacement of forward ----------------------------------------------------------------------------------
@@ -114,14 +121,20 @@ class OwnTokenStatistics:
     """
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "forward" and _is_fused(value):
+        if name == "forward" and is_fused(value):
             value = types.MethodType(_with_own_head(value.__func__, type(self).forward), self)
         super().__setattr__(name, value)
 
 
-def _is_fused(forward) -> bool:
+def is_fused(forward) -> bool:
+    """Whether this is TRL's replacement."""
     code = getattr(getattr(forward, "__func__", None), "__code__", None)
     return code is not None and _KEYWORD in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def original_of(fused: Callable) -> Callable | None:
+    """What TRL's replacement passes calls on to."""
+    return inspect.getclosurevars(fused.__func__).nonlocals.get("original_forward")
 
 
 def _with_own_head(given: Callable, own: Callable) -> Callable:

@@ -389,8 +389,8 @@ def test_wrong_models_are_named():
     t5 = transformers.T5Config(vocab_size=VOCAB_SIZE, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
     cases = [
         ((base, base), {}, ValueError, "aux must be another model than base"),
-        ((base, tiny_config("gpt2")), {"trunk_layer": 3}, ValueError, r"trunk_layer must be in \[0, 2\].* got 3"),
-        ((base, tiny_config("gpt2")), {"trunk_layer": -1}, ValueError, "got -1"),
+        ((base, tiny_config("gpt2")), {"trunk_layer": 3}, ValueError, r"trunk_layer must be in \[-3, 2\].* got 3"),
+        ((base, tiny_config("gpt2")), {"trunk_layer": -4}, ValueError, "got -4"),
         ((base, t5), {}, ValueError, "aux must be decoder-only, got the encoder-decoder t5"),
         ((transformers.T5ForConditionalGeneration(t5), base), {}, ValueError, "base must be decoder-only"),
         ((base.model, tiny_config("gpt2")), {}, TypeError, "base must be a causal LM .* got LlamaModel"),

@@ -45,13 +45,23 @@ def router_part(model, **inputs):
     return model(**inputs).loss - model(**inputs, output_router_logits=False).loss.detach()
 
 
+def balancing_loss(model, **inputs):
+    """Of the model alone, before it is weighted; skips where this transformers has none for the family."""
+    try:
+        loss = model(**inputs).aux_loss
+    except AttributeError:
+        loss = None
+    if loss is None:
+        pytest.skip(f"transformers {transformers.__version__} does not balance {type(model).__name__} alone")
+    return loss
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "jetmoe", "dbrx"])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
 def test_auxiliary_adds_what_the_model_alone_adds(family, mask, tokens):
     labels = tokens if mask is None else torch.where(mask.bool(), tokens, -100)
     inputs = {"input_ids": tokens, "labels": labels, "attention_mask": mask}
-    outputs = (alone := experts(family))(**inputs)
-    want = 10.0 * outputs.aux_loss
+    want = 10.0 * balancing_loss(alone := experts(family), **inputs)
     assert want > 1.0
     want.backward()
     model = AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), experts(family), zero_init=False)

@@ -169,7 +169,7 @@ def test_adapters_of_the_language_model_train_beside_the_planner():
 def test_a_peft_model_around_it_trains_adapters_conditioning_and_planner():
     peft = pytest.importorskip("peft")
     options = {"target_modules": r"lm\..*q_proj", "modules_to_save": ["planner", "conditioning"]}
-    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, **options)).train()
+    model = peft.get_peft_model(tiny_model(freeze_lm=False), peft.LoraConfig(r=2, **options)).train()
     call(model, examples(4)).backward()
     trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert all(any(part in name for name in trained) for part in ("lora_B", "planner.", "codebooks", "conditioning"))

@@ -17,6 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_training import MODELS, assert_trained_alike, auxiliary, log_probs, planner, replay, text, train, twice
 
 from auxkernels.models import AuxiliaryForCausalLM, PlannerForCausalLM
+from auxkernels.models.modules import is_called_whole
 
 TEXTS = {"text": [text(i, 5 + i % 3) for i in range(8)]}
 COMPLETIONS = {"prompt": [text(i, 4) for i in range(8)], "completion": [" " + text(i + 9, 3) for i in range(8)]}
@@ -105,8 +106,24 @@ def softcapped(**options):
     return AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False, vocab_policy="pad", aux_scale=0.5)
 
 
+def shared():
+    """With the base's head for both."""
+    model = AuxiliaryForCausalLM.from_base_and_aux(
+        tiny_model("llama", seed=1, width=24), tiny_model("gpt2", seed=2), head="shared", aux_scale=0.5
+    )
+    torch.nn.init.normal_(model.aux_head.weight)
+    return model
+
+
+def called():
+    """With a base whose head is called, because a hook is on it."""
+    model = auxiliary()
+    model.base.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + 0.1)
+    return model
+
+
 @pytest.mark.parametrize("is_shifted", [False, True])
-@pytest.mark.parametrize("make", [auxiliary, planner, softcapped])
+@pytest.mark.parametrize("make", [auxiliary, planner, softcapped, shared, called])
 def test_the_numbers_of_each_token_are_those_of_the_summed_logits(make, is_shifted):
     model, plain, _ = twice(make)
     names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -235,6 +252,7 @@ def test_the_base_is_the_reference_of_an_untrained_auxiliary():
     model, plain, before = twice(lambda: auxiliary(zero_init=True))
     base = copy.deepcopy(model.base)
     _, calls = train(trl.DPOTrainer, trl.DPOConfig, model, PREFERENCES, ref_model=model.base)
+    assert not is_called_whole(model.base)  # TRL has replaced its forward, which does no more by that
     losses = replay(plain, calls, dpo_loss(base))
     assert [loss.item() for _, _, loss in calls] == pytest.approx(losses, rel=1e-4)
     assert losses[0] == pytest.approx(0.6931472, rel=1e-5)
@@ -335,15 +353,14 @@ def test_the_reference_is_loaded_from_the_folder_that_the_model_came_from(kind, 
 @pytest.mark.parametrize("kind, names", [("auxiliary", r"aux\..*q_proj"), ("planner", r"lm\..*q_proj")])
 def test_adapters_of_a_trainer_are_trained(kind, names):
     config = pytest.importorskip("peft").LoraConfig(r=2, target_modules=names)
+    model = auxiliary if kind == "auxiliary" else lambda: planner(freeze_lm=False)
     for trainer_class, config_class, data, options in (
         (trl.SFTTrainer, trl.SFTConfig, TEXTS, {}),
         (trl.DPOTrainer, trl.DPOConfig, PREFERENCES, {}),
         (trl.GRPOTrainer, trl.GRPOConfig, PROMPTS, {**ONLINE, "beta": 0.1}),
     ):
         rewards = {"reward_funcs": reward} if data is PROMPTS else {}
-        trainer, _ = train(
-            trainer_class, config_class, MODELS[kind](), data, options=options, peft_config=config, **rewards
-        )
+        trainer, _ = train(trainer_class, config_class, model(), data, options=options, peft_config=config, **rewards)
         weights = dict(trainer.model.named_parameters())
         moved = {name for name, weight in weights.items() if "lora_B" in name and weight.any()}
         assert moved and all(f".{names[:2]}" in name for name in moved)

@@ -38,9 +38,10 @@ def auxiliary(**options):
     return tiny_pair("llama", "llama", **options).train()
 
 
-def planner(mode: str = "fixed"):
+def planner(**options):
     """With conditioning that is not zero, as in the middle of training."""
-    model = PlannerForCausalLM.from_lm(tiny_model("llama", layers=3), num_labels=4, label_dim=3, mode=mode).train()
+    options = {"num_labels": 4, "label_dim": 3, "mode": "fixed", **options}
+    model = PlannerForCausalLM.from_lm(tiny_model("llama", layers=3), **options).train()
     torch.manual_seed(3)
     with torch.no_grad():
         for weight in model.conditioning.parameters():
