@@ -52,7 +52,7 @@ from .small import (
     new_head,
     small_model,
 )
-from .token_statistics import OwnTokenStatistics
+from .token_statistics import OwnTokenStatistics, check_no_further_loss
 from .vocabulary import check_tokenizers, shared_width
 
 _GROWING = (None, "dynamic", "dynamic_full")
@@ -449,7 +449,7 @@ class AuxiliaryForCausalLM(
         if self.config.head != "own":
             check_hidden_states(self.base if self.config.head == "shared" else None, self.aux)
         if token_statistics is not None:
-            self._check_no_further_loss(is_balanced)
+            check_no_further_loss(self, is_balanced)
             base, aux = self._sources(h_base, h_aux, scale)
             is_shifted, width = shift_labels is not None, self.config.num_valid_tokens
             return token_statistics(base, aux or [], target, is_shifted, width, num_items_in_batch)
@@ -550,21 +550,6 @@ class AuxiliaryForCausalLM(
             for source in head.sources(hidden)
         ]
         return self._frozen_sources(h_base), aux
-
-    def _check_no_further_loss(self, is_balanced: bool) -> None:
-        """ValueError where a loss that a trainer makes of log-probabilities would lack what the model's own has."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        if is_balanced:
-            raise ValueError(
-                "aux.config.output_router_logits must be False here: the trainer makes its loss of log-probabilities, "
-                "without the balancing loss of the auxiliary's experts"
-            )
-        if self.config.label_smoothing:
-            raise ValueError(
-                "config.label_smoothing must be 0 here: the trainer makes its loss of log-probabilities (SFTTrainer "
-                "smooths labels by its own label_smoothing_factor)"
-            )
 
     def _loss(self, h_base, h_aux, target, scale, num_items_in_batch) -> dict[str, Tensor]:
         options = {"ignore_index": reading.IGNORE_INDEX, "vocab_size": self.config.num_valid_tokens}

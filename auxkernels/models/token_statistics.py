@@ -111,6 +111,22 @@ def _softcapped(values: Tensor, softcap: float | None) -> Tensor:
     return values if softcap is None else softcap * torch.tanh(values / softcap)
 
 
+def check_no_further_loss(model, is_balanced: bool) -> None:
+    """ValueError where a loss that a trainer makes of log-probabilities would lack what an auxiliary model's own has."""
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    if is_balanced:
+        raise ValueError(
+            "aux.config.output_router_logits must be False here: the trainer makes its loss of log-probabilities, "
+            "without the balancing loss of the auxiliary's experts"
+        )
+    if model.config.label_smoothing:
+        raise ValueError(
+            "config.label_smoothing must be 0 here: the trainer makes its loss of log-probabilities (SFTTrainer "
+            "smooths labels by its own label_smoothing_factor)"
+        )
+
+
 # -- TRL's replacement of forward ----------------------------------------------------------------------------------
 
 
