@@ -390,6 +390,13 @@ def lookup_options(
     return LookupOptions(temperature, hard, gumbel, seed, top_k or 0)
 
 
+def gradient_option(clean_gradient: object, hard: bool) -> bool:
+    clean_gradient = boolean("clean_gradient", clean_gradient)
+    if clean_gradient and not hard:
+        raise ValueError("clean_gradient needs hard=True: a mixture's gradient is that of its own probabilities")
+    return clean_gradient
+
+
 def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.device) -> None:
     if mask is None:
         return

@@ -58,7 +58,8 @@ class SoftEmbedding(nn.Module):
 
     num_labels, embedding_dim   K and D
     num_tables                  L tables that share one softmax; 1: a single table, and results without that dimension
-    temperature, hard, gumbel, top_k, backend   as for `soft_embedding`; Gumbel noise is added in training mode only
+    temperature, hard, gumbel, clean_gradient, top_k, backend
+                                as for `soft_embedding`; Gumbel noise is added in training mode only
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SoftEmbedding(nn.Module):
         temperature: float | Tensor = 1.0,
         hard: bool = False,
         gumbel: float = 0.0,
+        clean_gradient: bool = False,
         top_k: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -85,6 +87,7 @@ class SoftEmbedding(nn.Module):
         else:
             self.temperature = temperature
         self.hard, self.gumbel, self.top_k, self.backend = hard, gumbel, top_k, backend
+        self.clean_gradient = clean_gradient
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,6 +126,7 @@ class SoftEmbedding(nn.Module):
             temperature=self.temperature,
             hard=self.hard,
             gumbel=self.gumbel if self.training else 0.0,
+            clean_gradient=self.clean_gradient,
             seed=seed,
             mask=mask,
             top_k=self.top_k,
@@ -136,6 +140,6 @@ class SoftEmbedding(nn.Module):
         return (mixture, stats) if return_stats else mixture
 
     def extra_repr(self) -> str:
-        options = {name: getattr(self, name) for name in ("hard", "gumbel", "top_k", "backend")}
+        options = {name: getattr(self, name) for name in ("hard", "gumbel", "clean_gradient", "top_k", "backend")}
         sizes = ", ".join(map(str, self.weight.shape))
         return f"{sizes}, " + ", ".join(f"{name}={value!r}" for name, value in options.items())

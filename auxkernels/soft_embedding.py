@@ -25,6 +25,9 @@ class LookupStats:
     argmax       int64, its label: lowest on a tie, the first NaN wins; -1 for a row without an allowed label
     sum_squares  sum_k p_k**2, the inverse of the effective number of labels
     usage        [K], mean of p over all rows; 0 for no rows
+    row_entropy  of the softmax over all allowed labels, nats: with top_k p is over the kept ones alone, and its entropy
+                 says nothing of the rest. Costs a pass over the scores there; without top_k it is `entropy`.
+    With clean_gradient p is without noise, but argmax is the chosen label.
     """
 
     entropy: Tensor
@@ -32,6 +35,7 @@ class LookupStats:
     argmax: Tensor
     sum_squares: Tensor
     usage: Tensor
+    row_entropy: Tensor
 
 
 def soft_embedding(
@@ -41,6 +45,7 @@ def soft_embedding(
     temperature: float | Tensor = 1.0,
     hard: bool = False,
     gumbel: float | Tensor = 0.0,
+    clean_gradient: bool = False,
     seed: int | Tensor | None = None,
     mask: Tensor | None = None,
     top_k: int | None = None,
@@ -56,6 +61,10 @@ def soft_embedding(
     hard          straight-through: the row of the likeliest label forward, the gradient of the soft mixture backward;
                   the table's gradient goes to the chosen rows only.
     gumbel        scale of the Gumbel noise that is added to the scores before the temperature; gets no gradient.
+    clean_gradient  needs hard: the noise decides which label is chosen, and nothing else. The gradient of scores and
+                  temperature is that of softmax(logits / temperature) @ table, as in vector quantisation. With
+                  gumbel=temperature the choice is a sample from that softmax. The choice is among all allowed labels,
+                  top_k cuts the gradient alone.
     seed          of the noise: int, 0-d int64 tensor, or None: drawn with torch's generator. The noise of a row and
                   label follows from it alone, on every device.
     mask          bool, [*, K] or [K], True: forbidden. A row without an allowed label gives zeros.
@@ -65,13 +74,15 @@ def soft_embedding(
     Returns       [*, D] or [L, *, D] in the table's dtype (under autocast in autocast's).
     Raises        TypeError, ValueError: dtype, shape, device, option. RuntimeError: an unavailable backend; double
                   differentiation.
-    Source        Cornille et al. 2024 (planner with soft labels); Jang et al. 2017 (Gumbel-softmax, straight-through).
+    Source        Cornille et al. 2024 (planner with soft labels); Jang et al. 2017 (Gumbel-softmax, straight-through);
+                  Bengio et al. 2013 (straight-through).
     """
     has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
+    has_option = has_option or clean_gradient is not False
     is_plain = not has_option and type(gumbel) in (float, int) and gumbel == 0
     if is_plain and plain_lookup.serves(logits, table, temperature, seed, backend):
         return plain_lookup.lookup(logits, table, temperature)
-    problem = _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backend)
+    problem = _problem(logits, table, temperature, hard, gumbel, clean_gradient, seed, mask, top_k, backend)
     if problem.backend == "reference":
         mixture, stats = reference.soft_embedding(
             problem.sources,
@@ -79,15 +90,17 @@ def soft_embedding(
             temperature=problem.options.temperature,
             hard=problem.hard,
             gumbel=problem.options.gumbel,
+            clean_gradient=problem.clean_gradient,
             seed=problem.seed,
             mask=mask,
             top_k=problem.top_k or None,
             autocast=problem.autocast,
         )
         return (mixture, LookupStats(**stats)) if return_stats else mixture
-    wanted = _STATS if return_stats else 0
-    mixture, fields = _run(problem, wanted)
-    return (mixture, LookupStats(**fields)) if return_stats else mixture
+    mixture, fields = _run(problem, _STATS if return_stats else 0)
+    if not return_stats:
+        return mixture
+    return mixture, LookupStats(**fields, row_entropy=_row_entropy(problem) if problem.top_k else fields["entropy"])
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -107,6 +120,7 @@ class _Problem(NamedTuple):
     mask: Tensor | None
     top_k: int
     hard: bool
+    clean_gradient: bool  # and there is noise
     autocast: torch.dtype | None
     backend: str
 
@@ -122,7 +136,7 @@ class _Problem(NamedTuple):
         return is_traced_in_transform()
 
 
-def _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backend) -> _Problem:
+def _problem(logits, table, temperature, hard, gumbel, clean_gradient, seed, mask, top_k, backend) -> _Problem:
     sources = as_sources("logits", logits)
     checks.tables(table)
     shape, device = checks.leading("logits", sources[0])
@@ -140,6 +154,7 @@ def _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backen
     temperature, hard, gumbel, seed, top_k = options
     if type(temperature) is float:
         temperature = _in_range(temperature, compute)
+    clean_gradient = checks.gradient_option(clean_gradient, hard)
     backend = backends.resolve(backend, device, compute)
     has_noise = isinstance(gumbel, Tensor) or gumbel != 0
     parts: list[Tensor | None] = []
@@ -161,6 +176,7 @@ def _problem(logits, table, temperature, hard, gumbel, seed, mask, top_k, backen
         mask,
         top_k,
         hard,
+        clean_gradient and has_noise,
         autocast,
         backend,
     )
@@ -210,11 +226,30 @@ def _run(problem: _Problem, wanted: int) -> tuple[Tensor, dict[str, Tensor]]:
     numbers = (problem.gumbel, problem.seed, problem.mask)
     if problem.requires_grad():
         numbers = tuple(saveable(None if t is None else t.detach()) for t in numbers)
-        mixture, *fields = apply(_SoftEmbedding, "soft_embedding", constants, wanted, *numbers, *distinct(tensors))
+        function = _CleanStraightThrough if problem.clean_gradient else _SoftEmbedding
+        mixture, *fields = apply(function, "soft_embedding", constants, wanted, *numbers, *distinct(tensors))
+    elif problem.clean_gradient:
+        mixture, chosen = _chosen_rows(constants, tensors, *numbers)
+        given = _clean_fields(constants, tensors, problem.mask, wanted) if wanted else {}
+        fields = [chosen if name == "argmax" else value for name, value in given.items()]
     else:
         arguments = _arguments(constants, problem.parts, problem.table, problem.temperature, *numbers)
         mixture, *fields = chunked.forward(*arguments, wanted, problem.backend)
     return mixture, dict(zip(_names(wanted), fields, strict=True))
+
+
+def _first_column(table: Tensor) -> Tensor:
+    """A table for calls whose mixture nobody reads."""
+    return table.detach().narrow(-1, 0, min(1, table.shape[-1]))
+
+
+def _row_entropy(problem: _Problem) -> Tensor:
+    """The entropy of the softmax that the gradient is of, without top_k."""
+    table = _first_column(problem.table)
+    whole = problem._replace(table=table, top_k=0, hard=True, clean_gradient=False)  # hard: no product with the table
+    if problem.clean_gradient:
+        whole = whole._replace(gumbel=None, seed=None)
+    return _run(whole, chunked.mask_of("entropy"))[1]["entropy"]
 
 
 class _SoftEmbedding(torch.autograd.Function):
@@ -252,4 +287,72 @@ class _SoftEmbedding(torch.autograd.Function):
             for i in (*range(3, len(parts), 4), len(parts)):  # scales and the temperature
                 if grads[i] is not None and tensors[i].dim() == 0:
                     grads[i] = grads[i].sum()
+        return (*[None] * 5, *once("soft_embedding", grads, (*tensors, grad, *of_fields)))
+
+
+# -- a noisy choice with the gradient of the softmax without noise -----------------------------------------------------
+
+
+def _choice(constants: tuple, tensors, gumbel, seed, mask) -> tuple:
+    """The leading arguments of the ops for the noisy choice, which is among all labels."""
+    softcaps, autocast, _, hard, backend = constants
+    *parts, temperature, table = tensors
+    return _arguments((softcaps, autocast, 0, hard, backend), parts, table, temperature, gumbel, seed, mask)
+
+
+def _chosen_rows(constants: tuple, tensors, gumbel, seed, mask) -> list[Tensor]:
+    """The chosen labels' rows of the table, and these labels."""
+    choice = _choice(constants, tensors, gumbel, seed, mask)
+    return chunked.forward(*choice, chunked.mask_of("argmax"), constants[-1])
+
+
+def _clean_fields(constants: tuple, tensors, mask, wanted: int) -> dict[str, Tensor]:
+    """The wanted fields of the softmax without noise."""
+    *parts, temperature, table = tensors
+    arguments = _arguments(constants, parts, _first_column(table), temperature, None, None, mask)
+    _, *fields = chunked.forward(*arguments, wanted, constants[-1])
+    return dict(zip(_names(wanted), fields, strict=True))
+
+
+class _CleanStraightThrough(torch.autograd.Function):
+    """Two lookups in one: the noisy one's rows and gradient of the table, the other one's gradient of the rest."""
+
+    @staticmethod
+    def forward(ctx, constants, wanted, gumbel, seed, mask, *tensors):
+        mixture, chosen = _chosen_rows(constants, tensors, gumbel, seed, mask)
+        saved = wanted | _STATE | (chunked.mask_of("labels") if constants[2] else 0)
+        fields = _clean_fields(constants, tensors, mask, saved)
+        state = [fields.get(name) for name in ("max", "log_denom", "argmax", "labels")]
+        ctx.save_for_backward(gumbel, seed, mask, chosen, *state, *tensors)
+        ctx.constants, ctx.wanted = constants, wanted
+        ctx.set_materialize_grads(False)
+        # a copy: what is saved must not be what its user may write
+        given = {name: chosen.clone() if name == "argmax" else fields[name] for name in _names(wanted)}
+        ctx.mark_non_differentiable(*(t for name, t in given.items() if name not in _DIFFERENTIABLE))
+        return (mixture, *given.values())
+
+    @staticmethod
+    def backward(ctx, grad, *of_fields):
+        gumbel, seed, mask, chosen, *state_and_tensors = ctx.saved_tensors
+        state, tensors = state_and_tensors[:4], state_and_tensors[4:]
+        *parts, temperature, table = tensors
+        given = dict(zip(_names(ctx.wanted), of_fields, strict=True))
+        upstream = [given.get(name) for name in _DIFFERENTIABLE]
+        needs = list(ctx.needs_input_grad[5:])
+        *needs_rest, needs_table = needs
+        grads: list = [None] * len(needs)
+        backend = ctx.constants[-1]
+        if any(needs_rest) and (grad is not None or any(t is not None for t in upstream)):
+            arguments = _arguments(ctx.constants, parts, table, temperature, None, None, mask)
+            made = iter(chunked.backward(*arguments, *state, grad, upstream, [*needs_rest, False], backend))
+            grads = [*(next(made) if need else None for need in needs_rest), None]
+            for i in (*range(3, len(parts), 4), len(parts)):  # scales and the temperature
+                if grads[i] is not None and tensors[i].dim() == 0:
+                    grads[i] = grads[i].sum()
+        if needs_table and grad is not None:
+            arguments = _choice(ctx.constants, tensors, gumbel, seed, mask)
+            # of the state it reads the label, and whether the row is a distribution, which noise does not change
+            noisy = (*state[:2], chosen, None)
+            of_table = [*(False for _ in needs_rest), True]
+            (grads[-1],) = chunked.backward(*arguments, *noisy, grad, [None] * 4, of_table, backend)
         return (*[None] * 5, *once("soft_embedding", grads, (*tensors, grad, *of_fields)))

@@ -26,6 +26,7 @@ MODES = {
     "hard": {"hard": True},
     "top_k": {"top_k": 3},
     "noisy": {"gumbel": 1.0, "seed": 3, "hard": True, "top_k": 5},
+    "clean": {"gumbel": 1.0, "seed": 3, "hard": True, "clean_gradient": True},
 }
 
 

@@ -20,7 +20,7 @@ AXES = {
     "table": [F32, BF16, F16, F64],
     "num_tables": [0, 1, 3],
     "T": ["1", "number", "0-d", "per row"],
-    "hard": [False, True],
+    "hard": [False, True, "clean gradient"],
     "gumbel": [0.0, 1.0, "tensor"],
     "mask": [None, "[K]", "[*, K]"],
     "top_k": [None, 1, 4, 5000],
@@ -70,7 +70,8 @@ def case_of(device, *, scores, table, num_tables, T, hard, gumbel, mask, top_k, 
     shape = SHAPES[shape]
     values = scores_of(layout, *shape, K, dtype=scores, device=device)
     tables = logits(*([num_tables] if num_tables else []), K, D, dtype=table, device=device, requires_grad=True)
-    options = {"temperature": temperature_of(T, shape, device), "hard": hard, "top_k": top_k}
+    options = {"temperature": temperature_of(T, shape, device), "hard": bool(hard), "top_k": top_k}
+    options["clean_gradient"] = hard == "clean gradient"
     if gumbel:
         options["gumbel"] = torch.tensor(0.5, device=device) if gumbel == "tensor" else gumbel
         options["seed"] = 1234567

@@ -126,12 +126,23 @@ def log_softmax(u: Tensor, best: Tensor) -> Tensor:
 
 
 def formula(
-    v: Tensor, table: Tensor, T: Tensor | float, hard=False, mask=None, top_k=None, probe: Tensor | float = 0.0
+    v: Tensor,
+    table: Tensor,
+    T: Tensor | float,
+    hard=False,
+    mask=None,
+    top_k=None,
+    probe: Tensor | float = 0.0,
+    choice_noise: Tensor | float | None = None,
 ) -> dict[str, Tensor]:
-    """v [*, K] with the noise in it, table [K, D] or [L, K, D]; the gradient of `probe` is the probabilities'."""
+    """v [*, K] with the noise in it, table [K, D] or [L, K, D]; the gradient of `probe` is the probabilities'.
+
+    choice_noise   what is added to v for a hard choice that the probabilities have no noise of
+    """
     T = T.unsqueeze(-1) if isinstance(T, Tensor) and T.dim() else T
     allowed = torch.ones_like(v, dtype=torch.bool) if mask is None else ~mask.expand_as(v)
     allowed = allowed & (v.detach() != -torch.inf)
+    among = allowed
     if top_k is not None:
         allowed = allowed & kept_by(v.detach().masked_fill(~allowed, -torch.inf), top_k)
     empty = ~allowed.any(-1, keepdim=True)
@@ -141,7 +152,10 @@ def formula(
     best = v.detach().masked_fill(~allowed, -torch.inf).argmax(-1)  # not p's: two likely labels may have one p
     log_p = log_softmax(u.masked_fill(empty, 0.0), best.unsqueeze(-1)).masked_fill(~allowed, 0.0)
     p = torch.where(allowed, log_p.exp() + probe, 0.0)
-    chosen = F.one_hot(best, v.shape[-1]).to(p.dtype).masked_fill(empty, 0.0)
+    choice = best
+    if choice_noise is not None:
+        choice = (v.detach() + choice_noise).masked_fill(~among, -torch.inf).argmax(-1)
+    chosen = F.one_hot(choice, v.shape[-1]).to(p.dtype).masked_fill(empty, 0.0)
     mix = "...k,kd->...d" if table.dim() == 2 else "...k,lkd->l...d"
     if hard:
         out = torch.einsum(mix, chosen, table) + torch.einsum(mix, p - p.detach(), table.detach())
@@ -152,7 +166,7 @@ def formula(
         "out": out,
         "entropy": -(p * log_p).sum(-1),
         "max_prob": (p * F.one_hot(best, v.shape[-1])).sum(-1),
-        "argmax": best.masked_fill(empty.squeeze(-1), -1),
+        "argmax": choice.masked_fill(empty.squeeze(-1), -1),
         "sum_squares": p.square().sum(-1),
         "usage": rows.sum(0) / max(len(rows), 1),
         "log_p": log_p,
@@ -192,10 +206,12 @@ def expected(case: Case, upstream: dict[str, Tensor]) -> tuple[dict[str, Tensor]
         scale = wide(source.scale)
         scaled.append(z)
         terms.append((scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale) * z)
-    v = sum(terms) + noise_of(case)
+    is_clean = case.options.get("clean_gradient", False)
+    v = sum(terms) if is_clean else sum(terms) + noise_of(case)
     probes = {name: torch.zeros_like(v).requires_grad_() for name in ("v", "p")}
     T = wide(case.options.get("temperature", 1.0))
     choice = {name: case.options.get(name) for name in ("mask", "top_k")}
+    choice["choice_noise"] = noise_of(case) if is_clean else None
     table, hard = wide(case.table), case.options.get("hard", False)
     results = formula(v + probes["v"], table, T, hard, **choice, probe=probes["p"])
     log_p = results["log_p"].detach()

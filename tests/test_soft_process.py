@@ -21,7 +21,8 @@ import torch
 from auxkernels import soft_embedding
 from auxkernels.segments import segments_to_tokens
 BACKEND = {backend!r}
-MODES = [dict(hard=True), dict(top_k=4), dict(gumbel=1.0, seed=3, hard=True), dict(), dict(gumbel=1.0, seed=3)]
+NOISY = dict(gumbel=1.0, seed=3, hard=True)
+MODES = [dict(hard=True), dict(top_k=4), NOISY, dict(), dict(gumbel=1.0, seed=3), dict(clean_gradient=True, **NOISY)]
 
 def problem(seed=0, rows=64, K=3000, D=40):  # more than one thread takes alone
     torch.manual_seed(seed)

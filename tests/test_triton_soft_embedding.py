@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from auxkernels import Head, noise, soft_embedding
+from auxkernels import Head, noise, ops, soft_embedding
 from auxkernels.native import soft_embedding as on_cpu
 from auxkernels.soft_rows import ROW_FIELDS, SoftRows, Upstream
 
@@ -67,6 +67,23 @@ def rows_of(num_rows=4, num_labels=K, dtype=F32, **options) -> SoftRows:
     scores = (torch.randn(num_rows, num_labels) * 3).to(dtype)
     given = {"first_row": 0, "temperature": 1.0, "gumbel": None, "seed": None, "mask": None}
     return SoftRows(scores, F32, **(given | options))
+
+
+@interpreted
+@over_roads
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_noisy_choice_with_a_clean_gradient_is_the_cpus(road, top_k, monkeypatch):
+    scores, table = torch.randn(6, K), torch.randn(K, 5)
+    options = {"temperature": 0.7, "hard": True, "gumbel": 1.5, "clean_gradient": True, "seed": 3, "top_k": top_k}
+    results = []
+    for kernels in (on_cpu, on_triton):
+        monkeypatch.setattr(ops, "implementation", lambda *_, kernels=kernels: kernels)
+        leaves = scores.clone().requires_grad_(), table.clone().requires_grad_()
+        out, stats = soft_embedding(*leaves, **options, return_stats=True, backend="native")
+        total = out.square().sum() + (stats.row_entropy + stats.max_prob).sum()
+        results.append((out, stats.argmax, stats.row_entropy, *torch.autograd.grad(total, leaves)))
+    torch.testing.assert_close(*results)
+    assert not torch.equal(results[0][1], scores.argmax(-1))
 
 
 def with_everything(num_rows=4, dtype=F32) -> SoftRows:

@@ -8,6 +8,7 @@ except ImportError as error:
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .auxiliary import AuxiliaryCausalLMOutput, AuxiliaryForCausalLM
+from .collators import DataCollatorForPrefixes, DataCollatorForSegments
 from .conditioning import predicted_segments
 from .configuration import AuxiliaryConfig
 from .paired_cache import PairedCache
@@ -24,6 +25,8 @@ __all__ = [
     "AuxiliaryCausalLMOutput",
     "AuxiliaryConfig",
     "AuxiliaryForCausalLM",
+    "DataCollatorForPrefixes",
+    "DataCollatorForSegments",
     "PairedCache",
     "PlannerCausalLMOutput",
     "PlannerConfig",

@@ -45,6 +45,7 @@ from .paired_cache import PairedCache
 from .small import (
     added,
     check_hidden_states,
+    check_zero_init,
     drop_unread_weights,
     hidden_width,
     is_frozen_at_zero,
@@ -199,12 +200,11 @@ class AuxiliaryForCausalLM(
             check_tokenizers(base, aux, saving.hub_options(base_kwargs), saving.hub_options(aux_kwargs))
         base_model = saving.causal_lm("base", base, base_kwargs)
         aux_model = small_model(base_model, aux_kwargs) if is_small else saving.causal_lm("aux", aux, aux_kwargs)
-        if head == "shared" and trunk_layer is None and (is_small or isinstance(aux, PretrainedConfig)):
-            trunk_layer = 0
+        is_new = is_small or isinstance(aux, PretrainedConfig)
         config = AuxiliaryConfig(
             base_config=base_model.config,
             aux_config=aux_model.config,
-            trunk_layer=trunk_layer,
+            trunk_layer=0 if head == "shared" and trunk_layer is None and is_new else trunk_layer,
             head=head,
             head_rank=head_rank,
             vocab_policy=vocab_policy,
@@ -213,8 +213,7 @@ class AuxiliaryForCausalLM(
             base_revision=base_kwargs.get("revision", base_revision),
             base_options=base_pointer.weight_options(base_model, base_kwargs),
         )
-        if head != "own" and not zero_init:
-            raise ValueError(f"zero_init must be True for head={head!r}, which is new")
+        check_zero_init(head, zero_init)
         return cls._join(config, base_model, aux_model, zero_init)
 
     @classmethod
@@ -406,7 +405,7 @@ class AuxiliaryForCausalLM(
                             auxiliary with a recurrent or convolutional state reads padding in front of all tokens that
                             count, for which the first call with a cache must hold all of the text's left padding
         aux_scale           number, 0-d or [batch] tensor; None: config.aux_scale
-        skip_logits         None: with labels in training mode
+        skip_logits         None: with labels in training mode, or as config.skip_logits_in_evaluation says
         num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
         Raises              TypeError, ValueError: arguments; in training adapters in the base, where PEFT puts
                             them if a short name matches
@@ -458,7 +457,7 @@ class AuxiliaryForCausalLM(
         if router is not None:
             numbers |= {"loss": numbers["loss"] + router.to(numbers["loss"].device), "router_loss": router}
         if skip_logits is None:
-            skip_logits = self.training and target is not None
+            skip_logits = target is not None and (self.training or self.config.skip_logits_in_evaluation)
         return AuxiliaryCausalLMOutput(
             logits=None if skip_logits else self._logits(h_base, h_aux, scale, logits_to_keep),
             past_key_values=past_key_values if use_cache else None,

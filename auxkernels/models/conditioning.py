@@ -76,7 +76,7 @@ class Conditioning(nn.Module):
 
         scores    [S, K] floating point; or labels [S], for which the rows alone are returned
         folded    whether the codebooks are projected, not the mixtures; None: what multiplies less (`is_folded`)
-        options   temperature, hard, gumbel, seed: as for `soft_embedding`
+        options   temperature, hard, gumbel, clean_gradient, seed: as for `soft_embedding`
         Returns   rows [L, S, H], and the statistics of the label probabilities
         """
         if not scores.is_floating_point():

@@ -55,6 +55,8 @@ class AuxiliaryConfig(PretrainedConfig):
     num_valid_tokens  how many leading columns count
     aux_scale         the auxiliary's logits are multiplied by it
     label_smoothing   of the training loss, in [0, 1]; evaluation has none
+    skip_logits_in_evaluation   where there are labels no [batch, seq, vocabulary] logits are made in evaluation either:
+                      for a Trainer without compute_metrics, which drops them
     base_name_or_path, base_revision, base_fingerprint   the pointer to a base that is not saved with the model
     aux_adapters      the auxiliary's adapters of PEFT, as they were saved; None: it has none
     base_options      what else from_pretrained needs to load the base's weights
@@ -91,6 +93,7 @@ class AuxiliaryConfig(PretrainedConfig):
         num_valid_tokens: int | None = None,
         aux_scale: float = 1.0,
         label_smoothing: float = 0.0,
+        skip_logits_in_evaluation: bool = False,
         base_name_or_path: str | None = None,
         base_revision: str | None = None,
         base_fingerprint: dict | None = None,
@@ -120,6 +123,7 @@ class AuxiliaryConfig(PretrainedConfig):
         self.num_valid_tokens = num_valid_tokens
         self.aux_scale = aux_scale
         self.label_smoothing = label_smoothing
+        self.skip_logits_in_evaluation = checks.boolean("skip_logits_in_evaluation", skip_logits_in_evaluation)
         self.base_name_or_path = base_name_or_path
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint

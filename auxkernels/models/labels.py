@@ -81,46 +81,67 @@ def segment_ids_of_ends(is_segment_end: Tensor, attention_mask: Tensor | None = 
     return (begins.flatten().cumsum(0).view_as(begins) - 1).masked_fill(~is_token, -1)
 
 
-def collate_segments(examples: Sequence[Mapping], pad_token_id: int, padding_side: str = "right") -> dict[str, Tensor]:
+def collate_segments(examples: Sequence[Mapping], pad_token_id: int, padding_side: str = "right") -> dict:
     """A batch for `PlannerForCausalLM` of examples that number their own segments.
 
     examples       each with `input_ids` [n], `segment_ids` [n] in [-1, S_i), and any of `labels` [n] (default: the
-                   input ids), `label_ids` [S_i], `label_scores` [S_i, K]: tensors or nested lists. An example without
-                   `label_ids` and `label_scores` has as many segments as its ids say.
+                   input ids), `label_ids` [S_i], `label_scores` [S_i, K], `planner_inputs` (a dict of [S_i, ...]):
+                   tensors or nested lists. An example without the last three has as many segments as its ids say.
     padding_side   "right" or "left"
     A Trainer removes the columns of segments, labels and scores, and any that this function does not read, before it
-    calls the collator: give it `TrainingArguments(remove_unused_columns=False)`.
+    calls the collator: give it `TrainingArguments(remove_unused_columns=False)`. `collators` has it as a class.
     Returns        input_ids, attention_mask, labels (-100 on padding), segment_ids numbered over the whole batch (-1 on
-                   padding), all [batch, seq]; label_ids [S] and label_scores [S, K] where the examples have them.
+                   padding), all [batch, seq], with padding on the left also position_ids that count tokens alone;
+                   label_ids [S], label_scores [S, K] and planner_inputs where the examples have them.
     """
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
     shape = (len(examples), max(len(example["input_ids"]) for example in examples))
     fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100, "segment_ids": -1}
     batch = {name: torch.full(shape, fill, dtype=torch.int64) for name, fill in fills.items()}
-    of_segments: dict[str, list[Tensor]] = {"label_ids": [], "label_scores": []}
-    total = 0
+    segment_ids, of_segments = joined_segments(examples)
     for i, example in enumerate(examples):
-        tokens, segments = torch.as_tensor(example["input_ids"]), torch.as_tensor(example["segment_ids"])
-        count = int(segments.max()) + 1 if len(segments) else 0
-        for name, values in of_segments.items():
-            if name in example:
-                values.append(torch.as_tensor(example[name]))
-                if len(values[-1]) < count:
-                    raise ValueError(f"examples[{i}] has {count} segments, but {len(values[-1])} {name}")
-                count = len(values[-1])
+        tokens = torch.as_tensor(example["input_ids"])
         place = slice(None, len(tokens)) if padding_side == "right" else slice(shape[1] - len(tokens), None)
         batch["input_ids"][i, place] = tokens
         batch["attention_mask"][i, place] = 1
         batch["labels"][i, place] = torch.as_tensor(example.get("labels", tokens))
-        batch["segment_ids"][i, place] = torch.where(segments < 0, -1, segments + total)
+        batch["segment_ids"][i, place] = segment_ids[i]
+        if padding_side == "left" and len(tokens) < shape[1]:
+            batch["labels"][i, place.start] = -100  # padding would predict it
+    if padding_side == "left":
+        batch["position_ids"] = positions_of(batch["attention_mask"])
+    return batch | of_segments
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """The place of each token among those of its row; 0 for padding in front of them."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def joined_segments(examples: Sequence[Mapping]) -> tuple[list[Tensor], dict]:
+    """The segment ids of each example, numbered on from one to the next, and what all segments have, joined.
+
+    Raises   ValueError: fewer rows than segments, or rows for some examples only.
+    """
+    segment_ids, of_segments, total = [], {}, 0
+    for i, example in enumerate(examples):
+        segments = torch.as_tensor(example["segment_ids"])
+        count = int(segments.max()) + 1 if len(segments) else 0
+        given = {name: example[name] for name in ("label_ids", "label_scores") if name in example}
+        for name, values in {**given, **example.get("planner_inputs", {})}.items():
+            of_segments.setdefault(name, []).append(torch.as_tensor(values))
+            if len(of_segments[name][-1]) < count:
+                raise ValueError(f"examples[{i}] has {count} segments, but {len(of_segments[name][-1])} {name}")
+            count = len(of_segments[name][-1])
+        segment_ids.append(torch.where(segments < 0, -1, segments + total))
         total += count
     for name, values in of_segments.items():
-        if values:
-            if len(values) != len(examples):
-                raise ValueError(f"{name} must be given for every example or for none")
-            batch[name] = torch.cat(values)
-    return batch
+        if len(values) != len(examples):
+            raise ValueError(f"{name} must be given for every example or for none")
+    joined = {name: torch.cat(values) for name, values in of_segments.items()}
+    inputs = {name: joined.pop(name) for name in list(joined) if name not in ("label_ids", "label_scores")}
+    return segment_ids, joined | ({"planner_inputs": inputs} if inputs else {})
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------

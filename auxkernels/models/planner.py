@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
-from .adapters import PartsWithAdapters, language_model
+from . import adapters, saving
+from . import planner_loading as loading
 from .causal_lm import are_packed, check_frozen, check_layers, has_cache, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
@@ -35,7 +35,6 @@ from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
 from .planner_loading import MARK, kept_buffers, marked_as_initialized
 from .planner_training import Freezing
-from .saving import causal_lm
 from .token_statistics import OwnTokenStatistics
 
 IGNORE_INDEX = -100
@@ -60,7 +59,7 @@ class PlannerCausalLMOutput(CausalLMOutputWithPast):
 
 
 class PlannerForCausalLM(
-    PartsWithAdapters,
+    adapters.PartsWithAdapters,
     OwnTokenStatistics,
     Freezing,
     CheckpointingThroughHooks,
@@ -132,6 +131,7 @@ class PlannerForCausalLM(
         freeze_lm: bool = True,
         gumbel_scale: float = 1.0,
         gumbel_hard: bool = False,
+        gumbel_clean_gradient: bool = False,
         fixed_label: int = 0,
         conditioning_init: str = "zero_projection",
     ) -> PlannerForCausalLM:
@@ -145,17 +145,15 @@ class PlannerForCausalLM(
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
                                 `fit_codebook`; None: standard normal, of num_labels and label_dim.
         layers                  indices of the layers to condition; None: all but the first two.
-        place, mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, fixed_label, conditioning_init
-                                as in `PlannerConfig`, where temperature is `label_temperature`.
+        place, mode, temperature, freeze_lm, gumbel_scale, gumbel_hard, gumbel_clean_gradient, fixed_label,
+        conditioning_init       as in `PlannerConfig`, where temperature is `label_temperature`.
         Raises                  TypeError, ValueError: a model or an option that cannot be served.
         """
         if codebook is not None:
             num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
         if num_labels is None or label_dim is None:
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
-        if lm_kwargs or isinstance(lm, (str, os.PathLike)):
-            lm = causal_lm("lm", lm, dict(lm_kwargs or {}))
-        lm = language_model("lm", lm)
+        given, lm = lm, loading.language_model(adapters.language_model("lm", lm), lm_kwargs)
         check_output_head(lm)
         check_layers(lm, list(decoder_layers(lm)), probe(lm))
         config = PlannerConfig(
@@ -169,10 +167,12 @@ class PlannerForCausalLM(
             label_temperature=temperature,
             gumbel_scale=gumbel_scale,
             gumbel_hard=gumbel_hard,
+            gumbel_clean_gradient=gumbel_clean_gradient,
             fixed_label=fixed_label,
             conditioning_init=conditioning_init,
             freeze_lm=freeze_lm,
         )
+        loading.point_to(config, lm, given, lm_kwargs)
         model = cls(config, lm=lm, planner=planner)
         model.generation_config = inherited(lm.generation_config)
         if codebook is not None:
@@ -217,7 +217,8 @@ class PlannerForCausalLM(
                               "hard" also ids; "fixed" reads none.
         mode                  instead of the configuration's.
         num_items_in_batch    divisor of the summed loss; None: the counted labels of this call.
-        skip_logits           return no logits; None: where there is a loss, in training mode.
+        skip_logits           return no logits; None: where there is a loss, in training mode or if the configuration
+                              says skip_logits_in_evaluation.
         plans                 what generate() passes instead.
         label_scores, label_ids and shift_labels (shifted already) are among the kwargs: a Trainer evaluates no loss
         without every argument that has "label" in its name. It also drops these columns and those of planner_inputs
@@ -264,7 +265,8 @@ class PlannerForCausalLM(
         if kwargs["output_router_logits"]:
             statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
             loss = loss if statistics["router_loss"] is None else loss + statistics["router_loss"].to(loss.device)
-        skip_logits = loss is not None and self.training if skip_logits is None else skip_logits
+        if skip_logits is None:
+            skip_logits = loss is not None and (self.training or self.config.skip_logits_in_evaluation)
         output = PlannerCausalLMOutput(
             loss=loss,
             logits=None if skip_logits else self._logits(hidden, logits_to_keep),
@@ -353,6 +355,7 @@ class PlannerForCausalLM(
             temperature=config.label_temperature,
             hard=mode == "straight_through" or (mode == "gumbel" and config.gumbel_hard),
             gumbel=float(config.gumbel_scale) if is_noisy else 0.0,
+            clean_gradient=mode == "gumbel" and config.gumbel_clean_gradient,
         )
         entropy = stats.entropy.sum() / max(len(scores), 1)
         return rows, {"label_entropy": entropy, "label_usage": stats.usage, "segment_labels": stats.argmax}
@@ -411,14 +414,41 @@ class PlannerForCausalLM(
 
     # -- transformers --------------------------------------------------------------------------------------------------
 
+    def save_pretrained(self, save_directory, *, save_lm: bool | None = None, state_dict: dict | None = None, **kwargs):
+        """As any model's, with a pointer (name, revision, fingerprint) instead of a frozen language model's weights.
+
+        save_lm   True: also the language model's weights. None: where it is not frozen, has no name or path, or has
+                  changed since it was given. One that was changed between its own loading and `from_lm` needs True.
+        Raises    ValueError: save_lm=False in such a case; the folder that the language model was loaded from
+        """
+        self.config.lm_is_saved = loading.is_lm_saved(self, save_lm, save_directory)
+        self.lm.config.dtype = self.lm.dtype
+        of_lm = self.lm._keys_to_ignore_on_save if self.config.lm_is_saved else self.lm.state_dict()
+        self._keys_to_ignore_on_save = {f"lm.{key}" for key in of_lm or ()}  # Trainer misses no others when it resumes
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
     @classmethod
-    def from_pretrained(cls, name_or_path, *args, planner: nn.Module | None = None, config=None, **kwargs):
+    def from_pretrained(
+        cls,
+        name_or_path,
+        *args,
+        planner: nn.Module | None = None,
+        lm: PreTrainedModel | str | None = None,
+        lm_kwargs: dict | None = None,
+        check_lm: bool = True,
+        config=None,
+        **kwargs,
+    ):
         """As any model's, from safetensors. `planner` is the module whose weights were saved: they are loaded into it.
 
         Its buffers that are not saved keep their values.
 
-        planner   needed where a planner was saved; where none was, it is taken as it is.
-        Raises    ValueError: no planner for saved weights; weights that are missing or belong to nothing.
+        planner    needed where a planner was saved; where none was, it is taken as it is.
+        lm         for a folder with a pointer: the language model, where it is at hand (shared) or has moved; a model,
+                   name or path. lm_kwargs: for it alone, over **kwargs
+        check_lm   whether it must be the one that the planner was saved with, by its fingerprint
+        Raises     ValueError: no planner for saved weights; weights that are missing or belong to nothing; another
+                   language model. OSError: none where the pointer says.
         """
         if config is None:
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -426,23 +456,33 @@ class PlannerForCausalLM(
         had_planner = config.has_planner
         if had_planner and planner is None:
             raise ValueError(f"{name_or_path} holds the weights of a planner: pass planner=, the module they belong to")
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True, "config": config}
+        if config.lm_is_saved and (lm is not None or lm_kwargs):
+            raise ValueError(f"{name_or_path} holds the weights of its language model: lm and lm_kwargs must be None")
+        wants_info, loaded = kwargs.pop("output_loading_info", False), planner if had_planner else None
+        if config.lm_is_saved:
+            model, info = cls._loaded_whole(name_or_path, *args, planner=loaded, config=config, **kwargs)
+        else:
+            lm = loading.pointed_lm(name_or_path, config, lm, lm_kwargs, check_lm, kwargs)
+            model, info = cls(config, lm=lm, planner=loaded).eval(), {problem: set() for problem in saving.PROBLEMS}
+            loading.load_own_weights(model, name_or_path, kwargs)
+        if planner is not None and not had_planner:
+            model.planner, model.config.has_planner = planner, True
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _loaded_whole(cls, name_or_path, *args, planner: nn.Module | None, **kwargs):
+        """A model whose language model is saved with it, and what transformers says of loading it."""
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         dtypes = {} if planner is None else {name: value.dtype for name, value in planner.state_dict().items()}
-        loaded = planner if had_planner else None
-        with marked_as_initialized(loaded), kept_buffers(loaded):
-            model, info = super().from_pretrained(name_or_path, *args, planner=loaded, **kwargs)
-        wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["unexpected_keys"])})
-        if wrong:
-            raise ValueError(f"{name_or_path}: weights that are missing or belong to nothing: {', '.join(wrong)}")
-        if had_planner:
+        with marked_as_initialized(planner), kept_buffers(planner):
+            model, info = super().from_pretrained(name_or_path, *args, planner=planner, **kwargs)
+        loading.refuse_keys(name_or_path, {*info["missing_keys"], *info["unexpected_keys"]})
+        if planner is not None:
             for name, value in (*planner.named_parameters(), *planner.named_buffers()):
                 value.data = value.data.to(dtypes.get(name, value.dtype))
-        elif planner is not None:
-            model.planner, model.config.has_planner = planner, True
         if model.config.freeze_lm:  # loading makes new parameters, which require gradients
             model.freeze_lm()
-        return (model, info) if wants_info else model
+        return model, info
 
     def initialize_weights(self) -> None:
         """As the language model's own class does, also where one of its modules fills the buffers of others.

@@ -36,11 +36,16 @@ class PlannerConfig(PretrainedConfig):
     label_temperature   positive number. (Not `temperature`: transformers would read that as a sampling temperature.)
     gumbel_scale        factor of the noise of mode "gumbel".
     gumbel_hard         mode "gumbel" takes the likeliest label of the noisy scores forward (straight-through).
+    gumbel_clean_gradient   with gumbel_hard: the gradient is that of "soft", without the noise that chose the label.
     fixed_label         the label of mode "fixed".
     conditioning_init   "zero_projection": projections start at zero, so that step 0 equals the language model;
                         "zero_gate": Xavier projections behind a trainable gate per channel that starts at zero;
                         "xavier": as the paper, where step 0 already differs from the language model.
     freeze_lm           the language model gets no gradient and stays in eval mode.
+    skip_logits_in_evaluation   where there are labels no [batch, seq, vocabulary] logits are made in evaluation either:
+                      for a Trainer without compute_metrics, which drops them
+    lm_name_or_path, lm_revision, lm_fingerprint   the pointer to a frozen language model that is not saved with it
+    lm_is_saved         the saved weights include the language model's
     hidden_size, ...    the language model's, for trainers and servers that read them of any model.
     has_planner         whether saved weights include a planner module, which must then be given to load them.
     """
@@ -69,10 +74,16 @@ class PlannerConfig(PretrainedConfig):
         label_temperature: float = 1.0,
         gumbel_scale: float = 1.0,
         gumbel_hard: bool = False,
+        gumbel_clean_gradient: bool = False,
         fixed_label: int = 0,
         conditioning_init: str = "zero_projection",
         freeze_lm: bool = True,
+        skip_logits_in_evaluation: bool = False,
         has_planner: bool = False,
+        lm_name_or_path: str | None = None,
+        lm_revision: str | None = None,
+        lm_fingerprint: dict | None = None,
+        lm_is_saved: bool = True,
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -90,6 +101,9 @@ class PlannerConfig(PretrainedConfig):
         label_temperature = checks.number("label_temperature", label_temperature)
         if not label_temperature > 0:
             raise ValueError(f"label_temperature must be positive, got {label_temperature}")
+        gumbel_clean_gradient = checks.boolean("gumbel_clean_gradient", gumbel_clean_gradient)
+        if gumbel_clean_gradient and not gumbel_hard:
+            raise ValueError("gumbel_clean_gradient needs gumbel_hard=True")
         if not 0 <= fixed_label < num_labels:
             raise ValueError(f"fixed_label must be in [0, {num_labels}), got {fixed_label}")
         self.text_config = text_config
@@ -100,10 +114,16 @@ class PlannerConfig(PretrainedConfig):
         self.label_temperature = label_temperature
         self.gumbel_scale = checks.number("gumbel_scale", gumbel_scale)
         self.gumbel_hard = checks.boolean("gumbel_hard", gumbel_hard)
+        self.gumbel_clean_gradient = gumbel_clean_gradient
         self.fixed_label = fixed_label
         self.conditioning_init = conditioning_init
         self.freeze_lm = freeze_lm
+        self.skip_logits_in_evaluation = checks.boolean("skip_logits_in_evaluation", skip_logits_in_evaluation)
         self.has_planner = has_planner
+        self.lm_name_or_path = lm_name_or_path
+        self.lm_revision = lm_revision
+        self.lm_fingerprint = lm_fingerprint
+        self.lm_is_saved = lm_is_saved
         super().__init__(**kwargs)
         if text_config is not None:
             describe_as(self, text_config)

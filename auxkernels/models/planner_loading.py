@@ -1,11 +1,19 @@
-"""What transformers must not do to the modules that a user gives: draw their weights anew, or lose their buffers."""
+"""Loading and saving of `PlannerForCausalLM`: the pointer to a frozen language model, and modules that a user gives.
+
+transformers must not draw the weights of given modules anew, nor lose their buffers.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from . import saving
+from .planner_config import PlannerConfig
 
 MARK = "_is_hf_initialized"
 
@@ -44,3 +52,93 @@ def kept_buffers(root: nn.Module | None) -> Iterator[None]:
         if key not in moved:
             moved[key] = clones[id(value)].to(key[1])
         module._buffers[name] = moved[key]
+
+
+# -- the pointer to a frozen language model ----------------------------------------------------------------------------
+
+
+def language_model(given: PreTrainedModel | str, lm_kwargs: dict | None) -> PreTrainedModel:
+    """A model as it is, or loaded by name or path."""
+    if isinstance(given, (str, os.PathLike)):
+        return saving.causal_lm("lm", given, dict(lm_kwargs or {}))
+    if lm_kwargs:
+        raise ValueError(f"lm_kwargs must be empty where lm is a model, got {', '.join(sorted(lm_kwargs))}")
+    return given
+
+
+def point_to(config: PlannerConfig, lm: PreTrainedModel, given, lm_kwargs: dict | None) -> None:
+    """Writes down where a language model comes from, and what it is now."""
+    name = os.fspath(given) if isinstance(given, (str, os.PathLike)) else getattr(lm.config, "name_or_path", None)
+    config.lm_name_or_path, config.lm_revision = saving.pointer(name), (lm_kwargs or {}).get("revision")
+    config.lm_fingerprint = saving.fingerprint(lm) if config.lm_name_or_path else None
+
+
+def is_lm_saved(model, save_lm: bool | None, folder) -> bool:
+    """Whether the language model's weights are written too; None: where a pointer would not bring them back.
+
+    Raises   ValueError where they are not wanted but needed, or where the folder is the language model's own.
+    """
+    name = model.config.lm_name_or_path
+    if name and os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(folder):
+        raise ValueError(f"save_directory must be apart from the language model's own folder {name}")
+    if save_lm:
+        return True
+    problem = _pointers_problem(model)
+    if problem and save_lm is not None:
+        raise ValueError(f"save_lm must be True for a language model that {problem}")
+    return problem is not None
+
+
+def _pointers_problem(model) -> str | None:
+    config = model.config
+    if not config.freeze_lm:
+        return "is not frozen"
+    if not config.lm_name_or_path or config.lm_fingerprint is None:
+        return "has no name or path to be found by"
+    if saving.is_sharded(model.lm):  # a rank that saves alone cannot look at it; it was frozen all along
+        return None
+    is_same = saving.is_same_base(config.lm_fingerprint, saving.fingerprint(model.lm))
+    return None if is_same else "has changed since it was given to the planner"
+
+
+def pointed_lm(folder, config: PlannerConfig, lm, lm_kwargs: dict | None, check_lm: bool, kwargs: dict):
+    """The language model that a folder points to, or one that is given instead; kwargs: of from_pretrained."""
+    given = config.lm_name_or_path if lm is None else lm
+    if isinstance(given, PreTrainedModel):
+        model = language_model(given, lm_kwargs)
+    else:
+        options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        if lm is None and config.lm_revision is not None:
+            options["revision"] = config.lm_revision
+        if not {"dtype", "torch_dtype"} & kwargs.keys() and config.text_config.dtype is not None:
+            options["dtype"] = config.text_config.dtype
+        options |= lm_kwargs or {}
+        try:
+            model = language_model(given, options)
+        except OSError as error:
+            raise OSError(
+                f"the language model {given!r}, which {folder} points to, could not be loaded: pass lm="
+            ) from error
+    if check_lm and not saving.is_same_base(config.lm_fingerprint, saving.fingerprint(model)):
+        raise ValueError(
+            "lm must be the language model that the planner was saved with, got other weights or shapes: pass "
+            "check_lm=False if that is meant"
+        )
+    if lm is not None:
+        point_to(config, model, lm, lm_kwargs)
+    return model
+
+
+def load_own_weights(model, folder, kwargs: dict) -> None:
+    """Everything but the language model's weights, into a model that has one. ValueError for missing and other keys."""
+    weights = saving.weights_of(folder, saving.hub_options(kwargs))
+    expected = {key for key in model.state_dict() if not key.startswith("lm.")}
+    refuse_keys(folder, expected ^ weights.keys())
+    model.load_state_dict(weights, strict=False)
+    saving.load_generation_config(model, folder, kwargs)
+
+
+def refuse_keys(folder, wrong) -> None:
+    if wrong:
+        names = ", ".join(sorted(map(str, wrong)))
+        raise ValueError(f"{folder}: weights that are missing or belong to nothing: {names}")

@@ -310,7 +310,7 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
         advice = base_pointer.advice_on(config, base_model)
         raise ValueError(f"base must be the model that the auxiliary was saved with, {advice}")
-    weights = _weights(folder, where)
+    weights = weights_of(folder, where)
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
     if type(config.aux_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
@@ -395,7 +395,7 @@ def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict 
         raise OSError(f"base {name!r}, which {folder} points to, could not be loaded: pass base=") from error
 
 
-def _weights(folder, where: dict) -> dict[str, Tensor]:
+def weights_of(folder, where: dict) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files; those of a saved base are in its own folder."""
     try:
         with open(cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **where), encoding="utf-8") as file:

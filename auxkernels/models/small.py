@@ -27,6 +27,11 @@ class Factored(nn.Module):
         return self.up(self.down(hidden))
 
 
+def check_zero_init(head: str, zero_init: bool) -> None:
+    if head != "own" and not zero_init:
+        raise ValueError(f"zero_init must be True for head={head!r}, which is new")
+
+
 def new_head(num_inputs: int, num_outputs: int, rank: int | None, **made) -> nn.Module:
     """A linear map of zeros, of low rank or (None) full. made: device and dtype."""
     if rank is not None:

@@ -112,7 +112,7 @@ def _softcapped(values: Tensor, softcap: float | None) -> Tensor:
 
 
 def check_no_further_loss(model, is_balanced: bool) -> None:
-    """ValueError where a loss that a trainer makes of log-probabilities would lack what an auxiliary model's own has."""
+    """ValueError where a loss that a trainer makes of log-probabilities would lack what the model's own has."""
     if not (model.training and torch.is_grad_enabled()):
         return
     if is_balanced:

@@ -117,6 +117,27 @@ def test_gumbel_noise_comes_in_training_mode_only(gumbel_hard):
     assert torch.equal(first, logits())
 
 
+def test_a_noisy_choice_may_have_the_gradient_without_noise():
+    options = {"mode": "gumbel", "gumbel_hard": True, "gumbel_clean_gradient": True}
+    model, ids, given = tiny_model(**options).train(), tokens(), (scores() / 4).requires_grad_()
+    upstream = None
+
+    def rows_and_slope(seed, **mode):
+        nonlocal upstream
+        torch.manual_seed(seed)
+        rows, _ = model._rows(mode.get("mode", "gumbel"), {"label_scores": given})
+        upstream = torch.randn_like(rows) if upstream is None else upstream
+        return rows, torch.autograd.grad(rows, given, upstream)[0]
+
+    (first, slope), (second, other), (soft, want) = rows_and_slope(1), rows_and_slope(2), rows_and_slope(3, mode="soft")
+    assert not torch.equal(first, second) and not torch.allclose(first, soft)
+    torch.testing.assert_close(slope, want)
+    torch.testing.assert_close(other, want)
+    with pytest.raises(ValueError, match="gumbel_clean_gradient needs gumbel_hard=True"):
+        tiny_model(mode="gumbel", gumbel_clean_gradient=True)
+    assert model(ids, segment_ids=SEGMENT_IDS, label_scores=given, labels=ids).loss.isfinite()
+
+
 def test_loss_alone_reaches_the_planner_and_never_the_frozen_language_model():
     model, ids = tiny_model("gpt2").train(), tokens()
     before = {name: value.clone() for name, value in model.lm.state_dict().items()}
