@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from ..cross_entropy import aux_cross_entropy
 from ..sources import Logits, Source, row_scale
+from . import adapters, base_pointer, saving
 from . import auxiliary_inputs as reading
-from . import base_pointer, saving
 from .causal_lm import (
     are_packed,
     check_frozen,
@@ -53,6 +53,7 @@ from .small import (
     new_head,
     small_model,
 )
+from .token_statistics import OwnTokenStatistics, check_no_further_loss
 from .vocabulary import check_tokenizers, shared_width
 
 _GROWING = (None, "dynamic", "dynamic_full")
@@ -88,7 +89,9 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     router_loss: Tensor | None = None
 
 
-class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMixin):
+class AuxiliaryForCausalLM(
+    adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfComposites, PreTrainedModel, GenerationMixin
+):
     """softmax(base logits + aux_scale * aux logits), the base frozen: `from_base_and_aux` or `from_pretrained`.
 
     base              the frozen model: in eval mode, without gradients and run under no_grad, whatever is called
@@ -166,8 +169,9 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
 
         The base is frozen for good. Training or eval mode is the auxiliary's (training for a new one).
 
-        base, aux      a causal LM, or the name or path of one; aux also a configuration: a new, random one; or "small":
-                       a new one of the base's family, with a quarter of its heads, width and layers, in float32
+        base, aux      a causal LM, also with adapters of PEFT (not prompts), or the name or path of one; aux also a
+                       configuration: a new, random one; or "small": a new one of the base's family, with a quarter of
+                       its heads, width and layers, in float32
         base_revision  of the base's name; saved in the pointer to it
         trunk_layer    which of the base's hidden states (0: the embeddings) the auxiliary reads through a new Linear
                        instead of its token embeddings, -1: the last; a prefix then runs through the base on its own
@@ -187,6 +191,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         Raises         TypeError, ValueError: no causal LM with a linear head, vocabularies, trunk layer
         """
         base_kwargs, aux_kwargs = dict(base_kwargs or {}), dict(aux_kwargs or {})
+        base, aux = adapters.language_model("base", base), adapters.language_model("aux", aux)
         base, aux = (os.fspath(given) if isinstance(given, os.PathLike) else given for given in (base, aux))
         if base_revision is not None and isinstance(base, str):
             base_kwargs["revision"] = base_revision
@@ -251,6 +256,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         model = cls._join(config, base_model, aux_model, zero_init=False).eval()
         saving.load_rest(model, rest, kwargs)
         saving.load_generation_config(model, folder, kwargs)
+        model.config.name_or_path = os.fspath(folder)
         return (model, {problem: set() for problem in saving.PROBLEMS}) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *, save_base: bool = False, state_dict: dict | None = None, **kwargs):
@@ -259,9 +265,13 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         save_base   also saves the base, in the folder's "base/"
         The configuration is written last, so that an interrupted save leaves no folder that loads.
         Raises ValueError for a base without a name, unless save_base; where the folder holds the base that is pointed
-        to, or another kind of model; for adapters of PEFT.
+        to, or another kind of model; for adapters of PEFT, unless they are the auxiliary's own, which are saved.
         """
         saving.save(self, super().save_pretrained, save_directory, save_base, state_dict, kwargs)
+
+    def merge_adapters(self) -> None:
+        """Adds the adapters that are in use on the auxiliary to its weights, and removes all of them."""
+        adapters.merge(self.aux)
 
     def _check_pointer(self) -> None:
         """Says at the first step what would otherwise be found at the first checkpoint, or after it."""
@@ -402,7 +412,7 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
         Warns               in training, once, where the auxiliary's head is zero and frozen: nothing learns behind it
         """
         # not in the signature, where Trainer would take it for a second label that every batch must have
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, token_statistics = kwargs.pop("shift_labels", None), kwargs.pop("token_statistics", None)
         target = reading.shifted(labels) if shift_labels is None else shift_labels
         reading.check_inputs(input_ids, target, num_items_in_batch, kwargs)
         if self.training and target is not None:
@@ -437,6 +447,11 @@ class AuxiliaryForCausalLM(GenerationOfComposites, PreTrainedModel, GenerationMi
 
         if self.config.head != "own":
             check_hidden_states(self.base if self.config.head == "shared" else None, self.aux)
+        if token_statistics is not None:
+            check_no_further_loss(self, is_balanced)
+            base, aux = self._sources(h_base, h_aux, scale)
+            is_shifted, width = shift_labels is not None, self.config.num_valid_tokens
+            return token_statistics(base, aux or [], target, is_shifted, width, num_items_in_batch)
         numbers = {} if target is None else self._loss(h_base, h_aux, target, scale, num_items_in_batch)
         router = router_loss(self.aux, aux_output, behind.attention_mask) if is_balanced else None
         if router is not None:

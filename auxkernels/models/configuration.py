@@ -58,6 +58,7 @@ class AuxiliaryConfig(PretrainedConfig):
     skip_logits_in_evaluation   where there are labels no [batch, seq, vocabulary] logits are made in evaluation either:
                       for a Trainer without compute_metrics, which drops them
     base_name_or_path, base_revision, base_fingerprint   the pointer to a base that is not saved with the model
+    aux_adapters      the auxiliary's adapters of PEFT, as they were saved; None: it has none
     base_options      what else from_pretrained needs to load the base's weights
     base_is_saved     the folder holds the base too, in "base/"
     hidden_size, num_hidden_layers, bos_token_id, ...   the base's, for trainers and servers that read them of any model
@@ -65,6 +66,7 @@ class AuxiliaryConfig(PretrainedConfig):
     """
 
     model_type = "auxiliary"
+    auto_map: ClassVar[dict] = {}  # of remote code; TRL reads it where transformers has no such class
     sub_configs: ClassVar[dict] = {"base_config": AutoConfig, "aux_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
@@ -97,6 +99,7 @@ class AuxiliaryConfig(PretrainedConfig):
         base_fingerprint: dict | None = None,
         base_options: dict | None = None,
         base_is_saved: bool = False,
+        aux_adapters: dict | None = None,
         use_cache: bool = True,
         **kwargs,
     ):
@@ -126,6 +129,7 @@ class AuxiliaryConfig(PretrainedConfig):
         self.base_fingerprint = base_fingerprint
         self.base_options = base_options
         self.base_is_saved = base_is_saved
+        self.aux_adapters = aux_adapters
         self.use_cache = use_cache
         if self.base_config is not None and self.aux_config is not None:
             describe_as(self, self.base_config, self.aux_config)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .token_statistics import is_fused, original_of
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,6 +29,8 @@ def does_more(module: nn.Module) -> bool:
         return True
     if "forward" not in module.__dict__:
         return False
+    if is_fused(module.forward):  # a base as TRL's reference: without the keyword it is what it was
+        return getattr(original_of(module.forward), "__func__", None) is not type(module).forward
     hook, forward = getattr(module, "_hf_hook", None), getattr(module, "_old_forward", None)
     return (
         hook is None or not _only_moves_inputs(hook) or getattr(forward, "__func__", None) is not type(module).forward

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
+from . import adapters, saving
 from . import planner_loading as loading
-from . import saving
 from .causal_lm import are_packed, check_frozen, check_layers, has_cache, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
@@ -35,6 +35,7 @@ from .planner_config import PlannerConfig, check_mode
 from .planner_generation import GenerationWithPlans, SegmentPlans
 from .planner_loading import MARK, kept_buffers, marked_as_initialized
 from .planner_training import Freezing
+from .token_statistics import OwnTokenStatistics
 
 IGNORE_INDEX = -100
 
@@ -58,6 +59,8 @@ class PlannerCausalLMOutput(CausalLMOutputWithPast):
 
 
 class PlannerForCausalLM(
+    adapters.PartsWithAdapters,
+    OwnTokenStatistics,
     Freezing,
     CheckpointingThroughHooks,
     GenerationWithPlans,
@@ -150,7 +153,7 @@ class PlannerForCausalLM(
             num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
         if num_labels is None or label_dim is None:
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
-        given, lm = lm, loading.language_model(lm, lm_kwargs)
+        given, lm = lm, loading.language_model(adapters.language_model("lm", lm), lm_kwargs)
         check_output_head(lm)
         check_layers(lm, list(decoder_layers(lm)), probe(lm))
         config = PlannerConfig(
@@ -225,7 +228,7 @@ class PlannerForCausalLM(
                               language model that is frozen. On CPU IndexError, on GPU NaN: unknown segments, labels.
         """
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
-        shift_labels = given.pop("shift_labels")
+        shift_labels, token_statistics = given.pop("shift_labels"), kwargs.pop("token_statistics", None)
         tokens = inputs_embeds if input_ids is None else input_ids
         shape = tokens.shape[:2]
         if plans is not None:
@@ -251,6 +254,13 @@ class PlannerForCausalLM(
         kwargs["output_router_logits"] = self._is_balanced(has_loss, kwargs.pop("output_router_logits", None))
         outputs = self._lm_outputs(rows, token_segments, kwargs)
         hidden = features(outputs)
+        if token_statistics is not None:
+            base, is_shifted = output_head(self.lm).sources(hidden), shift_labels is not None
+            target = (shift_labels if is_shifted else _shifted(labels)).to(hidden.device)
+            output = token_statistics(base, [], target, is_shifted, None, num_items_in_batch)
+            is_balanced = bool(kwargs["output_router_logits"])
+            output.aux_loss = self._unweighted_router_loss(outputs, attention_mask, is_balanced)
+            return output
         loss = self._loss(hidden, labels, shift_labels, num_items_in_batch)
         if kwargs["output_router_logits"]:
             statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
@@ -277,6 +287,13 @@ class PlannerForCausalLM(
         target = _shifted(labels) if shift_labels is None else shift_labels
         source = output_head(self.lm).source(hidden)
         return aux_cross_entropy(source, None, target.to(hidden.device), normalizer=num_items_in_batch)
+
+    def _unweighted_router_loss(self, outputs, attention_mask, is_balanced: bool) -> Tensor:
+        """What a trainer that weights it itself adds to its loss; 0 of a frozen language model."""
+        weighted = router_loss(self.lm, outputs, attention_mask) if is_balanced else None
+        if weighted is None:
+            return features(outputs).new_zeros(())
+        return weighted / self.lm.config.get_text_config().router_aux_loss_coef
 
     def _is_balanced(self, has_loss: bool, given: bool | None) -> bool | None:
         """Whether the routers of the language model are to be balanced; None: it is not told, as it may not know."""

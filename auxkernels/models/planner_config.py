@@ -51,6 +51,7 @@ class PlannerConfig(PretrainedConfig):
     """
 
     model_type = "planner"
+    auto_map: ClassVar[dict] = {}  # of remote code; TRL reads it where transformers has no such class
     sub_configs: ClassVar[dict] = {"text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",

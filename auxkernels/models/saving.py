@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from . import base_pointer
+from . import adapters, base_pointer
 from .configuration import AuxiliaryConfig
 from .modules import backbone
 from .small import unread_weights
@@ -35,7 +35,6 @@ _OF_THE_FOLDER = ("revision", "subfolder")
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NUM_SAMPLES = 32
 _SUM_LENGTH = 4096
-_ADAPTER_KEYS = (".base_layer.", ".lora_", ".modules_to_save.")
 PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -224,9 +223,9 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         state_dict = model.state_dict()
     ignored = model._keys_to_ignore_on_save  # also matrices that nothing reads
     own = {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in ignored)}
-    _check_no_adapters(model, state_dict if save_base else own)
+    _check_adapters(model, save_base)
     _check_target(os.fspath(folder), config, save_base)
-    config.base_is_saved = save_base
+    config.base_is_saved, config.aux_adapters = save_base, adapters.described(model.aux)
     if not is_sharded(model.base):  # else it is as it was when all ranks joined the models: this one may save alone
         config.base_fingerprint = fingerprint(model.base)
     model.aux.config.dtype, model.base.config.dtype = model.aux.dtype, model.base.dtype
@@ -241,10 +240,11 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         _move_in(new, os.fspath(folder))
 
 
-def _check_no_adapters(model, keys) -> None:
-    loaded = any(getattr(one, "_hf_peft_config_loaded", False) for one in (model, model.base, model.aux))
-    if loaded or any(mark in key for key in keys for mark in _ADAPTER_KEYS):
-        raise ValueError("the model must have no adapters: save the PeftModel, or merge_and_unload first")
+def _check_adapters(model, save_base: bool) -> None:
+    """ValueError for adapters that the folder would not hold; those of a base that is pointed to are its own affair."""
+    adapters.check_saveable(model)
+    if save_base and adapters.has_adapters(model.base):
+        raise ValueError("the base must have no adapters with save_base: merge_and_unload them before it is joined")
 
 
 def _old_config(folder: str) -> dict | None:
@@ -296,7 +296,7 @@ def _move_in(new: str, folder: str) -> None:
 
 def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **kwargs):
     """(config, base, aux, other weights) of a saved folder; arguments as for `from_pretrained`."""
-    where = hub_options(kwargs)
+    where, base = hub_options(kwargs), adapters.language_model("base", base)
     if config is None:
         config = AuxiliaryConfig.from_pretrained(folder, **where)
     if not isinstance(config, AuxiliaryConfig):
@@ -320,11 +320,17 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
     unread = {} if config.head == "own" and config.trunk_layer is None else _unread_weights(config)
     aux, info = kind.from_pretrained(
-        None, config=config.aux_config, state_dict={**unread, **own}, output_loading_info=True, **options
+        None,
+        config=config.aux_config,
+        state_dict={**unread, **adapters.plain_weights(own, config.aux_adapters)},
+        output_loading_info=True,
+        **options,
     )
     for problem in PROBLEMS:
         if info[problem]:
             raise ValueError(f"{folder} must hold the auxiliary's weights, {problem}: {_some(map(str, info[problem]))}")
+    if config.aux_adapters:
+        adapters.put_in(aux, {**unread, **own}, config.aux_adapters)
     _keep_dtypes(aux, own, kwargs)
     _point_to(config, base, base_model, check_base, base_kwargs)
     return config, base_model, aux, weights
