@@ -12,7 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+
+from .adapters import has_adapters
 
 # from_pretrained's options that say where files come from, where weights are put and how they are computed with. The
 # others say which weights a base has: subfolder, gguf_file, variant, quantization_config, values of its configuration.
@@ -82,6 +84,8 @@ def loading_options(config, kind: str, kwargs: dict) -> dict:
 
 def way_to_save(model) -> str:
     """How a base without a name, or with that of other weights, is saved so that it loads again."""
+    if has_adapters(model.base):
+        return "join it by the name of the folder that holds its adapters, or merge_and_unload, save and load it"
     if getattr(model.base, "hf_quantizer", None) is not None:
         return (
             "a quantised base is joined by the name of the checkpoint that it is quantised from, with "
@@ -102,9 +106,10 @@ def warn_of_pointer(model) -> None:
         return
     found = _other_than_named(model.base, name, model.config)
     if found is not None:
+        whole = "" if has_adapters(model.base) else ", or save with save_base=True"
         warnings.warn(
             f"base has {found} than {name}, to which save_pretrained points, so that what is saved will not load with "
-            f"it: {way_to_save(model)}, or save with save_base=True",
+            f"it: {way_to_save(model)}{whole}",
             stacklevel=3,
         )
 
@@ -120,6 +125,8 @@ def _other_than_named(base: PreTrainedModel, name: str, config) -> str | None:
     where = {"subfolder": options.get("subfolder", ""), "local_files_only": True}
     if config.base_revision is not None:
         where["revision"] = config.base_revision
+    if has_adapters(base) and find_adapter_config_file(name, **where) is None:
+        return "other adapters"
     with contextlib.suppress(Exception):  # other kinds of files, names that are not here: nothing is known
         width = base.config.get_text_config().vocab_size
         if not has_own_code(base) and AutoConfig.from_pretrained(name, **where).get_text_config().vocab_size != width:

@@ -150,6 +150,18 @@ def test_merged_base_is_told_of_before_it_is_saved(tmp_path, tokens, shards):
     assert f"base has other weights than {tmp_path / 'base'}" in message and "save the base to a folder" in message
 
 
+def test_base_with_adapters_is_told_of_unless_its_name_leads_to_them(base_folder, tmp_path, tokens):
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    base = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    base.save_pretrained(tmp_path / "adapters")
+    (message,) = told(joined(base), tokens)
+    assert f"base has other adapters than {base_folder}" in message and "save_base" not in message
+    model = joined(str(tmp_path / "adapters"))
+    assert told(model, tokens) == []
+    assert torch.equal(saved_and_loaded(model, tmp_path / "saved")(tokens).logits, model.eval()(tokens).logits)
+
+
 def test_resized_base_is_told_of_and_refused_with_its_sizes(base_folder, tmp_path, tokens):
     base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
     base.resize_token_embeddings(70)
