@@ -146,6 +146,29 @@ def test_adapters_are_saved_loaded_and_merged_in_one_folder(base_folder, tmp_pat
     assert torch.equal(again(tokens).logits, loaded(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head": "shared"},
+        {"head": "low_rank", "head_rank": 2, "trunk_layer": 1},
+        {"trunk_layer": 1, "zero_init": False},
+    ],
+    ids=["shared", "low rank", "trunk"],
+)
+def test_adapters_come_back_beside_matrices_that_nothing_reads(base_folder, tmp_path, tokens, options):
+    model = AuxiliaryForCausalLM.from_base_and_aux(base_folder, tiny_model("llama", seed=2), **options)
+    with torch.no_grad():
+        for weight in getattr(model, "aux_head", torch.nn.Identity()).parameters():
+            weight.normal_()
+    model.aux = lora(model.aux)
+    model.eval().save_pretrained(tmp_path / "saved")
+    loaded = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")
+    assert any("lora_A" in name for name in loaded.state_dict())
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    loaded.merge_adapters()
+    assert_same_logits(loaded, model, tokens)
+
+
 def test_several_adapters_come_back_with_the_one_in_use(base_folder, tmp_path, tokens):
     model = with_adapters(base_folder, "assigned").eval()
     model.aux.add_adapter(peft.LoraConfig(**{**ADDED, "target_modules": ["k_proj"]}), adapter_name="other")

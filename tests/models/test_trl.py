@@ -106,24 +106,41 @@ def softcapped(**options):
     return AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False, vocab_policy="pad", aux_scale=0.5)
 
 
-def shared():
-    """With the base's head for both."""
+def with_new_head(head: str, **options):
     model = AuxiliaryForCausalLM.from_base_and_aux(
-        tiny_model("llama", seed=1, width=24), tiny_model("gpt2", seed=2), head="shared", aux_scale=0.5
-    )
-    torch.nn.init.normal_(model.aux_head.weight)
+        tiny_model("llama", seed=1, width=24), tiny_model("llama", seed=2), head=head, aux_scale=0.5, **options
+    ).train()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in model.aux_head.parameters():
+            weight.normal_()
     return model
 
 
+def shared():
+    return with_new_head("shared")
+
+
+def low_rank():
+    return with_new_head("low_rank", head_rank=3)
+
+
 def called():
-    """With a base whose head is called, because a hook is on it."""
+    """With heads whose logits hooks change."""
     model = auxiliary()
-    model.base.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + 0.1)
+    model.aux.lm_head.register_forward_hook(lambda layer, args, logits: torch.tanh(logits))
+    model.base.lm_head.register_forward_hook(lambda layer, args, logits: 2 * logits)
+    return model
+
+
+def called_planner():
+    model = planner()
+    model.lm.lm_head.register_forward_hook(lambda layer, args, logits: 2 * logits)
     return model
 
 
 @pytest.mark.parametrize("is_shifted", [False, True])
-@pytest.mark.parametrize("make", [auxiliary, planner, softcapped, shared, called])
+@pytest.mark.parametrize("make", [auxiliary, planner, softcapped, shared, low_rank, called, called_planner])
 def test_the_numbers_of_each_token_are_those_of_the_summed_logits(make, is_shifted):
     model, plain, _ = twice(make)
     names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
