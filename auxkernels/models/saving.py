@@ -155,7 +155,7 @@ def _element(stored: list[Tensor] | None, i: int) -> float | int | None:
     if tensor is None:
         return None
     index = (i * 7919 + tensor.numel() // 2) % tensor.numel()
-    element = tensor[torch.unravel_index(torch.tensor(index), tensor.shape)]
+    element = tensor[torch.unravel_index(torch.tensor(index, device="cpu"), tensor.shape)]
     return element.item() if _has_numbers(tensor) else _numbers(element.reshape(1)).item()
 
 

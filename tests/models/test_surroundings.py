@@ -102,7 +102,8 @@ def everything(tokens, models):
         results += [loss.detach(), model.eval()(tokens).logits, model.generate(tokens, **options)]
     lm = next(models)[0]
     planner = PlannerForCausalLM.from_lm(lm, num_labels=4, label_dim=4, layers=[1])
-    scores, segments = torch.ones_like(tokens[:2, :4]).float(), torch.zeros_like(tokens)
+    scores, segments = torch.ones_like(tokens[:, :4]).float(), torch.zeros_like(tokens)
+    segments += torch.arange(len(tokens), device=tokens.device).unsqueeze(1)  # numbered on from row to row
     for mode, given in (
         ("soft", {"label_scores": scores}),
         ("hard", {"label_ids": scores[:, 0].long()}),
