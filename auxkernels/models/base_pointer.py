@@ -1,4 +1,7 @@
-"""What a saved auxiliary says of its base beside the name: which weights they are, and how they come to be loaded."""
+"""What a saved model says of a frozen one beside the name: which weights they are, and how they come to be loaded.
+
+An auxiliary's folder points to its base, a planner's to its language model.
+"""
 
 from __future__ import annotations
 
@@ -53,17 +56,22 @@ def has_own_code(model: PreTrainedModel) -> bool:
     return type(model).__module__.startswith("transformers_modules.")
 
 
-def loading_options(config, kind: str, kwargs: dict) -> dict:
+def loading_options(
+    saved: dict | None, kind: str, kwargs: dict, *, argument: str, name: str | None, config: PretrainedConfig
+) -> dict:
     """Those of the saved options under the call's own kwargs.
 
-    kind     where the base is loaded from: "pointer", its name; "folder", which holds it as it was; "moved", a new name
-    Raises   ValueError where the base's code would be run and the call does not say that it is trusted.
+    kind       where the model is loaded from: "pointer", its name; "folder", which holds it as it was; "moved", a new
+               name
+    argument   what the model is called in errors, and where it can be given
+    name, config   the model's, as they were saved
+    Raises     ValueError where the model's code would be run and the call does not say that it is trusted.
     """
-    options = dict(config.base_options or {})
+    options = dict(saved or {})
     if options.pop("trust_remote_code", False) and kind != "moved" and not kwargs.get("trust_remote_code"):
         raise ValueError(
-            f"base {config.base_name_or_path!r} runs code that comes with its weights: pass trust_remote_code=True if "
-            "you have read and trust it, or base= the model"
+            f"{argument} {name!r} runs code that comes with its weights: pass trust_remote_code=True if you have read "
+            f"and trust it, or {argument}= the model"
         )
     if kind == "folder":
         return dict(kwargs)
@@ -73,7 +81,7 @@ def loading_options(config, kind: str, kwargs: dict) -> dict:
     if quantization is not None:
         options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(quantization))
     if options.get("config") is True:
-        options["config"] = copy.deepcopy(config.base_config)
+        options["config"] = copy.deepcopy(config)
         if quantization is not None:  # or it would say that the weights are quantised already
             vars(options["config"]).pop("quantization_config", None)
     return {**options, **kwargs}
@@ -159,15 +167,15 @@ def _differs(weight: Tensor, saved) -> bool:
     return not torch.allclose(got.double(), row.double(), rtol=limits.eps, atol=limits.smallest_normal)
 
 
-def advice_on(config, base: PreTrainedModel) -> str:
-    """What to say of a base that is not the one that an auxiliary was saved with."""
-    sizes = [one.get_text_config().vocab_size for one in (config.base_config, base.config)]
+def advice_on(saved: PretrainedConfig, found: PreTrainedModel, argument: str) -> str:
+    """What to say of a model that is not the one, of the saved configuration, that a folder points to."""
+    sizes = [one.get_text_config().vocab_size for one in (saved, found.config)]
     got = "other weights or shapes" if sizes[0] == sizes[1] else f"{sizes[1]} tokens where it had {sizes[0]}"
-    quantised = [getattr(one, "quantization_config", None) is not None for one in (config.base_config, base.config)]
+    quantised = [getattr(one, "quantization_config", None) is not None for one in (saved, found.config)]
     if quantised[0] != quantised[1]:
         got += ", quantised" if quantised[1] else ", not quantised as it was"
     return (
-        f"got {got}: pass base= that model; one that was merged, resized or trained on after loading must be saved to "
-        "a folder of its own, and a quantised one loaded with the same quantization_config. check_base=False computes "
-        "with what was found, and is for another base that is meant"
+        f"got {got}: pass {argument}= that model; one that was merged, resized or trained on after loading must be "
+        f"saved to a folder of its own, and a quantised one loaded with the same quantization_config. check_{argument}"
+        f"=False computes with what was found, and is for another {argument} that is meant"
     )

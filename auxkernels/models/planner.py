@@ -451,8 +451,7 @@ class PlannerForCausalLM(
                    language model. OSError: none where the pointer says.
         """
         if config is None:
-            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            config = PlannerConfig.from_pretrained(name_or_path, **{k: kwargs[k] for k in hub if k in kwargs})
+            config = PlannerConfig.from_pretrained(name_or_path, **saving.hub_options(kwargs))
         had_planner = config.has_planner
         if had_planner and planner is None:
             raise ValueError(f"{name_or_path} holds the weights of a planner: pass planner=, the module they belong to")

@@ -45,6 +45,7 @@ class PlannerConfig(PretrainedConfig):
     skip_logits_in_evaluation   where there are labels no [batch, seq, vocabulary] logits are made in evaluation either:
                       for a Trainer without compute_metrics, which drops them
     lm_name_or_path, lm_revision, lm_fingerprint   the pointer to a frozen language model that is not saved with it
+    lm_options          what else from_pretrained needs to load its weights
     lm_is_saved         the saved weights include the language model's
     hidden_size, ...    the language model's, for trainers and servers that read them of any model.
     has_planner         whether saved weights include a planner module, which must then be given to load them.
@@ -83,6 +84,7 @@ class PlannerConfig(PretrainedConfig):
         lm_name_or_path: str | None = None,
         lm_revision: str | None = None,
         lm_fingerprint: dict | None = None,
+        lm_options: dict | None = None,
         lm_is_saved: bool = True,
         **kwargs,
     ):
@@ -123,6 +125,7 @@ class PlannerConfig(PretrainedConfig):
         self.lm_name_or_path = lm_name_or_path
         self.lm_revision = lm_revision
         self.lm_fingerprint = lm_fingerprint
+        self.lm_options = lm_options
         self.lm_is_saved = lm_is_saved
         super().__init__(**kwargs)
         if text_config is not None:

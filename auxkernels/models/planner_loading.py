@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import saving
+from . import base_pointer, saving
 from .planner_config import PlannerConfig
 
 MARK = "_is_hf_initialized"
@@ -59,17 +59,16 @@ def kept_buffers(root: nn.Module | None) -> Iterator[None]:
 
 def language_model(given: PreTrainedModel | str, lm_kwargs: dict | None) -> PreTrainedModel:
     """A model as it is, or loaded by name or path."""
-    if isinstance(given, (str, os.PathLike)):
+    if lm_kwargs or isinstance(given, (str, os.PathLike)):
         return saving.causal_lm("lm", given, dict(lm_kwargs or {}))
-    if lm_kwargs:
-        raise ValueError(f"lm_kwargs must be empty where lm is a model, got {', '.join(sorted(lm_kwargs))}")
     return given
 
 
 def point_to(config: PlannerConfig, lm: PreTrainedModel, given, lm_kwargs: dict | None) -> None:
     """Writes down where a language model comes from, and what it is now."""
-    name = os.fspath(given) if isinstance(given, (str, os.PathLike)) else getattr(lm.config, "name_or_path", None)
+    name = os.fspath(given) if isinstance(given, (str, os.PathLike)) else lm.config.name_or_path
     config.lm_name_or_path, config.lm_revision = saving.pointer(name), (lm_kwargs or {}).get("revision")
+    config.lm_options = base_pointer.weight_options(lm, lm_kwargs or {})
     config.lm_fingerprint = saving.fingerprint(lm) if config.lm_name_or_path else None
 
 
@@ -103,30 +102,38 @@ def _pointers_problem(model) -> str | None:
 
 def pointed_lm(folder, config: PlannerConfig, lm, lm_kwargs: dict | None, check_lm: bool, kwargs: dict):
     """The language model that a folder points to, or one that is given instead; kwargs: of from_pretrained."""
-    given = config.lm_name_or_path if lm is None else lm
-    if isinstance(given, PreTrainedModel):
-        model = language_model(given, lm_kwargs)
+    if isinstance(lm, PreTrainedModel):
+        model = language_model(lm, lm_kwargs)
     else:
-        options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        if lm is None and config.lm_revision is not None:
-            options["revision"] = config.lm_revision
-        if not {"dtype", "torch_dtype"} & kwargs.keys() and config.text_config.dtype is not None:
-            options["dtype"] = config.text_config.dtype
-        options |= lm_kwargs or {}
-        try:
-            model = language_model(given, options)
-        except OSError as error:
-            raise OSError(
-                f"the language model {given!r}, which {folder} points to, could not be loaded: pass lm="
-            ) from error
+        model = _loaded(folder, config, lm, lm_kwargs or {}, kwargs)
     if check_lm and not saving.is_same_base(config.lm_fingerprint, saving.fingerprint(model)):
-        raise ValueError(
-            "lm must be the language model that the planner was saved with, got other weights or shapes: pass "
-            "check_lm=False if that is meant"
-        )
-    if lm is not None:
-        point_to(config, model, lm, lm_kwargs)
+        advice = base_pointer.advice_on(config.text_config, model, "lm")
+        raise ValueError(f"lm must be the language model that the planner was saved with, {advice}")
+    if isinstance(lm, PreTrainedModel) and not check_lm:  # it may be another one
+        point_to(config, model, lm, None)
+    elif lm is not None and not isinstance(lm, PreTrainedModel):
+        point_to(config, model, lm, _loading_options(config, "moved", lm_kwargs or {}))
     return model
+
+
+def _loaded(folder, config: PlannerConfig, lm, lm_kwargs: dict, kwargs: dict) -> PreTrainedModel:
+    """The language model from where the folder points to, or from the name that is given instead."""
+    options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    if lm is None and config.lm_revision is not None:
+        options["revision"] = config.lm_revision
+    if config.text_config.dtype is not None and not saving.says_dtype(kwargs):
+        options["dtype"] = config.text_config.dtype
+    options = _loading_options(config, "pointer" if lm is None else "moved", options | lm_kwargs)
+    name = config.lm_name_or_path if lm is None else lm
+    try:
+        return language_model(name, options)
+    except OSError as error:
+        raise OSError(f"lm {name!r}, which {folder} points to, could not be loaded: pass lm=") from error
+
+
+def _loading_options(config: PlannerConfig, kind: str, kwargs: dict) -> dict:
+    lm = {"name": config.lm_name_or_path, "config": config.text_config}
+    return base_pointer.loading_options(config.lm_options, kind, kwargs, argument="lm", **lm)
 
 
 def load_own_weights(model, folder, kwargs: dict) -> None:

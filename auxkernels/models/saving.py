@@ -308,7 +308,7 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     if check_base and config.base_fingerprint is None:
         raise ValueError(f"{folder} must say which base it was saved with: pass check_base=False for any")
     if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
-        advice = base_pointer.advice_on(config, base_model)
+        advice = base_pointer.advice_on(config.base_config, base_model, "base")
         raise ValueError(f"base must be the model that the auxiliary was saved with, {advice}")
     weights = weights_of(folder, where)
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
@@ -346,13 +346,13 @@ def _unread_weights(config: AuxiliaryConfig) -> dict[str, Tensor]:
     }
 
 
-def _says_dtype(kwargs: dict) -> bool:
+def says_dtype(kwargs: dict) -> bool:
     return kwargs.get("dtype", kwargs.get("torch_dtype")) is not None
 
 
 def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
     """Weights that were saved in another dtype than the model's, as they were saved, unless a dtype is asked for."""
-    if _says_dtype(kwargs):
+    if says_dtype(kwargs):
         return
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in weights and parameter.dtype != weights[name].dtype:
@@ -367,17 +367,22 @@ def _point_to(config: AuxiliaryConfig, base, base_model, check_base: bool, base_
     elif isinstance(base, (str, os.PathLike)):
         config.base_name_or_path = pointer(os.fspath(base))
         config.base_revision = (base_kwargs or {}).get("revision")
-        kwargs = base_pointer.loading_options(config, "moved", base_kwargs or {})
+        kwargs = _loading_options(config, "moved", base_kwargs or {})
         config.base_options = base_pointer.weight_options(base_model, kwargs)
+
+
+def _loading_options(config: AuxiliaryConfig, kind: str, kwargs: dict) -> dict:
+    base = {"name": config.base_name_or_path, "config": config.base_config}
+    return base_pointer.loading_options(config.base_options, kind, kwargs, argument="base", **base)
 
 
 def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict | None) -> PreTrainedModel:
     if isinstance(base, PreTrainedModel):
         return causal_lm("base", base, base_kwargs or {})
-    if config.base_config.dtype is not None and not _says_dtype(kwargs):
+    if config.base_config.dtype is not None and not says_dtype(kwargs):
         kwargs = {**kwargs, "dtype": config.base_config.dtype}
     kind = "moved" if base is not None else "folder" if config.base_is_saved else "pointer"
-    kwargs = base_pointer.loading_options(config, kind, kwargs)
+    kwargs = _loading_options(config, kind, kwargs)
     if base is None and config.base_is_saved:
         subfolder = os.path.join(where.get("subfolder", ""), BASE_FOLDER)
         if "revision" in where:

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from planner_models import ARCHITECTURES, LABEL_DIM, NUM_LABELS, SEGMENT_IDS, TinyPlanner, scores, tiny_lm, tokens
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from auxkernels.models.labels import collate_segments
 from auxkernels.models.planner import PlannerForCausalLM
@@ -112,6 +112,31 @@ def test_a_folder_from_before_the_pointer_loads(lm_folder, tmp_path):
     assert torch.equal(logits(other, ids, given), logits(model, ids, given))
     other.save_pretrained(tmp_path / "again")
     assert holds_lm(tmp_path / "again"), "nobody knows where it came from"
+
+
+@pytest.mark.parametrize("how", ["values", "config"])
+def test_what_a_language_model_was_loaded_with_is_in_the_pointer(tmp_path, how):
+    tiny_lm("llama").save_pretrained(tmp_path / "many" / "inside", variant="small")
+    where = {"subfolder": "inside", "variant": "small"}
+    config = AutoConfig.from_pretrained(tmp_path / "many", subfolder="inside", num_hidden_layers=3)
+    what = {"num_hidden_layers": 3} if how == "values" else {"config": config}
+    model, ids, given = model_of(str(tmp_path / "many"), lm_kwargs=where | what), tokens(), scores()
+    model.save_pretrained(tmp_path / "planner")
+    assert not holds_lm(tmp_path / "planner")
+    other = loaded(tmp_path / "planner")
+    assert len(other.lm.model.layers) == 3 and torch.equal(logits(other, ids, given), logits(model, ids, given))
+    (tmp_path / "many" / "inside").rename(tmp_path / "moved")
+    moved = loaded(tmp_path / "planner", lm=tmp_path / "moved", lm_kwargs={"variant": "small"})
+    moved.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again"), ids, given), logits(model, ids, given))
+
+
+def test_a_language_model_of_another_vocabulary_is_called_by_its_number_of_tokens(lm_folder, tmp_path):
+    model_of(str(lm_folder)).save_pretrained(tmp_path / "planner")
+    other = AutoModelForCausalLM.from_pretrained(lm_folder)
+    other.resize_token_embeddings(other.config.vocab_size + 3)
+    with pytest.raises(ValueError, match=f"got {other.config.vocab_size} tokens where it had"):
+        loaded(tmp_path / "planner", lm=other)
 
 
 def test_another_language_model_is_refused_and_a_given_one_is_shared(lm_folder, tmp_path):
