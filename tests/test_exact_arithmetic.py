@@ -111,6 +111,18 @@ def test_the_entropy_of_a_lookup_and_its_gradient_are_exact_to_float64(gap):
         assert relative_error(grad, want["d entropy"]) <= allowed(gap, 1.0), backend
 
 
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("noise", [{}, {"hard": True, "gumbel": 1.0, "seed": 3, "clean_gradient": True}])
+def test_the_entropy_of_a_whole_row_is_exact_to_float64_where_few_labels_are_kept(gap, noise):
+    base, aux = row(gap, 1.0)
+    want, scores, table = exact(base, torch.zeros_like(aux)), base.requires_grad_(), torch.eye(6, dtype=F64)
+    for backend in ("reference", "native"):
+        _, stats = soft_embedding(scores, table, top_k=2, **noise, return_stats=True, backend=backend)
+        (grad,) = torch.autograd.grad(stats.row_entropy, scores)
+        assert relative_error(stats.row_entropy, want["entropy"]) <= allowed(gap, 1.0), backend
+        assert relative_error(grad, want["d entropy"]) <= allowed(gap, 1.0), backend
+
+
 @pytest.mark.parametrize("gap", [0.5, 20.0, 60.0])
 def test_the_reference_has_second_derivatives_of_confident_rows(gap):
     """d2 loss = diag(p) - p p', whose row of the target sums up p of the others."""
