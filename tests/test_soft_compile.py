@@ -5,6 +5,7 @@ import torch
 from inputs import head, logits
 from test_compile import Counter, assert_same
 from test_soft_oracle import FLOATS
+from tolerance import assert_alike
 
 from auxkernels import nn, segments, soft_embedding
 
@@ -70,7 +71,7 @@ def test_generated_code_around_the_operator_is_eager(fused):
     arguments = batch(7, fused.device)
     fast = torch.compile(function, fullgraph=True)
     for got, want in zip(with_gradient(fast, *arguments), with_gradient(function, *arguments), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert_alike(got, want)
 
 
 @pytest.mark.parametrize("mode", ["soft", "noisy"])
@@ -122,7 +123,7 @@ def test_numbers_that_change_every_step_are_compiled_a_small_number_of_times(fus
         options = NUMBERS[name](value, fused.device)
         got, want = (with_gradient(f, *arguments, options) for f in (fast, function))
         for one, two in zip(got, want, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+            assert_alike(one, two)
         counts.append(counter.count)
     assert counts[-1] == counts[3] and counts[-1] <= 8  # a first value, a second one, then any
 
@@ -165,7 +166,7 @@ def test_one_tensor_may_be_scores_and_table_when_compiled(fused):
 
     both = logits(7, 7, device=fused.device, requires_grad=True)
     got, want = (torch.autograd.grad(f(both).sum(), both)[0] for f in (compiled(function)[0], function))
-    torch.testing.assert_close(got, want)
+    assert_alike(got, want)
 
 
 def test_the_compiled_module_with_segments_is_eager(fused):
@@ -182,7 +183,7 @@ def test_the_compiled_module_with_segments_is_eager(fused):
             out = run(scores)
             results.append((out, *torch.autograd.grad(out.square().sum(), (scores, module.weight))))
         for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+            assert_alike(got, want)
 
 
 def test_compiled_segments_of_any_number_are_compiled_once(fused):

@@ -6,7 +6,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 from inputs import head, logits
-from test_soft_oracle import F32, F64, FLOATS, Case, check, cut_lookup, relative_error
+from oracle import assert_close
+from test_soft_oracle import F32, F64, FLOATS, Case, check, cut_lookup
+from tolerance import OF_A_ROW, assert_alike, product_error, unit
 
 from auxkernels import Logits, soft_embedding
 
@@ -57,7 +59,7 @@ def test_a_row_without_an_allowed_label_is_zero_in_value_and_gradient(impl, monk
             mask[empty, :20] = True
     T = torch.full((6,), mode.get("temperature", 0.7), device=impl.device, requires_grad=True)
     case = Case(scores, tables, mode | {"temperature": T} | ({} if how == "scores" else {"mask": mask}))
-    got = check(case, impl.backend, case.upstream("out", *FLOATS), confident=True)
+    got = check(case, impl.backend, case.upstream("out", *FLOATS))
     assert got["argmax"][empty].eq(-1).all()
     assert not got["out"][:, empty].any() and not got["out"].isnan().any()
     assert not got["grad values 0"][empty].any() and not got["grad temperature"][empty].any()
@@ -114,9 +116,9 @@ def test_nan_and_infinity_poison_their_row_and_no_other(impl, monkeypatch, mode,
     got, want = results
     others = [0, 1, 3, 4, 5]
     for name in ("entropy", "max_prob", "sum_squares", "grad values 0", "grad temperature"):
-        torch.testing.assert_close(got[name][others], want[name][others], rtol=1e-5, atol=1e-6)
+        assert_alike(got[name][others], want[name][others])
         assert got[name][2].isnan().any(), name
-    torch.testing.assert_close(got["out"][:, others], want["out"][:, others], rtol=1e-5, atol=1e-6)
+    assert_alike(got["out"][:, others], want["out"][:, others])
     assert got["out"][:, 2].isnan().all() and got["grad values 0"][2, label].isnan()
     assert torch.equal(got["argmax"][others], want["argmax"][others]) and got["argmax"][2] == label
     if "top_k" not in mode and value != INF:
@@ -219,12 +221,19 @@ def test_one_label_gives_its_row_and_a_gradient_of_zero(impl, mode):
 # -- values that are known ---------------------------------------------------------------------------------------------
 
 
+def assert_is_mean(out, table):
+    """Of labels that are all as likely: 1 / K is rounded a few times, then there is a product."""
+    p = torch.full((len(out), len(table)), 1 / len(table), dtype=F64, device=table.device)
+    few = 8 * unit(F32) * (p @ table.double().abs())
+    assert_close("mean", out, p @ table.double(), product_error(p, table.double(), F32) + few)
+
+
 @pytest.mark.parametrize("K", [1, 2, 33, 1025])
 def test_scores_of_zero_give_the_mean_of_the_table(impl, K):
     table = logits(K, 6, device=impl.device)
     for value, T in ((0.0, 1.0), (0.0, 1e-4), (7.5, 0.3), (-1e30, 1.0), (1e30, 1.0)):
         out = soft_embedding(torch.full((3, K), value, device=impl.device), table, temperature=T, backend=impl.backend)
-        assert relative_error(out, table.double().mean(0).expand(3, 6)) < 1e-6
+        assert_is_mean(out, table)
 
 
 @pytest.mark.parametrize("options", [{}, {"hard": True}, {"top_k": 3}, {"hard": True, "top_k": 1}], ids=str)
@@ -244,7 +253,7 @@ def test_temperatures_at_their_extremes_are_argmax_and_mean(impl):
     cold = soft_embedding(scores, table, temperature=1e-30, backend=impl.backend)
     assert torch.equal(cold, table[scores.argmax(-1)])
     hot = soft_embedding(scores, table, temperature=1e30, backend=impl.backend)
-    assert relative_error(hot, table.double().mean(0).expand(6, 5)) < 1e-6
+    assert_is_mean(hot, table)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"hard": True}], ids=str)
@@ -285,9 +294,7 @@ def test_scores_as_large_as_they_may_be_do_not_overflow(impl, size):
 def test_a_scale_of_zero_is_the_mean_even_of_large_scores(impl):
     table = logits(37, 5, device=impl.device)
     scores = Logits(logits(4, 37, scale=1e3, device=impl.device), scale=0.0)
-    assert (
-        relative_error(soft_embedding(scores, table, backend=impl.backend), table.double().mean(0).expand(4, 5)) < 1e-6
-    )
+    assert_is_mean(soft_embedding(scores, table, backend=impl.backend), table)
 
 
 # -- properties --------------------------------------------------------------------------------------------------------
@@ -314,7 +321,7 @@ def drawn(impl, rows, K, D, T, seed, name):
 def test_the_mixture_is_inside_the_tables_range(impl, **sizes):
     scores, table, options = drawn(impl, **sizes)
     out = soft_embedding(scores, table, **options)
-    room = 1e-5 * table.abs().amax(0)
+    room = OF_A_ROW * unit(F32) * table.abs().amax(0)  # p add up to 1
     assert (out <= table.amax(0) + room).all() and (out >= table.amin(0) - room).all()
 
 
@@ -325,7 +332,7 @@ def test_permuting_the_labels_changes_nothing_but_rounding(impl, **sizes):
     options = {k: v for k, v in options.items() if k not in ("gumbel", "seed")}  # noise belongs to a label's number
     order = torch.randperm(scores.shape[1], generator=torch.Generator().manual_seed(sizes["seed"])).to(impl.device)
     got, want = soft_embedding(scores[:, order], table[order], **options), soft_embedding(scores, table, **options)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_alike(got, want)
 
 
 @few
@@ -336,7 +343,7 @@ def test_adding_a_number_to_a_row_changes_nothing_but_rounding(impl, **sizes):
     if "gumbel" in options:
         return
     got, want = (soft_embedding(given, table, **options) for given in (scores + 64.0, scores))
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert torch.equal(got, want)
 
 
 @few
@@ -372,12 +379,12 @@ def test_a_row_does_not_depend_on_the_scores_of_another(fused, **sizes):
 def test_statistics_are_those_of_a_distribution(impl, **sizes):
     scores, table, options = drawn(impl, **sizes)
     found = Case(scores, table, {k: v for k, v in options.items() if k != "backend"}).call(impl.backend)
-    K, room = sizes["K"], 1e-5
+    K, room = sizes["K"], OF_A_ROW * unit(F32)
     kept = min(options.get("top_k", K), K)
     log_kept = torch.tensor(float(kept)).log().item()
     assert (found["entropy"] >= -room).all() and (found["entropy"] <= log_kept + room).all()
     assert (found["max_prob"] >= 1 / kept - room).all() and (found["max_prob"] <= 1 + room).all()
     assert (found["sum_squares"] >= found["max_prob"].square() - room).all()
     assert (found["sum_squares"] <= found["max_prob"] + room).all()
-    assert abs(found["usage"].sum().item() - 1) < 1e-4 and (found["usage"] >= 0).all()
+    assert abs(found["usage"].sum().item() - 1) <= room and (found["usage"] >= 0).all()
     assert found["entropy"].dtype == F32 if scores.dtype != F64 else True

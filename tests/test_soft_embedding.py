@@ -6,7 +6,8 @@ import pytest
 import torch
 from inputs import covering_pairs, head, label, logits, strided
 from test_heads_gradients import products
-from test_soft_oracle import F32, F64, FLOATS, STATS, Case, check, cut_lookup, expected, relative_error
+from test_soft_oracle import F32, F64, FLOATS, STATS, Case, check, cut_lookup, expected
+from tolerance import assert_alike
 
 from auxkernels import Head, Logits, soft_embedding
 
@@ -122,10 +123,9 @@ def test_every_number_of_labels_in_float64(doubles, K):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"hard": True}, {"gumbel": 1.0, "seed": 1}, {"top_k": 16}], ids=str)
-def test_a_batch_of_many_rows_is_within_the_tolerances(impl, dtype, options):
-    """3e-6 for float32, 8e-3 for bfloat16, of the norm."""
+def test_a_batch_of_many_rows_matches_float64(impl, dtype, options):
     scores = logits(700, 1024, dtype=dtype, device=impl.device, requires_grad=True)
-    table = logits(1024, 128, dtype=dtype, device=impl.device, requires_grad=True)
+    table = logits(1024, 32, dtype=dtype, device=impl.device, requires_grad=True)
     check(Case(scores, table, {"temperature": 0.7, **options}), impl.backend)
 
 
@@ -144,7 +144,7 @@ def test_temperatures_from_cold_to_hot(impl, T, spread, options):
     for given in kinds:
         given = given.to(impl.device).requires_grad_() if isinstance(given, torch.Tensor) else given
         case = Case(scores, table, {"temperature": given, **options})
-        check(case, impl.backend, case.upstream("out", *FLOATS), confident=True)
+        check(case, impl.backend, case.upstream("out", *FLOATS))
 
 
 def test_a_cold_row_does_not_lose_its_second_label(impl):
@@ -153,7 +153,7 @@ def test_a_cold_row_does_not_lose_its_second_label(impl):
     scores = torch.tensor([[50.0, 50.0 + gap.item() * 5, 0.0]], device=impl.device)
     out = soft_embedding(scores, torch.eye(3, device=impl.device), temperature=1e-4, backend=impl.backend)
     want = torch.softmax(scores.double() / 1e-4, -1)
-    assert relative_error(out, want) < 1e-6
+    assert_alike(out, want, 16)
 
 
 @pytest.mark.usefixtures("general_road")
@@ -163,8 +163,9 @@ def test_a_number_and_tensors_of_that_number_are_one_temperature(fused):
     plain = soft_embedding(scores, table, temperature=0.3, backend=fused.backend)
     for given in (T, T.expand(6), T.expand(6).contiguous(), T.to(F64)):
         assert torch.equal(soft_embedding(scores, table, temperature=given, backend=fused.backend), plain)
-    scaled = soft_embedding(scores, table, temperature=T.reshape(()).to(BF16), backend=fused.backend)
-    torch.testing.assert_close(scaled, plain, rtol=2e-2, atol=2e-2)
+    half = T.to(BF16)
+    scaled = soft_embedding(scores, table, temperature=half, backend=fused.backend)
+    assert torch.equal(scaled, soft_embedding(scores, table, temperature=half.item(), backend=fused.backend))
 
 
 def test_temperatures_get_gradients_of_their_own_dtype_and_shape(impl):
@@ -219,7 +220,7 @@ def test_usage_is_the_mean_over_every_chunk_and_zero_for_no_rows(impl, monkeypat
     for shape in ((23,), (3, 9)):
         scores = logits(*shape, 11, device=impl.device)
         usage = Case(scores, table).call(impl.backend)["usage"]
-        torch.testing.assert_close(usage, torch.softmax(scores, -1).reshape(-1, 11).mean(0))
+        assert_alike(usage, torch.softmax(scores, -1).reshape(-1, 11).mean(0))
     assert torch.equal(
         Case(logits(0, 11, device=impl.device), table).call(impl.backend)["usage"].cpu(), torch.zeros(11)
     )
@@ -295,7 +296,7 @@ def test_an_upstream_gradient_of_any_strides_is_read_as_it_is(impl):
             got = torch.autograd.grad(out, (scores, tables), upstream, retain_graph=True)
             want = torch.autograd.grad(out, (scores, tables), upstream.contiguous(), retain_graph=True)
             for one, two in zip(got, want, strict=True):
-                torch.testing.assert_close(one, two)
+                assert_alike(one, two)
 
 
 # -- what they cost ----------------------------------------------------------------------------------------------------
@@ -376,12 +377,12 @@ def test_expected_values_do_not_come_from_the_package(impl):
     scores = torch.tensor([[0.0, 2.0**0.5, -1.0]], device=impl.device, requires_grad=True)
     table = torch.tensor([[1.0], [2.0], [4.0]], device=impl.device)
     case = Case(scores, table)
-    e = torch.tensor([0.0, 2.0**0.5, -1.0], dtype=F64).exp()
+    e = scores.detach().cpu().double().squeeze().exp()
     p = e / e.sum()
     mean = p @ table.cpu().double().squeeze()
     upstream = {"out": torch.ones(1, 1, device=impl.device)}
-    got, want = case.run(impl.backend, upstream), expected(case, upstream)[0]
+    got, want = case.run(impl.backend, upstream), expected(case, upstream)
     for found in (got, want):
-        torch.testing.assert_close(found["out"].double().cpu().squeeze(), mean, rtol=1e-6, atol=0)
+        assert_alike(found["out"].cpu().squeeze(), mean.squeeze(), 16)
         by_hand = p * (table.cpu().double().squeeze() - mean)
-        torch.testing.assert_close(found["grad values 0"].double().cpu().squeeze(), by_hand, rtol=1e-6, atol=1e-8)
+        assert_alike(found["grad values 0"].cpu().squeeze(), by_hand, 16)

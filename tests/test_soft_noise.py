@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inputs import logits
-from test_soft_oracle import F32, F64, Case, check, cut_lookup
+from test_soft_oracle import F32, F64, Case, check, cut_lookup, expected
+from tolerance import assert_alike, unit
 from torch.utils.checkpoint import checkpoint
 
 from auxkernels import noise, soft_embedding
@@ -91,7 +92,7 @@ def test_philox_gives_the_published_words(counter, key, output):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_numbers_follow_from_seed_row_and_label(seed):
     got = noise.gumbel(5, 11, torch.tensor(seed), F64)
-    torch.testing.assert_close(got, noise_by_hand(range(5), range(11), seed), rtol=1e-12, atol=0)
+    assert_alike(got, noise_by_hand(range(5), range(11), seed))
 
 
 def test_uniform_numbers_are_strictly_inside_zero_and_one_at_the_extremes(monkeypatch):
@@ -146,7 +147,7 @@ def test_noise_is_within_4_ulp_over_many_numbers(fused):
 @pytest.mark.parametrize("scale", [0.25, 3.0])
 def test_the_scale_multiplies_the_noise(fused, scale):
     got, one = (of_backend(fused, 4, range(9), 9, 5, gumbel=g) for g in (scale, 1.0))
-    torch.testing.assert_close(got, one * scale, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got, one * scale, rtol=2 * unit(F32), atol=0)  # one product, rounded before or after
 
 
 def test_rows_beyond_32_bits_have_numbers_of_their_own(native):
@@ -208,7 +209,7 @@ def test_noise_does_not_depend_on_chunks_rows_threads_or_strides(fused, monkeypa
         cut_lookup(monkeypatch, num_rows)
         assert torch.equal(soft_embedding(scores, table, **options), want)
         for name, value in Case(scores, table, {"gumbel": 1.0, "seed": 17}).call(fused.backend).items():
-            torch.testing.assert_close(value, fields[name], rtol=1e-5, atol=1e-6)
+            assert_alike(value, fields[name])
 
 
 @pytest.mark.parametrize("choice", [{}, {"hard": True}, {"top_k": 5}, {"mask": True}], ids=str)
@@ -226,7 +227,7 @@ def test_forward_and_backward_draw_the_same_noise(impl, monkeypatch, choice):
     got, want = noisy.run(impl.backend, upstream), plain.run(impl.backend, upstream)
     assert torch.equal(got["argmax"], want["argmax"])
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=2e-5, atol=2e-6)
+        assert_alike(got[name], want[name])
 
 
 def test_all_backends_draw_the_same(impl):
@@ -352,21 +353,14 @@ def test_hard_gumbel_chooses_as_often_as_torch_does(impl, tau):
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_given_the_noise_output_and_gradient_are_those_of_torch(impl, monkeypatch, hard):
-    N, K, D = 50, 33, 8
-    drawn = noise.gumbel(N, K, torch.tensor(77), F64)
-    exponential = torch.exp(-drawn)  # torch's noise is -log of this
+    scores, table = (logits(*s, device=impl.device, requires_grad=True) for s in ((50, 33), (33, 8)))
+    case = Case(scores, table, {"temperature": 0.8, "gumbel": 1.0, "seed": 77, "hard": hard})
+    upstream = case.upstream()
+    check(case, impl.backend, upstream)
+    exponential = torch.exp(-noise.gumbel(50, 33, torch.tensor(77), F64))  # torch's noise is -log of this
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.copy_(exponential))
-    results = []
-    upstream = torch.randn(N, D, dtype=F64)
-    for mine in (True, False):
-        torch.manual_seed(9)
-        scores, table = (logits(*s, requires_grad=True) for s in ((N, K), (K, D)))
-        if mine:
-            given = scores.to(impl.device), table.to(impl.device)
-            out = soft_embedding(*given, temperature=0.8, gumbel=1.0, seed=77, hard=hard, backend=impl.backend)
-        else:
-            out = F.gumbel_softmax(scores.double(), tau=0.8, hard=hard) @ table.double()
-        grads = torch.autograd.grad(out, (scores, table), upstream.to(out))
-        results.append([t.cpu().double() for t in (out.detach(), *grads)])
-    for got, want in zip(*results, strict=True):
-        assert (got - want).norm() / want.norm() < 3e-6
+    wide = [t.detach().cpu().double().requires_grad_() for t in (scores, table)]
+    out = F.gumbel_softmax(wide[0], tau=0.8, hard=hard) @ wide[1]
+    want = (out, *torch.autograd.grad(out, wide, upstream["out"].cpu().double()))
+    ours = expected(case, upstream)
+    assert_alike([ours[name].cpu() for name in ("out", "grad values 0", "grad table")], want)

@@ -93,23 +93,24 @@ class Draw:
         if like.device not in self.generators:
             self.generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
         uniform = torch.rand(like.shape, dtype=F64, device=like.device, generator=self.generators[like.device])
-        return (2 * uniform - 1).to(like.dtype)
+        return uniform.mul_(2).sub_(1).to(like.dtype)
 
 
-class _Rounded(torch.autograd.Function):
-    """x with an error of its own, its gradient with a relative one."""
+class Rounded(torch.autograd.Function):
+    """x with an error of its own, its gradient with a relative one; a size that is no tensor is 0."""
 
     @staticmethod
     def forward(ctx, x, size, relative, draw):
         ctx.relative, ctx.draw = relative, draw
-        return x + size * draw(x)
+        return x + size * draw(x) if isinstance(size, Tensor) else x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return grad + ctx.relative * grad * ctx.draw(grad), None, None, None
+        is_exact = not isinstance(ctx.relative, Tensor) and ctx.relative == 0
+        return grad if is_exact else grad + ctx.relative * grad * ctx.draw(grad), None, None, None
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """hidden [*, D] @ weight [V, D].T + bias; operands and results rounded to `dtype`, sums in float32 (float64)."""
 
     @staticmethod
@@ -152,7 +153,7 @@ def as_read(s: Tensor, u: float, draw: Draw, stored: float = 0.0) -> Tensor:
     """
     z = s.detach() - s.detach().amax(-1, keepdim=True)
     condition = u * (1 + z.abs() + z.exp().sum(-1, keepdim=True).log())
-    return _Rounded.apply(s, 4 * condition, 8 * condition + u * s.shape[-1] ** 0.5 + stored, draw)
+    return Rounded.apply(s, 4 * condition, 8 * condition + u * s.shape[-1] ** 0.5 + stored, draw)
 
 
 class Drawn(Plain):
@@ -177,18 +178,18 @@ class Drawn(Plain):
 
     def product(self, source: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = self._stored(source.hidden.dtype, source.hidden.device)
-        return _Product.apply(hidden, weight, bias, dtype, self.draw)
+        return Product.apply(hidden, weight, bias, dtype, self.draw)
 
     def logits(self, source) -> Tensor:
         """Rounded by the addition, by a scale and its product, by a softcap's division, tanh and product."""
         z = super().logits(source)
         roundings = 1 + 4 * (source.softcap is not None) + 2 * (isinstance(source.scale, Tensor) or source.scale != 1.0)
-        return _Rounded.apply(z, roundings * self.unit * z.detach().abs(), 2 * roundings * self.unit, self.draw)
+        return Rounded.apply(z, roundings * self.unit * z.detach().abs(), 2 * roundings * self.unit, self.draw)
 
     def loss(self) -> Tensor:
         loss = super().loss()
         size = self.unit * (2 + self.s[..., 0].numel() ** 0.5) * loss.detach().abs()
-        return _Rounded.apply(loss, size, 0.0, self.draw)
+        return Rounded.apply(loss, size, 0.0, self.draw)
 
     def statistics(self) -> LogitStats:
         """Each is a difference of a few numbers of the row's state."""
@@ -202,7 +203,7 @@ class Drawn(Plain):
         for name, value in vars(found).items():
             if value is not None and value.is_floating_point():
                 error = self.kept(4 * self.unit * (size + offset.get(name, 0.0)))
-                drawn[name] = _Rounded.apply(value, error, 0.0, self.draw)
+                drawn[name] = Rounded.apply(value, error, 0.0, self.draw)
         return replace(found, **drawn)
 
     def gradients(self, result: Tensor, upstream: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
