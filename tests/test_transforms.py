@@ -6,6 +6,7 @@ tangents, and would run an autograd function without its derivative.
 
 import pytest
 import torch
+from tolerance import assert_alike
 from torch import func
 from torch.autograd import forward_ad, functional
 from torch.utils.checkpoint import checkpoint
@@ -137,7 +138,7 @@ def assert_error_or_truth(transform: str, name: str, backend: str, compiler):
     except ERRORS:
         return
     assert got is not None
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert_alike(got, want)
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
@@ -176,7 +177,7 @@ def test_the_reference_has_the_compiled_gradient_that_the_error_promises():
     for name in ("mean", "logit_stats", "soft"):
         f, x = operator(name, "reference")
         got = torch.compile(func.grad(f), backend="aot_eager", fullgraph=True)(x)
-        torch.testing.assert_close(got, gradient(f, x))
+        assert_alike(got, gradient(f, x))
 
 
 def test_a_graph_compiled_before_a_transform_does_not_serve_inside_it(native):
@@ -186,7 +187,7 @@ def test_a_graph_compiled_before_a_transform_does_not_serve_inside_it(native):
     for transform in (func.grad, lambda g: lambda v: dual(g, v)):
         with pytest.raises(ERRORS):
             transform(compiled)(x)
-    torch.testing.assert_close(gradient(compiled, x), gradient(f, x))
+    assert_alike(gradient(compiled, x), gradient(f, x))
 
 
 # -- what has a right value --------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ RIGHT = {
 def test_compiled_autograd_functions_have_the_gradients_of_eager(native, name, way):
     f, x = operator(name, "native")
     got = RIGHT[way](f, x, lambda g: torch.compile(g, backend="aot_eager"))
-    torch.testing.assert_close(got, gradient(f, x), rtol=1e-5, atol=1e-6)
+    assert_alike(got, gradient(f, x))
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -222,7 +223,7 @@ def test_compiled_functional_call_has_the_gradient_of_the_given_parameter(native
 
     model = Model()
     called = torch.compile(lambda v: func.functional_call(model, {"x": v}), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(gradient(called, x), gradient(f, x), rtol=1e-5, atol=1e-6)
+    assert_alike(gradient(called, x), gradient(f, x))
     assert model.x.grad is None
 
 
