@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 # to be put in front of code that measures: the process's resident size, and its high-water mark set back to the present
 RESIDENT_SIZE = """
@@ -14,6 +15,12 @@ def reset_peak():
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 """
+
+
+def huge_page() -> int:
+    """Bytes of a page that the kernel may back a large tensor with: with 64 KiB pages it is much more than 2 MiB."""
+    size = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+    return int(size.read_text()) if size.exists() else 2 << 20
 
 
 def run(code: str, preamble: str = "") -> str:

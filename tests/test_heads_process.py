@@ -40,6 +40,18 @@ N, V, D, steps = json.loads(sys.argv[1])
 torch.set_num_threads({threads})
 chunk_settings.num_bytes = 1
 peaks = {{}}
+
+# what the library packs the operands of a chunk's products into, which it may keep or not
+def of_products(rows, dtype):
+    shapes = ((rows, D, V), (rows, V, D), (V, rows, D))
+    given = [(torch.ones(n, k, dtype=dtype), torch.ones(m, k, dtype=dtype).T) for n, k, m in shapes]
+    results = [torch.ones(n, m, dtype=dtype) for n, k, m in shapes]
+    before = status("VmRSS")
+    reset_peak()
+    for (a, b), out in zip(given, results):
+        torch.mm(a, b, out=out)
+    return status("VmHWM") - before
+
 for name, (dtype, rows, needs, options) in steps.items():
     made = {{}}
     for side in ("base", "aux"):
@@ -55,11 +67,12 @@ for name, (dtype, rows, needs, options) in steps.items():
 
     row_module.MIN_ROWS = rows
     step(64)
+    scratch = of_products(rows, torch.float32 if dtype == "float16" else getattr(torch, dtype))
     gc.collect()
     before = status("VmRSS")
     reset_peak()
     kept = step(N)
-    peaks[name] = status("VmHWM") - before
+    peaks[name] = status("VmHWM") - before, scratch
     del kept, made
 print(json.dumps(peaks))
 """
@@ -67,7 +80,7 @@ print(json.dumps(peaks))
 
 
 @pytest.fixture(scope="module")
-def peaks() -> dict[str, int]:
+def peaks() -> dict[str, list[int]]:
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     # large blocks are handed back when they are freed, so that one step does not use those of the last
@@ -89,11 +102,12 @@ def test_a_step_takes_a_chunk_its_gradients_and_little_else(native, peaks, name)
     sums = 0 if dtype == "float32" else sum(V * D * (4 + compute) for place in needs if place.endswith("weight"))
     sums += 2 * (N + V) * D * 4 if dtype == "float16" else 0
     allowed = chunk + gradients + sums + 32 * N + THREADS * (4 * V + 256 * 1024)
-    # a huge page more for each buffer of the chunk, and one for what the GEMM library packs its operands into
-    assert peaks[name] <= allowed + 3 * HUGE_PAGE
+    # a huge page more for each buffer of the chunk, and what the GEMM library packs its operands into
+    peak, scratch = peaks[name]
+    assert peak <= allowed + scratch + 3 * HUGE_PAGE
     if rows == 1024:
         # no gradient, 16 bits of them or float32: below a single tensor of all logits
-        assert peaks[name] < N * V * compute
+        assert peak < N * V * compute + scratch
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -187,7 +201,8 @@ def run(code: str, backend: str) -> str:
 
 
 def test_a_forked_child_can_call_after_its_parent_has(native):
-    """With torch on one thread in the child, which is torch's own condition for its products."""
+    """With torch on one thread in the child, which is torch's own condition for its products. These may then be summed
+    in another order, and losses be off by the roundings of a row (tolerance.py)."""
     out = run(
         """
         torch.set_num_threads(2)
@@ -205,7 +220,8 @@ def test_a_forked_child_can_call_after_its_parent_has(native):
             assert process.exitcode == 0, process.exitcode
         got = [queue.get() for _ in children]
         assert result(given) == want, "the parent still works"
-        print(len(set(got)), max(abs(one[0] - want[0]) for one in got) < 1e-5)
+        room = 2 * 256 * 2**-24 * want[0]
+        print(len(set(got)), max(abs(one[0] - want[0]) for one in got) <= room)
         """,
         "native",
     )

@@ -14,7 +14,7 @@ from auxkernels import Logits, aux_cross_entropy, logit_stats
 MIB = 2**20
 # measured in the resident size of a process of its own: the kernel hands out pages, and huge ones for large outputs, so
 # what is measured may be larger than what was asked for by one huge page for each output and one for the rest
-HUGE_PAGE = 2 * MIB
+HUGE_PAGE = interpreter.huge_page()
 
 MEASURE = (
     interpreter.RESIDENT_SIZE
