@@ -3,7 +3,9 @@
 It runs over chunks of rows, so no [N, V] tensor in float64 is stored. A gradient's error is that of the whole tensor,
 relative to its norm. Bounds:
 
-ours, 32 bit   2e-6 for gradients and loss, or the yardstick's own error where float32 logits are too coarse for that.
+ours, 32 bit   4 u (1 + log V) of a row's probabilities and u of each of a few sums, u the unit roundoff; or twice the
+               yardstick's own error where products are too coarse for that: it goes through the same library, which
+               may sum products of other shapes in another order.
 ours, 16 bit   the products are rounded to the inputs' dtype where the library has no other output: the yardstick's
                error and a quarter of an ulp (what rounding the result costs in the mean) for loss and hidden states,
                1.5 times its error for weights.
@@ -20,8 +22,6 @@ from torch import Tensor
 from .cross_entropy_heads_inputs import CHUNK_ELEMENTS, IGNORE_INDEX, Heads
 from .cross_entropy_oracle import SAMPLED_ROWS, check_statistics, nan_to_inf, note, terms
 from .harness import Accuracy, Implementation, Outputs
-
-FLOAT32_BOUND = 2e-6
 
 
 class HeadsOracle:
@@ -90,7 +90,8 @@ class HeadsOracle:
             return coarse
         eager_error = self.yardstick.get(name if name == "loss" else f"d{name}", math.inf)
         if self.dtype == torch.float32:
-            return max(FLOAT32_BOUND, eager_error if math.isfinite(eager_error) else 0.0)
+            of_rows = eps / 2 * (4 * (1 + math.log(len(self.heads.w_base))) + 4)
+            return max(of_rows, 2 * eager_error if math.isfinite(eager_error) else 0.0)
         is_summed_over_rows = name in ("w_base", "w_aux", "a")
         return min(coarse, 1.5 * eager_error if is_summed_over_rows else eager_error + eps / 4)
 

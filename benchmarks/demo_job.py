@@ -22,7 +22,8 @@ CURVE_BOUND_NATS = {"float32": 1e-4, "bfloat16": 2e-2}
 # float32: rounding of the sum and of exp. bfloat16: both products are rounded to 8 significant bits, which moves logits
 # of about ten, and so every probability, by 2**-6; whoever starts from the same products is a yardstick for the rest.
 GRADIENT_ERROR_BOUND = {"float32": 1e-5, "bfloat16": 2**-6}
-GRADIENT_ERROR_OVER_EAGER = 1.5
+# float32: equal errors but for the order of the products' sums, which the library chooses by their shape
+GRADIENT_ERROR_OVER_EAGER = {"float32": 2.0, "bfloat16": 1.5}
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def failures(results):
         )
     for dtype, steps in results["loss_step"].items():
         error, eager_error = (steps[name]["gradient_error"] for name in ("auxkernels", "eager"))
-        bound = min(GRADIENT_ERROR_BOUND[dtype], GRADIENT_ERROR_OVER_EAGER * eager_error)
+        bound = min(GRADIENT_ERROR_BOUND[dtype], GRADIENT_ERROR_OVER_EAGER[dtype] * eager_error)
         if not error <= bound:
             found.append(f"the {dtype} gradient is off by {error:.1e}, more than {bound:.1e}")
     return found
