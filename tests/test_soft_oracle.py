@@ -91,15 +91,16 @@ class Case:
         return made
 
 
-def gradients(results: dict, leaves: dict, upstream: dict) -> dict[str, Tensor]:
-    if not leaves:
-        return {}
+def gradients(results: dict, leaves: dict, upstream: dict, retain_graph=None) -> dict[str, Tensor]:
     used = [name for name in upstream if results[name].requires_grad]
+    if not leaves or not used:
+        return {f"grad {name}": None for name in leaves}
     grads = torch.autograd.grad(
         [results[name] for name in used],
         list(leaves.values()),
         [upstream[name].to(results[name].dtype) for name in used],
         allow_unused=True,
+        retain_graph=retain_graph,
     )
     return {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
@@ -264,13 +265,24 @@ def called(case: Case, upstream: dict[str, Tensor], arithmetic=None, chosen_by: 
     options = {name: case.options.get(name) for name in ("mask", "top_k")} | {"hard": case.options.get("hard", False)}
     T = wide(case.options.get("temperature", 1.0))
     results = formula(v, wide(case.table), T, **options, arithmetic=by, chosen_by=chosen_by or scores)
-    leaves = case.leaves()
-    grads = gradients(results, {name: wide(tensor) for name, tensor in leaves.items()}, upstream)
-    for name, leaf in leaves.items():
-        grad = grads[f"grad {name}"]
-        grads[f"grad {name}"] = None if grad is None else by.gradient(grad, leaf.dtype)
+    grads = summed_gradients(case, results, {name: wide(leaf) for name, leaf in case.leaves().items()}, upstream, by)
     results["out"] = by.stored(results["out"])
     return Called(scores, {name: t.detach() for name, t in results.items()} | grads)
+
+
+def summed_gradients(case: Case, results: dict, copies: dict, upstream: dict, by: Exact) -> dict[str, Tensor | None]:
+    """Each rounded to the leaf's dtype. With top_k the entropy of whole rows is another call: autograd adds up two."""
+    is_apart = case.options.get("top_k") is not None
+    roads = [{name: t for name, t in upstream.items() if (is_apart and name == "row_entropy") == own} for own in (0, 1)]
+    found, summed = [gradients(results, copies, road, retain_graph=True) for road in roads], {}
+    for name, leaf in case.leaves().items():
+        parts = [grads[f"grad {name}"] for grads in found]
+        parts = [by.gradient(part, leaf.dtype) for part in parts if part is not None]
+        total = parts[0] if parts else None
+        for part in parts[1:]:
+            total = by.gradient(total + part, leaf.dtype)
+        summed[f"grad {name}"] = total
+    return summed
 
 
 def expected(case: Case, upstream: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -549,6 +561,15 @@ def test_statistics_of_the_formula_are_those_of_its_probabilities():
     torch.testing.assert_close(found["sum_squares"], p.square().sum(-1))
     torch.testing.assert_close(found["usage"], p.mean(0))
     assert torch.equal(found["argmax"], v.argmax(-1))
+    whole = formula(v, torch.eye(12, dtype=F64), 1.0, top_k=3)["row_entropy"]
+    torch.testing.assert_close(whole, found["entropy"])
+
+
+def test_noise_of_the_choice_alone_is_in_no_probability():
+    (v, noisy), table = logits(2, 7, 12, dtype=F64), logits(12, 3, dtype=F64)
+    found, clean = (formula(v, table, 0.7, True, top_k=2, chosen_by=by) for by in ((v, noisy), None))
+    assert torch.equal(found["argmax"], noisy.argmax(-1)) and torch.equal(found["out"], table[noisy.argmax(-1)])
+    assert torch.equal(found["max_prob"], clean["max_prob"]) and not torch.equal(found["argmax"], clean["argmax"])
 
 
 FAULTS = {
