@@ -255,6 +255,8 @@ def test_every_bar_speaks_of_a_case_of_the_quick_grid(device):
         asked_for |= {f"auxkernels{end}" for end in (" kernel alone", " return_stats", " logit_stats")}
         asked_for |= {"auxkernels, no row ignored", "compile", "F.gumbel_softmax", "F.one_hot"}
         asked_for |= {"eager, each token", "eager, each segment"}
+        own = cross_entropy.OWN_BACKENDS
+        asked_for |= {*own, *(f"{name} {cross_entropy.LOSS_ALONE}" for name in own)}
         rows = [
             {"op": op.OP, "pass": spec.pass_name, "shape": list(spec.shape), "dtype": spec.dtype}
             | {"inputs": spec.inputs, "implementation": name, "time_us": 1.0, "share_of_floor": 1.0}
