@@ -6,11 +6,11 @@ for the contract. `soft_embedding` mixes label embeddings by predicted probabili
 """
 
 from . import nn
-from .backends import show_config
-from .chunked import settings as chunk_settings
-from .cross_entropy import LogitStats, aux_cross_entropy, logit_stats
-from .segments import segments_to_tokens
-from .soft_embedding import LookupStats, soft_embedding
+from .cross_entropy.api import LogitStats, aux_cross_entropy, logit_stats
+from .dispatch import show_config
+from .heads import settings as chunk_settings
+from .soft_embedding.api import LookupStats, soft_embedding
+from .soft_embedding.segments import segments_to_tokens
 from .sources import Head, Logits
 
 __version__ = "0.1.0"

@@ -214,7 +214,7 @@ def op_gradients(aux, base_scale, aux_scale, needs: int) -> None:
 
 
 def chunked_sources(sources) -> None:
-    """The leading arguments of the ops of chunked/cross_entropy.py."""
+    """The leading arguments of the ops of cross_entropy/chunked.py."""
     parts, softcaps, num_base, autocast = sources[:4]
     if not 1 <= num_base <= len(softcaps) or len(parts) != 4 * len(softcaps) or any(p is None for p in parts[0::4]):
         raise ValueError(
@@ -410,7 +410,7 @@ def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.d
 
 
 def lookup(given) -> None:
-    """The leading arguments of the ops of chunked/soft_embedding.py."""
+    """The leading arguments of the ops of chunked.py."""
     num_sources = len(given.softcaps)
     if num_sources == 0 or len(given.parts) != 4 * num_sources or any(part is None for part in given.parts[0::4]):
         raise ValueError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cross_entropy import aux_cross_entropy
-from .segments import segments_to_tokens
-from .soft_embedding import LookupStats, soft_embedding
+from .cross_entropy.api import aux_cross_entropy
+from .soft_embedding.api import LookupStats, soft_embedding
+from .soft_embedding.segments import segments_to_tokens
 from .sources import SourceLike
 
 

@@ -320,8 +320,9 @@ def loss_call(function: Callable, pass_name: str, base, aux, target) -> Callable
 def native_kernel_call(pass_name: str, base, aux, target) -> Callable[[], Outputs]:
     """The compiled kernel itself, into a gradient buffer that exists: no page faults, no autograd, no dispatch."""
     ours_package()
-    from auxkernels import ops
-    from auxkernels.native import cross_entropy, missing
+    from auxkernels.cross_entropy import native as cross_entropy
+    from auxkernels.cross_entropy import ops
+    from auxkernels.native import missing
 
     if base.device.type != "cpu" or missing():
         raise Unavailable(missing() or f"the compiled module serves CPU tensors, these are on {base.device}")

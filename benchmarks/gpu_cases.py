@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import auxkernels as ak
-from auxkernels import backends, native
-from auxkernels.native import cuda_cross_entropy
+from auxkernels import dispatch, native
+from auxkernels.cross_entropy import cuda as cuda_cross_entropy
 
 from . import machine
 
@@ -94,7 +94,7 @@ def unusable(device: torch.device) -> dict[str, str | None]:
     for name in BY_NAME:
         try:
             # by cross-entropy, the only operator that every one of them has
-            backends.resolve(name, device, torch.float32, has_cuda_kernels=True)
+            dispatch.resolve(name, device, torch.float32, has_cuda_kernels=True)
             found[name] = None
         except RuntimeError as error:
             found[name] = str(error)

@@ -3,7 +3,7 @@
 It runs over chunks of rows, and over segments where tokens share them. An error is that of a whole output, relative to
 its norm. Bounds, with u the unit roundoff of float32:
 
-ours        against the noise of `auxkernels.noise`: what p may err by, 4 u (1 + |log p|) and so, weighted by p, 4 u
+ours        against the noise of noise.py: what p may err by, 4 u (1 + |log p|) and so, weighted by p, 4 u
             (1 + log K) at most, twice in a difference from the row's mean; sqrt(n) u of a product's n terms, whose
             order of summation is the library's; noise that is within 4 ulp. In 16 bit and under 16-bit autocast three
             roundings more: of probabilities or their gradient, of a chunk's product, of the result. Or the yardstick's
@@ -136,7 +136,7 @@ def _shape_of(values: Tensor | tuple[Tensor, ...]) -> torch.Size:
 
 
 def _noise(num_rows: int, num_labels: int, device: torch.device) -> Tensor:
-    from auxkernels import noise
+    from auxkernels.soft_embedding import noise
 
     return noise.gumbel(num_rows, num_labels, torch.tensor(SEED, device=device), torch.float64)
 

@@ -30,7 +30,7 @@ def rows_with(function, pass_name="training", dtype="fp32", inputs="flat", role=
 
 def accurate(mode, scores, table, segment_ids, seed=SEED, temperature=TEMPERATURE):
     """In float64, from scores and tables of any dtype."""
-    from auxkernels import noise
+    from auxkernels.soft_embedding import noise
 
     u = scores.double()
     if mode.gumbel:

@@ -1,5 +1,5 @@
 // The Python face of the CPU kernels: pointers, sizes, strides in elements, dtype codes. No torch headers.
-// auxkernels/native/cross_entropy.py has validated what the pointers mean; what indexes memory (targets) is checked
+// auxkernels/cross_entropy/native.py has validated what the pointers mean; what indexes memory (targets) is checked
 // here too.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -17,7 +17,7 @@ struct Source {
   double softcap = 0;        // 0: none
 };
 
-// the order of auxkernels.ops.FIELDS
+// the order of auxkernels.cross_entropy.ops.FIELDS
 enum Field {
   kMax,
   kLogDenom,
@@ -38,7 +38,7 @@ enum Field {
   kNumFields
 };
 constexpr int kNumFloatFields = kArgmax;
-// the order of auxkernels.ops.COEFFICIENTS
+// the order of auxkernels.cross_entropy.ops.COEFFICIENTS
 enum Coefficient { kA, kC, kD, kQ, kG, kS, kQ_b, kB_b, kNumCoefficients };
 
 struct Problem {

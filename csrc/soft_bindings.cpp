@@ -1,4 +1,4 @@
-// The Python face of soft_embedding.h; see bindings.cpp. auxkernels/native/soft_embedding.py has validated what the
+// The Python face of soft_embedding.h; see bindings.cpp. auxkernels/soft_embedding/native.py has validated what the
 // pointers mean; labels that index tables are checked in C++ too.
 #include "soft_bindings.h"
 

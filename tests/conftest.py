@@ -11,7 +11,8 @@ import pytest
 import torch
 from implementations import Implementation
 
-from auxkernels import backends, plain_lookup
+from auxkernels import dispatch
+from auxkernels.soft_embedding import plain_lookup
 
 
 def _param(backend: str, device: str):
@@ -102,7 +103,7 @@ def machine(monkeypatch) -> emulated_cuda.Machine:
 @pytest.fixture
 def native():
     """The compiled CPU module."""
-    reason = backends.native_missing()
+    reason = dispatch.native_missing()
     if reason:
         pytest.skip(f"native on cpu: {reason}")
     from auxkernels.native import cpu

@@ -3,8 +3,8 @@
 import torch
 from emulated_cuda import Room
 
-from auxkernels import ops
-from auxkernels.native import cuda_cross_entropy
+from auxkernels.cross_entropy import cuda as cuda_cross_entropy
+from auxkernels.cross_entropy import ops
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NO_CLUSTERS = Room(has_clusters=False)

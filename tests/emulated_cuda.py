@@ -19,8 +19,8 @@ import ninja
 import pybind11
 import torch
 
-from auxkernels import backends, ops
-from auxkernels.native import cuda_cross_entropy
+from auxkernels import dispatch
+from auxkernels.cross_entropy import cuda as cuda_cross_entropy
 
 ROOT = Path(__file__).parent.parent
 COMPILER = "g++"
@@ -35,17 +35,17 @@ def missing() -> str | None:
 def install(monkeypatch) -> None:
     """Puts it in the place of the compiled CPU module: backend="native" with CPU tensors then runs the CUDA kernels."""
     emulated = module(os.environ.get("AUXKERNELS_CUDA_SANITIZERS", ""))
-    real = ops.implementation
+    real = dispatch.implementation
 
-    def implementation(backend: str, stem: str = "cross_entropy", is_cuda: bool = False):
-        if backend == "native" and stem == "cross_entropy":
+    def implementation(operator: str, backend: str, is_cuda: bool = False):
+        if backend == "native" and operator == "cross_entropy":
             return cuda_cross_entropy
-        return real(backend, stem, is_cuda)
+        return real(operator, backend, is_cuda)
 
     monkeypatch.setattr(cuda_cross_entropy, "cuda", lambda: emulated)
     monkeypatch.setattr(cuda_cross_entropy, "_place_of", lambda tensor: (0, Machine.number))
-    monkeypatch.setattr(ops, "implementation", implementation)
-    monkeypatch.setattr(backends, "_NATIVE_MISSING", None)
+    monkeypatch.setattr(dispatch, "implementation", implementation)
+    monkeypatch.setattr(dispatch, "_NATIVE_MISSING", None)
 
 
 class Room(NamedTuple):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import emulated_cuda
 import torch
 
-from auxkernels import backends
+from auxkernels import dispatch
 
 
 class Implementation(NamedTuple):
@@ -19,6 +19,6 @@ class Implementation(NamedTuple):
         if self.is_emulated:
             return emulated_cuda.missing()
         if self.backend == "native" and self.device == "cuda":
-            return backends.cuda_missing()
-        missing = {"native": backends.native_missing, "triton": backends.triton_missing}.get(self.backend)
+            return dispatch.cuda_missing()
+        missing = {"native": dispatch.native_missing, "triton": dispatch.triton_missing}.get(self.backend)
         return missing() if missing else None

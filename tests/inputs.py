@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from auxkernels import Head, chunk_settings
-from auxkernels.chunked import rows as row_module
+from auxkernels.heads import rows as row_module
 
 # the vocabulary sizes at which something changes
 WIDTHS_SMALL = [

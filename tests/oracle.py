@@ -215,7 +215,7 @@ def expected_loss(case: Case, rows: Rows) -> tuple[Tensor, Tensor]:
     return loss.sum() / by, (error.sum() + order * loss.abs().sum()) / abs(by)
 
 
-# -- gradients: every one has the form of auxkernels/ops.py ------------------------------------------------------------
+# -- gradients: every one has the form of auxkernels/cross_entropy/ops.py ----------------------------------------------
 
 
 @dataclass

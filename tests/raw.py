@@ -2,7 +2,7 @@
 
 import torch
 
-from auxkernels import ops
+from auxkernels.cross_entropy import ops
 
 scan_op = torch.ops.auxkernels.cross_entropy_scan.default
 loss_op = torch.ops.auxkernels.cross_entropy_loss.default

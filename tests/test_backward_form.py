@@ -10,7 +10,8 @@ import torch
 from inputs import logits, targets
 from oracle import Case, Coefficients, Rows, assert_close, expected_gradients
 
-from auxkernels import Logits, ops
+from auxkernels import Logits
+from auxkernels.cross_entropy import ops
 
 ALL_NEEDS = ops.NEEDS_BASE | ops.NEEDS_AUX | ops.NEEDS_BASE_SCALE | ops.NEEDS_AUX_SCALE
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from inputs import logits
 
-from auxkernels import Head, Logits, backends, choices
+from auxkernels import Head, Logits, choices, dispatch
 from auxkernels.sources import as_sources
 
 CUDA = torch.device("cuda")
@@ -19,12 +19,12 @@ def measured(monkeypatch):
     """A device of capability 9.0 with both implementations, and one box in which the compiled one was faster."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(choices, "_TABLE", {"9.0": {"faster": [BOX]}})
-    monkeypatch.setattr(backends, "_CUDA_MISSING", None)
-    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "_CUDA_MISSING", None)
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
 
 
 def auto(workload, **options):
-    return backends.resolve("auto", CUDA, torch.float32, **{"has_cuda_kernels": True, "workload": workload, **options})
+    return dispatch.resolve("auto", CUDA, torch.float32, **{"has_cuda_kernels": True, "workload": workload, **options})
 
 
 def test_auto_is_the_compiled_module_inside_of_a_box(measured):
@@ -54,9 +54,9 @@ def test_auto_is_triton_on_other_devices_and_where_there_is_no_table(measured, m
 
 
 def test_auto_is_triton_where_the_compiled_module_is_missing(measured, monkeypatch):
-    monkeypatch.setattr(backends, "_CUDA_MISSING", "the CUDA module was not built")
+    monkeypatch.setattr(dispatch, "_CUDA_MISSING", "the CUDA module was not built")
     assert auto(INSIDE) == "triton"
-    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
     assert auto(INSIDE) == "reference"
 
 
@@ -66,11 +66,11 @@ def test_auto_is_triton_for_calls_that_were_not_measured_and_for_other_operators
 
 
 def test_named_native_on_cuda_says_why_it_cannot(monkeypatch):
-    monkeypatch.setattr(backends, "_CUDA_MISSING", "the CUDA module was not built: no nvcc")
+    monkeypatch.setattr(dispatch, "_CUDA_MISSING", "the CUDA module was not built: no nvcc")
     with pytest.raises(RuntimeError, match="backend='native' cannot be used: the CUDA module was not built: no nvcc"):
-        backends.resolve("native", CUDA, torch.float32, has_cuda_kernels=True)
+        dispatch.resolve("native", CUDA, torch.float32, has_cuda_kernels=True)
     with pytest.raises(RuntimeError, match="has aux_cross_entropy and logit_stats alone, use 'triton'"):
-        backends.resolve("native", CUDA, torch.float32)
+        dispatch.resolve("native", CUDA, torch.float32)
 
 
 def workload(base, aux, has_statistics=False):

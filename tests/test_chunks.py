@@ -10,8 +10,8 @@ from tolerance import check_plain
 
 import auxkernels
 from auxkernels import Logits, aux_cross_entropy, chunk_settings, logit_stats
-from auxkernels.chunked import cross_entropy as chunked
-from auxkernels.chunked.rows import MIN_ROWS, Rows, chunks_of
+from auxkernels.cross_entropy import chunked
+from auxkernels.heads.rows import MIN_ROWS, Rows, chunks_of
 
 # -- cutting -----------------------------------------------------------------------------------------------------------
 

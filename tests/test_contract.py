@@ -335,7 +335,7 @@ def test_show_config_says_of_every_backend_whether_it_exists_or_why_not():
     first, *rest = show_config().splitlines()
     assert f"auxkernels {auxkernels.__version__}, torch {torch.__version__}" in first
     lines = {line[:12].strip(): line for line in rest}
-    missing = {"native CPU": auxkernels.backends.native_missing(), "native CUDA": auxkernels.backends.cuda_missing()}
+    missing = {"native CPU": auxkernels.dispatch.native_missing(), "native CUDA": auxkernels.dispatch.cuda_missing()}
     for name in ("native CPU", "native CUDA", "triton"):
         assert "available" in lines[name]
         if missing.get(name):
@@ -488,7 +488,7 @@ for arguments, error in (
 
 
 def test_bad_input_is_refused_under_python_O_too():
-    backends = ["reference"] if auxkernels.backends.native_missing() else ["reference", "native"]
+    backends = ["reference"] if auxkernels.dispatch.native_missing() else ["reference", "native"]
     code = f"BACKENDS = {backends}\n{OPTIMISED}"
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=1200)
     names = ("IndexError", "TypeError", "ValueError")

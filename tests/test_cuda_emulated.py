@@ -30,8 +30,10 @@ from test_confident_rows import confident_problem, true_class_errors
 from test_statistics import check_statistics
 from tolerance import assert_alike
 
-from auxkernels import Logits, aux_cross_entropy, ops
-from auxkernels.native import DTYPE_CODES, cuda_cross_entropy
+from auxkernels import Logits, aux_cross_entropy
+from auxkernels.cross_entropy import cuda as cuda_cross_entropy
+from auxkernels.cross_entropy import ops
+from auxkernels.native import DTYPE_CODES
 
 pytestmark = pytest.mark.usefixtures("machine")
 

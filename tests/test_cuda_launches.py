@@ -20,8 +20,8 @@ from emulated_cuda import Machine, Room
 from inputs import logits, targets
 from test_gpu import CAPTURED_FIRST
 
-from auxkernels import ops
-from auxkernels.native import cuda_cross_entropy
+from auxkernels.cross_entropy import cuda as cuda_cross_entropy
+from auxkernels.cross_entropy import ops
 
 pytestmark = pytest.mark.usefixtures("machine")
 

@@ -23,8 +23,8 @@ from emulated_cuda import Room
 from inputs import logits, targets
 from tolerance import OF_A_ROW, assert_alike
 
-from auxkernels import ops
-from auxkernels.native import cuda_cross_entropy
+from auxkernels.cross_entropy import cuda as cuda_cross_entropy
+from auxkernels.cross_entropy import ops
 
 pytestmark = pytest.mark.usefixtures("machine")
 

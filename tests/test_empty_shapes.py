@@ -6,10 +6,10 @@ import pytest
 import torch
 from interpreter import run
 
-from auxkernels import Head, Logits, aux_cross_entropy, backends, logit_stats, soft_embedding
-from auxkernels.segments import segments_to_tokens
+from auxkernels import Head, Logits, aux_cross_entropy, dispatch, logit_stats, soft_embedding
+from auxkernels.soft_embedding.segments import segments_to_tokens
 
-missing = backends.native_missing()
+missing = dispatch.native_missing()
 native_only = pytest.mark.skipif(missing is not None, reason=f"native on cpu: {missing}")
 
 # Calls each function with every combination of these sizes, and prints how many were made. A signal ends the process.
@@ -18,8 +18,9 @@ import itertools, torch
 import auxkernels
 from auxkernels import ops
 from auxkernels.native import cpu, cross_entropy, soft_embedding as kernels
-from auxkernels.chunked import cross_entropy as chunked, soft_embedding as lookups
-from auxkernels.segments import _sum, _to_tokens
+from auxkernels.cross_entropy import chunked
+from auxkernels.soft_embedding import chunked as lookups
+from auxkernels.soft_embedding.segments import _sum, _to_tokens
 from auxkernels.soft_rows import ROW_FIELDS, SoftRows
 
 made = 0

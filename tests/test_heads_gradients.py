@@ -10,8 +10,8 @@ from oracle import Case
 from tolerance import check_plain, check_values, gradients_of
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
-from auxkernels.chunked import products as product_module
-from auxkernels.chunked import rows as row_module
+from auxkernels.heads import products as product_module
+from auxkernels.heads import rows as row_module
 
 N, V, D_BASE, D_AUX = 12, 37, 8, 5
 ROADS = {"mean": {}, "none": {"reduction": "none"}, "recompute": {"recompute": True}}

@@ -10,9 +10,9 @@ from oracle import Case, Plain, relative_error
 from tolerance import check_results, check_statistics, check_values, gradients_of
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
-from auxkernels.chunked import cross_entropy as loop_module
-from auxkernels.chunked import products as product_module
-from auxkernels.chunked import sides as side_module
+from auxkernels.cross_entropy import chunked as loop_module
+from auxkernels.heads import products as product_module
+from auxkernels.heads import sides as side_module
 
 N, V = 48, 53
 BF16 = torch.bfloat16

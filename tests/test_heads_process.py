@@ -34,7 +34,7 @@ MEASURE = (
     + """
 import gc, json, sys, torch
 from auxkernels import Head, aux_cross_entropy, chunk_settings
-from auxkernels.chunked import rows as row_module
+from auxkernels.heads import rows as row_module
 
 N, V, D, steps = json.loads(sys.argv[1])
 torch.set_num_threads({threads})
@@ -175,7 +175,7 @@ COMMON = """
 import multiprocessing, threading, zlib
 import torch
 from auxkernels import Head, aux_cross_entropy, chunk_settings, logit_stats
-from auxkernels.chunked import rows as row_module
+from auxkernels.heads import rows as row_module
 BACKEND = {backend!r}
 row_module.MIN_ROWS, chunk_settings.num_bytes = 16, 1
 

@@ -7,8 +7,8 @@ import torch
 from inputs import cut_rows, head, logits, targets
 from torch.library import opcheck
 
-from auxkernels import Head, Logits, aux_cross_entropy, logit_stats, ops
-from auxkernels.chunked import cross_entropy as chunked
+from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
+from auxkernels.cross_entropy import chunked, ops
 
 V = 9
 

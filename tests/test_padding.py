@@ -30,7 +30,7 @@ def test_heads_in_recycled_memory(poisoned, V, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("K", SIZES)
 def test_lookups_in_recycled_memory(poisoned, monkeypatch, K, dtype, options):
-    monkeypatch.setattr("auxkernels.plain_lookup.brought_in", native.brought_in)
+    monkeypatch.setattr("auxkernels.soft_embedding.plain_lookup.brought_in", native.brought_in)
     scores = logits(70, K, dtype=dtype, requires_grad=True)
     table = logits(K, 40, dtype=dtype, requires_grad=True)
     mixture = soft_embedding(scores, table, **options)

@@ -9,7 +9,7 @@ import interpreter
 import pytest
 import torch
 
-from auxkernels import backends
+from auxkernels import dispatch
 
 COMMON = """
 import multiprocessing, os, sys, threading, time, zlib
@@ -280,7 +280,7 @@ def test_importing_loads_the_package_and_the_standard_library_alone(imported):
 
 
 def test_a_cpu_call_does_not_load_triton(imported):
-    assert not any(name == "triton" or name.startswith("auxkernels.triton") for name in imported["called_modules"])
+    assert not any(name == "triton" or "tritonlib" in name for name in imported["called_modules"])
 
 
 def test_importing_creates_no_cuda_context(imported):
@@ -368,4 +368,4 @@ def test_importing_opens_no_file_for_good():
 
 
 def test_backends_are_looked_for_once():
-    assert backends.native_missing() is backends.native_missing()
+    assert dispatch.native_missing() is dispatch.native_missing()

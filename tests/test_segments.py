@@ -8,7 +8,7 @@ from test_soft_oracle import F32, F64
 from tolerance import assert_alike, summed_in, tiny, unit
 from torch.library import opcheck
 
-from auxkernels.segments import segments_to_tokens
+from auxkernels.soft_embedding.segments import segments_to_tokens
 
 BF16, F16 = torch.bfloat16, torch.float16
 to_tokens_op = torch.ops.auxkernels.segments_to_tokens.default

@@ -10,8 +10,8 @@ from oracle import HALVES, Case, relative_error
 from tolerance import assert_alike, check_plain, check_statistics
 
 from auxkernels import Head, aux_cross_entropy, logit_stats
-from auxkernels.chunked import products as product_module
-from auxkernels.chunked import shared_weights as shared_module
+from auxkernels.heads import products as product_module
+from auxkernels.heads import shared_weights as shared_module
 
 N, V, D = 24, 37, 16
 BF16 = torch.bfloat16

@@ -12,8 +12,9 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from auxkernels import Head, Logits, noise, soft_embedding
-from auxkernels.chunked.soft_embedding import OUTPUTS, mask_of
+from auxkernels import Head, Logits, soft_embedding
+from auxkernels.soft_embedding import noise
+from auxkernels.soft_embedding.chunked import OUTPUTS, mask_of
 
 BF16, F16 = torch.bfloat16, torch.float16
 MODES = {

@@ -6,7 +6,8 @@ from inputs import head, logits
 from test_soft_oracle import cut_lookup
 from torch.autograd import forward_ad
 
-from auxkernels import Head, Logits, logit_stats, nn, noise, soft_embedding
+from auxkernels import Head, Logits, logit_stats, nn, soft_embedding
+from auxkernels.soft_embedding import noise
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 NOISE = {"gumbel": 1.5, "seed": 11}

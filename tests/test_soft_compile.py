@@ -7,7 +7,8 @@ from test_compile import Counter, assert_same
 from test_soft_oracle import FLOATS
 from tolerance import assert_alike
 
-from auxkernels import nn, segments, soft_embedding
+from auxkernels import nn, soft_embedding
+from auxkernels.soft_embedding import segments
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from test_soft_oracle import Case, check_results
 from tolerance import assert_alike
 
 from auxkernels import nn, soft_embedding
-from auxkernels.segments import segments_to_tokens
+from auxkernels.soft_embedding.segments import segments_to_tokens
 
 
 def module_of(impl, *args, **options):

@@ -10,8 +10,9 @@ from test_soft_oracle import F32, F64, Case, check, cut_lookup, expected
 from tolerance import assert_alike, unit
 from torch.utils.checkpoint import checkpoint
 
-from auxkernels import noise, soft_embedding
-from auxkernels.soft_rows import SoftRows
+from auxkernels import soft_embedding
+from auxkernels.soft_embedding import noise
+from auxkernels.soft_embedding.request import SoftRows
 
 WORD = 0xFFFFFFFF
 SEEDS = [0, 1, -1, 2**32, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
@@ -151,7 +152,7 @@ def test_the_scale_multiplies_the_noise(fused, scale):
 
 
 def test_rows_beyond_32_bits_have_numbers_of_their_own(native):
-    from auxkernels.native import soft_embedding as kernels
+    from auxkernels.soft_embedding import native as kernels
 
     for first_row in (0, 2**31 - 1, 2**32 - 1, 2**40 + 3):
         for label in (0, 5):

@@ -1,4 +1,4 @@
-"""Float64 oracle of soft_embedding: the plain formula and its autograd, written apart from auxkernels/reference.py.
+"""Float64 oracle of soft_embedding: the plain formula and its autograd, written apart from the reference.
 
 Everything is computed on the exact input values. How far a result may be from that, by the norm of the error, the same
 formula tells with the roundings of an implementation drawn at random (`Drawn`, after tolerance.py).
@@ -16,9 +16,9 @@ from inputs import logits
 from tolerance import NUM_DRAWS, SLACK, Draw, Product, Rounded, assert_within, limit_of, summed_in, tiny, unit
 from torch import Tensor
 
-from auxkernels import Head, Logits, chunk_settings, noise, soft_embedding
-from auxkernels.chunked import rows as row_module
-from auxkernels.chunked import soft_embedding as chunked
+from auxkernels import Head, Logits, chunk_settings, soft_embedding
+from auxkernels.heads import rows as row_module
+from auxkernels.soft_embedding import chunked, noise
 
 F32, F64 = torch.float32, torch.float64
 FLOATS = ("entropy", "max_prob", "sum_squares", "usage", "row_entropy")

@@ -14,13 +14,13 @@ from test_soft_oracle import F32, F64, FLOATS, Case, check
 from tolerance import assert_alike
 
 from auxkernels import soft_embedding
-from auxkernels.segments import segments_to_tokens
+from auxkernels.soft_embedding.segments import segments_to_tokens
 
 COMMON = """
 import os, time, zlib
 import torch
 from auxkernels import soft_embedding
-from auxkernels.segments import segments_to_tokens
+from auxkernels.soft_embedding.segments import segments_to_tokens
 BACKEND = {backend!r}
 NOISY = dict(gumbel=1.0, seed=3, hard=True)
 MODES = [dict(hard=True), dict(top_k=4), NOISY, dict(), dict(gumbel=1.0, seed=3), dict(clean_gradient=True, **NOISY)]

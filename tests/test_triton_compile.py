@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from auxkernels import ops
+from auxkernels.cross_entropy import ops
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -22,7 +22,8 @@ from triton_compile import (  # noqa: E402
     wide_loads,
 )
 
-from auxkernels.triton import cross_entropy, launch  # noqa: E402
+from auxkernels.cross_entropy.triton import launch as cross_entropy  # noqa: E402
+from auxkernels.tritonlib import launch  # noqa: E402
 
 LLAMA, GPT2, QWEN, SMALL = 128256, 50257, 151936, 32000
 

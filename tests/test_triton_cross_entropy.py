@@ -20,7 +20,8 @@ from auxkernels import Logits, aux_cross_entropy, logit_stats
 
 pytest.importorskip("triton")
 
-from auxkernels.triton import cross_entropy, launch
+from auxkernels.cross_entropy.triton import launch as cross_entropy
+from auxkernels.tritonlib import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = Implementation("triton", "cpu")

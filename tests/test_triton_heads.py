@@ -15,14 +15,16 @@ import torch
 from tolerance import assert_alike
 
 import auxkernels
-from auxkernels import ops
+from auxkernels.cross_entropy import ops
 
 triton = pytest.importorskip("triton")
 
 from triton_compile import nvidia_spills  # noqa: E402
 
-from auxkernels.triton import cross_entropy, heads, launch  # noqa: E402
-from auxkernels.triton.heads import Head, Schedule, Tile, fits, scan, schedule_of  # noqa: E402
+from auxkernels.cross_entropy.triton import head_launch as heads  # noqa: E402
+from auxkernels.cross_entropy.triton import launch as cross_entropy  # noqa: E402
+from auxkernels.cross_entropy.triton.head_launch import Head, Schedule, Tile, fits, scan, schedule_of  # noqa: E402
+from auxkernels.tritonlib import launch  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")

@@ -16,17 +16,21 @@ import torch
 from oracle import assert_close
 from tolerance import OF_A_ROW, assert_alike, unit
 
-from auxkernels import Head, noise, ops, soft_embedding
-from auxkernels.native import soft_embedding as on_cpu
-from auxkernels.soft_rows import ROW_FIELDS, SoftRows, Upstream
+from auxkernels import Head, soft_embedding
+from auxkernels.cross_entropy import ops
+from auxkernels.soft_embedding import native as on_cpu
+from auxkernels.soft_embedding import noise
+from auxkernels.soft_embedding.request import ROW_FIELDS, SoftRows, Upstream
 
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton_compile import SHARED_LIMIT, amd_spills, nvidia_spills, wide_loads  # noqa: E402
 
-from auxkernels.triton import launch, soft_kernels, soft_state  # noqa: E402
-from auxkernels.triton import soft_embedding as on_triton  # noqa: E402
+from auxkernels.soft_embedding.triton import kernels as soft_kernels  # noqa: E402
+from auxkernels.soft_embedding.triton import launch as on_triton  # noqa: E402
+from auxkernels.soft_embedding.triton import row_state as soft_state  # noqa: E402
+from auxkernels.tritonlib import launch  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import triton
 from triton.backends.compiler import GPUTarget
 
-from auxkernels.triton import heads, launch
+from auxkernels.cross_entropy.triton import head_launch as heads
+from auxkernels.tritonlib import launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..segments import segments_to_tokens
 from ..soft_embedding import soft_embedding
+from ..soft_embedding.segments import segments_to_tokens
 from .modules import backbone
 
 # -- what is added -----------------------------------------------------------------------------------------------------

@@ -183,10 +183,10 @@ def _patch_torch(patch: Callable, defect: Defect) -> None:
 
 def _patch_package(patch: Callable, defect: Defect) -> None:
     """Both fused implementations are what the CPU has; which one was asked for is still decided as on a device."""
-    from auxkernels import backends
-    from auxkernels.native import cuda_cross_entropy
+    from auxkernels import dispatch
+    from auxkernels.cross_entropy import cuda as cuda_cross_entropy
 
-    decide, on_cpu = backends.resolve, "reference" if backends.native_missing() else "native"
+    decide, on_cpu = dispatch.resolve, "reference" if dispatch.native_missing() else "native"
 
     def resolve(backend, device, *args, **kwargs):
         found = decide(backend, CUDA, *args, **kwargs)
@@ -196,11 +196,11 @@ def _patch_package(patch: Callable, defect: Defect) -> None:
         return on_cpu
 
     is_missing = (defect.name, defect.kind) == ("native", "missing")
-    patch(backends, "_CUDA_MISSING", "the CUDA module was not built" if is_missing else None)
-    patch(backends, "_HAS_TRITON", True)
+    patch(dispatch, "_CUDA_MISSING", "the CUDA module was not built" if is_missing else None)
+    patch(dispatch, "_HAS_TRITON", True)
     told = {"cluster": 1, "num_slots": 20, "clusters_at_once": 132}
     patch(cuda_cross_entropy, "plan", lambda num_rows, vocab_size, base, aux: told)
-    patch(backends, "resolve", resolve)
+    patch(dispatch, "resolve", resolve)
 
 
 def _patch_benchmarks(patch: Callable) -> None:

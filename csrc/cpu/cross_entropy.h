@@ -1,4 +1,4 @@
-// Cross-entropy and row statistics of softmax(base + aux) on CPU. The mathematics is in auxkernels/ops.py.
+// Cross-entropy and row statistics of softmax(base + aux) on CPU. The mathematics is in auxkernels/cross_entropy/ops.py.
 #pragma once
 
 #include "problem.h"

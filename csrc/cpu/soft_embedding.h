@@ -1,5 +1,5 @@
 // Softmax-weighted label embeddings on CPU: the softmax of rows of scores, its gradient, selection of labels, and sums
-// of table rows. The mathematics is in auxkernels/soft_rows.py; products with the table are a library's.
+// of table rows. The mathematics is in auxkernels/soft_embedding/request.py; products with the table are a library's.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The Python face of the CUDA kernels: pointers, sizes, strides in elements, dtype codes, a stream. No torch headers.
-// auxkernels/native/cuda_cross_entropy.py has validated what the pointers mean; targets, which index memory, are looked
+// auxkernels/cross_entropy/cuda.py has validated what the pointers mean; targets, which index memory, are looked
 // at by the kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// Cross-entropy and row statistics of softmax(base + aux) on CUDA devices. The mathematics is in auxkernels/ops.py.
+// Cross-entropy and row statistics of softmax(base + aux) on CUDA devices. The mathematics is in auxkernels/cross_entropy/ops.py.
 #pragma once
 
 #include "plan.h"

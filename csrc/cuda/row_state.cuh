@@ -1,5 +1,5 @@
 // Arithmetic of one row: its state while columns are scanned, the one merge of many states, and the numbers that losses
-// and gradients are made of. The mathematics is in auxkernels/ops.py.
+// and gradients are made of. The mathematics is in auxkernels/cross_entropy/ops.py.
 //
 // Lanes each have a running maximum of their own, so that the loop over columns has no reduction across threads. States
 // are merged all at once: the largest maximum first, which is exact in any order, then sums in a tree of fixed shape.

@@ -12,7 +12,7 @@ from network import assert_same_network  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny import ARCHITECTURES, VOCAB_SIZE, tiny_config, tiny_model  # noqa: E402
 
-from auxkernels.chunked import products as product_module  # noqa: E402
+from auxkernels.heads import products as product_module  # noqa: E402
 from auxkernels.models import AuxiliaryForCausalLM  # noqa: E402
 from auxkernels.models.small import small_config  # noqa: E402
 

@@ -8,10 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ...tritonlib import launch
 from .. import ops
-from . import launch
 from .columns import Coefficients, Gradients, Softmax, Source
-from .cross_entropy_kernels import (
+from .kernels import (
     BY_KEPT_ROWS,
     BY_NORMALIZER,
     BY_ONE,

@@ -1,7 +1,7 @@
 """soft_embedding over chunks of rows: softmax or selection by a row kernel, products with the tables by the library.
 
-Scores are given as in chunked/cross_entropy.py, by four entries of `parts` and one of `softcaps` for each source. What
-the row kernels do is in soft_rows.py. Probabilities live for one chunk; row state and selected labels are saved.
+Scores are given as in cross_entropy/chunked.py, by four entries of `parts` and one of `softcaps` for each source. What
+the row kernels do is in request.py. Probabilities live for one chunk; row state and selected labels are saved.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, native, ops
-from ..soft_rows import ROW_FIELDS, SoftRows, Upstream
-from .products import WeightGradient, multiply, plan_of
-from .rows import Rows, chunks_of, settings
-from .shared_weights import Part
-from .sides import Buffers, Setting, bytes_per_row, padded, plain_side_of
+from .. import checks, dispatch, native
+from ..heads.products import WeightGradient, multiply, plan_of
+from ..heads.rows import Rows, chunks_of, settings
+from ..heads.shared_weights import Part
+from ..heads.sides import Buffers, Setting, bytes_per_row, padded, plain_side_of
+from .request import ROW_FIELDS, SoftRows, Upstream
 
 # what the forward op can return after the mixture, as bits of `wanted`, in this order
 OUTPUTS = (*ROW_FIELDS, "usage", "labels")
@@ -92,7 +92,7 @@ class LookupCall:
     """One call: its chunks, its scores, its tables."""
 
     def __init__(self, lookup: Lookup, needs: list[bool], backend: str, num_matrices: int):
-        self.lookup, self.kernels = lookup, ops.implementation(backend, "soft_embedding")
+        self.lookup, self.kernels = lookup, dispatch.implementation("soft_embedding", backend)
         table, first, K = lookup.table, lookup.first(), lookup.num_labels()
         self.plan = plan_of(table.dtype, lookup.autocast, table.device)
         self.tables = with_whole_rows((table if table.dim() == 3 else table.unsqueeze(0)).to(self.plan.operands))
@@ -147,7 +147,7 @@ def _is_direct(args: tuple, *more: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False
-    return ops.is_direct(tensors, args[-1])
+    return dispatch.is_direct(tensors, args[-1])
 
 
 def forward(*args) -> list[Tensor]:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, ops
-from .autograd import once
-from .chunked import soft_embedding as chunked
-from .chunked.products import WeightGradient, multiply, plan_of
-from .chunked.rows import chunks_of, settings
-from .chunked.sides import padded_matrix
-from .native import brought_in
-from .native import soft_embedding as kernels
+from .. import dispatch
+from ..autograd import once
+from ..heads.products import WeightGradient, multiply, plan_of
+from ..heads.rows import chunks_of, settings
+from ..heads.sides import padded_matrix
+from ..native import brought_in
+from . import chunked
+from . import native as kernels
 
 # of a chunk's [rows, K] matrices, one forward and two backward: caches keep small ones, products like tall ones
 FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
@@ -33,7 +33,11 @@ def serves(scores, table, temperature, seed, backend: str) -> bool:
     tensors = (scores, table)
     if backend == "auto":
         backend = "native"
-    if not ops.is_direct(tensors, backend) or backends.native_missing() is not None or forward_ad._current_level >= 0:
+    if (
+        not dispatch.is_direct(tensors, backend)
+        or dispatch.native_missing() is not None
+        or forward_ad._current_level >= 0
+    ):
         return False
     if not (isinstance(scores, Tensor) and isinstance(table, Tensor) and type(temperature) in (float, int)):
         return False
@@ -75,7 +79,7 @@ class _PlainLookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         saved, needs, grad = ctx.saved_tensors, ctx.needs_input_grad[:2], grad.resolve_neg()
-        if not ops.is_direct((*saved, grad), "native"):
+        if not dispatch.is_direct((*saved, grad), "native"):
             grads = _general_backward(*saved, ctx.temperature, grad, *needs)
         elif torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -88,7 +92,7 @@ class _PlainLookup(torch.autograd.Function):
 def _general_backward(scores, table, state, temperature, grad, needs_scores: bool, needs_table: bool) -> list:
     """By the operator, which what is tracing knows."""
     max, log_denom = state.view(2, *scores.shape[:-1])
-    temperature = ops.number_tensor(temperature, torch.float32, scores.device)
+    temperature = dispatch.number_tensor(temperature, torch.float32, scores.device)
     leading = ([scores, None, None, None], [0.0], None, table, temperature, None, None, None, 0, False)
     argmax = torch.empty_like(max, dtype=torch.int64)  # read for straight-through and statistics alone
     needs = [needs_scores, False, False, False, False, needs_table]

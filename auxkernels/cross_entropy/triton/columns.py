@@ -29,7 +29,7 @@ from .row_state import (
 
 
 class Source(NamedTuple):
-    """A source as kernels get it, see layout.Rows. `ptr` None: no such source."""
+    """A source as kernels get it, see auxkernels/layout.py. `ptr` None: no such source."""
 
     ptr: Any
     num_inner: Any
@@ -253,7 +253,7 @@ def merge_segments(floats, ints, row, num_segments, WANTED: tl.constexpr):
 
 @triton.jit
 def gradient_of_sum(s, z_base, w, at_y, soft, k):
-    """The formula of auxkernels/ops.py."""
+    """The formula of auxkernels/cross_entropy/ops.py."""
     z = s - soft.max
     p = exp(z - soft.log_denom)
     dz = tl.zeros_like(p)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks, native, ops
-from .autograd import apply, once
+from .. import checks, dispatch, native
+from ..autograd import apply, once
 
 _library = torch.library.Library("auxkernels", "FRAGMENT")
 _library.define("segments_to_tokens(Tensor rows, Tensor segment_ids, str backend) -> Tensor")
@@ -25,7 +25,7 @@ def segments_to_tokens(rows: Tensor, segment_ids: Tensor, backend: str = "auto")
                   token's row is NaN.
     """
     checks.segments(rows, segment_ids)
-    backend = backends.resolve(backend, rows.device, rows.dtype if rows.dtype == torch.float64 else torch.float32)
+    backend = dispatch.resolve(backend, rows.device, rows.dtype if rows.dtype == torch.float64 else torch.float32)
     return apply(_SegmentsToTokens, "segments_to_tokens", rows, segment_ids, backend)
 
 
@@ -52,10 +52,16 @@ def _labels(segment_ids: Tensor) -> Tensor:
     return segment_ids.reshape(-1, 1).long().contiguous()
 
 
+def _raise_unknown_segment(segment_ids: Tensor, num_segments: int) -> None:
+    """IndexError for a CPU id of no segment."""
+    if segment_ids.device.type == "cpu" and segment_ids.numel() and int(segment_ids.max()) >= num_segments:
+        raise IndexError(f"segment_ids must be below {num_segments}, got {int(segment_ids.max())}")
+
+
 def _gather(rows: Tensor, segment_ids: Tensor, backend: str) -> Tensor:
     checks.segments(rows, segment_ids)
     num_segments, width = rows.shape[-2:]
-    ops.raise_unknown_segment(segment_ids, num_segments)
+    _raise_unknown_segment(segment_ids, num_segments)
     out = native.brought_in(rows.new_empty((*rows.shape[:-2], *segment_ids.shape, width)))
     if out.numel() == 0:
         return out
@@ -69,14 +75,14 @@ def _gather(rows: Tensor, segment_ids: Tensor, backend: str) -> Tensor:
         picked = tables[:, index.clamp(0, num_segments - 1)].masked_fill(unknown, torch.nan)
         flat.copy_(picked.masked_fill(labels < 0, 0.0))
     else:
-        kernels = ops.implementation(backend, "soft_embedding")
+        kernels = dispatch.implementation("soft_embedding", backend)
         kernels.gather(tables.contiguous(), labels, None, flat, _compute(rows) == torch.float64)
     return out
 
 
 def _sum_of(tokens: Tensor, segment_ids: Tensor, num_segments: int, backend: str) -> Tensor:
     checks.segment_tokens(tokens, segment_ids, num_segments)
-    ops.raise_unknown_segment(segment_ids, num_segments)
+    _raise_unknown_segment(segment_ids, num_segments)
     leading, width = tokens.shape[: tokens.dim() - segment_ids.dim() - 1], tokens.shape[-1]
     total = tokens.new_zeros((leading.numel(), num_segments, width), dtype=_compute(tokens))
     if tokens.numel() and num_segments:
@@ -86,7 +92,7 @@ def _sum_of(tokens: Tensor, segment_ids: Tensor, num_segments: int, backend: str
             kept = ((labels >= 0) & (labels < num_segments)).squeeze(1).nonzero().squeeze(1)
             total.index_add_(1, labels.squeeze(1)[kept], flat[:, kept].to(total.dtype))
         else:
-            kernels = ops.implementation(backend, "soft_embedding")
+            kernels = dispatch.implementation("soft_embedding", backend)
             kernels.scatter(total, labels, None, flat, total.dtype == torch.float64)
     return total.to(tokens.dtype).view(*leading, num_segments, width)
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, choices, ops, reference
-from .cross_entropy_functions import Call, Chunks, Matrices
-from .sources import Head, Logits, Source, SourceLike, as_sources
+from .. import checks, choices, dispatch
+from ..sources import Head, Logits, Source, SourceLike, as_sources
+from . import ops, reference
+from .autograd import Call, Chunks, Matrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +160,7 @@ def _problem(base, aux, target, ignore_index, vocab_size, backend, has_statistic
     workload = None
     if device.type == "cuda" and backend == "auto" and not has_options:
         workload = choices.workload_of(base, aux, vocab_size, has_statistics)
-    backend = backends.resolve(backend, device, compute, has_cuda_kernels=True, workload=workload)
+    backend = dispatch.resolve(backend, device, compute, has_cuda_kernels=True, workload=workload)
     return _Problem(base, aux, target, ignore_index, vocab_size, compute, autocast, backend)
 
 
@@ -169,7 +170,7 @@ def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.devi
         if value.device != device and value.device.type == "cpu" and not torch.compiler.is_compiling():
             return torch.full((), value.item(), dtype=dtype, device=device)  # a copy would wait for the device
         return value.detach().to(device=device, dtype=dtype)
-    return ops.number_tensor(value, dtype, device) if torch.compiler.is_compiling() else value
+    return dispatch.number_tensor(value, dtype, device) if torch.compiler.is_compiling() else value
 
 
 def _scale_of(source: Source, compute: torch.dtype, device: torch.device) -> float | Tensor | None:
@@ -209,7 +210,7 @@ def _chunks(problem: _Problem) -> Call:
         is_head = isinstance(source, Head)
         parts += (source.hidden, source.weight, source.bias) if is_head else (source.values, None, None)
         device = parts[0].device
-        parts.append(ops.number_tensor(_scale_of(source, problem.compute, device), problem.compute, device))
+        parts.append(dispatch.number_tensor(_scale_of(source, problem.compute, device), problem.compute, device))
     form = Chunks(
         tuple(float(source.softcap or 0.0) for source in sources),
         len(problem.base),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
-from .autograd import anchors, apply, distinct, is_traced_in_transform, once, saveable
-from .chunked import cross_entropy as chunked
+from .. import dispatch
+from ..autograd import anchors, apply, distinct, is_traced_in_transform, once, saveable
+from . import chunked, ops
 
 # what a part's gradient is: one row for each row of the target, one for all rows, or a number for each row
 ROWS, SHARED, SCALE = range(3)
@@ -42,7 +42,7 @@ class Matrices(NamedTuple):
         """The parts in a form that autograd can save: scales may be numbers."""
         base, aux, *scales = parts
         compute = ops.compute_dtype(base, aux)
-        return (base, aux, *(ops.number_tensor(scale, compute, base.device) for scale in scales))
+        return (base, aux, *(dispatch.number_tensor(scale, compute, base.device) for scale in scales))
 
     def arguments(self, parts: tuple, target: Tensor | None, weight: Tensor | None) -> tuple:
         base, aux, base_scale, aux_scale = parts
@@ -95,7 +95,7 @@ class Chunks(NamedTuple):
 
     def loss(self, parts, target, weight, options: tuple, needs: tuple[bool, ...]) -> list[Tensor]:
         normalizer, *rest = options
-        normalizer = ops.number_tensor(normalizer, torch.float64, parts[0].device)
+        normalizer = dispatch.number_tensor(normalizer, torch.float64, parts[0].device)
         needs = list(needs) or [False] * len(parts)
         return chunked.loss(*self.arguments(parts, target, weight), normalizer, *rest, needs, self.backend)
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import noise, ops
-from .sources import Head, Logits, Source, row_scale
+from ..soft_embedding import noise
+from ..sources import Head, Logits, Source, row_scale
+from . import ops
 
 
 def _arithmetic(compute: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Triton kernels of soft_embedding over rows of scores: softmax, selection, gradients. Formulas: ../soft_rows.py.
+"""Triton kernels of soft_embedding over rows of scores: softmax, selection, gradients. Formulas: ../request.py.
 
 A row that fits in one load of several tiles stays in registers; longer ones are read twice, and their noise is drawn
 twice. Columns are cut in segments that depend on K alone, which go to several programs where rows are few.
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .row_state import column_of, exp, finite, finite_or_zero, lane_sum, tile_sum
-from .soft_state import (
+from ...cross_entropy.triton.row_state import column_of, exp, finite, finite_or_zero, lane_sum, tile_sum
+from .row_state import (
     NO_LABEL,
     WIDTH,
     Row,

@@ -17,13 +17,10 @@ where 0 * (-inf) = 0, at v = y the G term is -G (1 - p_y) formed from nll withou
 
 from __future__ import annotations
 
-import functools
-import importlib
-
 import torch
 from torch import Tensor
 
-from . import checks
+from .. import checks, dispatch
 
 FIELDS = (
     "max",  # m
@@ -158,65 +155,26 @@ def empty_grads(base: Tensor, aux: Tensor | None, needs: int) -> list[Tensor]:
 # -- dispatch ----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def implementation(backend: str, stem: str = "cross_entropy", is_cuda: bool = False):
-    """The module that serves an op. `is_cuda`: on tensors of a CUDA device, which are another compiled module's."""
-    if backend not in ("native", "triton"):
-        raise ValueError(f"the backend of an op must be 'native' or 'triton', got {backend!r}")
-    if backend == "native" and is_cuda:
-        stem = f"cuda_{stem}"
-    return importlib.import_module(f".{backend}.{stem}", __package__)
-
-
-def is_direct(tensors, backend: str) -> bool:
-    """Whether a call of a compiled module may skip the dispatcher, a fifth of a small call (6 of 30 us).
-
-    Nothing may be tracing or transforming, and every tensor must be a plain one that lies in memory as it is read:
-    subclasses, functorch's wrappers and lazily negated tensors are the dispatcher's to resolve.
-    """
-    if backend != "native" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
-        return False
-    for value in tensors:
-        kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if value.is_neg():
-                return False
-        elif isinstance(value, Tensor):
-            return False
-    return True
-
-
-def number_tensor(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A number as a 0-d tensor: float arguments of an op would make torch.compile compile again for every value."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    if torch.compiler.is_compiling():
-        return torch.ones((), dtype=dtype, device=device) * value
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def _with_tensors(args: tuple, positions: tuple[int, ...]) -> list:
     """The arguments with the numbers at these positions (scales, normalizer) as the tensors of the schema."""
     args = list(args)
     dtype = compute_dtype(args[0], args[1])
     for i in positions:
-        args[i] = number_tensor(args[i], dtype, args[0].device)
+        args[i] = dispatch.number_tensor(args[i], dtype, args[0].device)
     return args
 
 
 def cross_entropy_scan(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales may be numbers."""
-    if is_direct(args[:6], args[-1]):
-        return implementation("native", is_cuda=args[0].is_cuda).scan(*args[:-1])
+    if dispatch.is_direct(args[:6], args[-1]):
+        return dispatch.implementation("cross_entropy", "native", is_cuda=args[0].is_cuda).scan(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_scan.default(*_with_tensors(args, (4, 5)))
 
 
 def cross_entropy_loss(*args) -> list[Tensor]:
     """The op of that name on checked arguments; scales and normalizer may be numbers."""
-    if is_direct(args[:6], args[-1]):
-        return implementation("native", is_cuda=args[0].is_cuda).loss(*args[:-1])
+    if dispatch.is_direct(args[:6], args[-1]):
+        return dispatch.implementation("cross_entropy", "native", is_cuda=args[0].is_cuda).loss(*args[:-1])
     return torch.ops.auxkernels.cross_entropy_loss.default(*_with_tensors(args, (4, 5, 10)))
 
 
@@ -243,7 +201,7 @@ def check_coefficients(coefficients, nll, base_max, base_log_denom, target: Tens
 
 def _checked(args: tuple):
     """The implementation that the last argument names, after the checks that all ops share: anyone may call an op."""
-    kernels = implementation(args[-1], is_cuda=args[0].is_cuda)
+    kernels = dispatch.implementation("cross_entropy", args[-1], is_cuda=args[0].is_cuda)
     checks.op_arguments(*args[:10])
     if args[-1] == "native" and args[0].device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"base must be a CPU or CUDA tensor for backend='native', got {args[0].device}")
@@ -274,7 +232,7 @@ def _backward(*args):
 
 def _rescale_(grad, factor, target, ignore_index, backend):
     checks.rescaled(grad, factor, target)
-    implementation(backend, is_cuda=grad.is_cuda).rescale_(grad, factor, target, ignore_index)
+    dispatch.implementation("cross_entropy", backend, is_cuda=grad.is_cuda).rescale_(grad, factor, target, ignore_index)
 
 
 def _scan_fake(*args):
@@ -304,12 +262,6 @@ def raise_out_of_range(target: Tensor, vocab_size: int, ignore_index: int) -> No
         row = int(bad.flatten().nonzero()[0])
         value = int(target.flatten()[row])
         raise IndexError(checks.in_range_message(target.shape, row, value, vocab_size, ignore_index))
-
-
-def raise_unknown_segment(segment_ids: Tensor, num_segments: int) -> None:
-    """IndexError for a CPU id of no segment."""
-    if segment_ids.device.type == "cpu" and segment_ids.numel() and int(segment_ids.max()) >= num_segments:
-        raise IndexError(f"segment_ids must be below {num_segments}, got {int(segment_ids.max())}")
 
 
 def _check_target(target, vocab_size, ignore_index):

@@ -1,4 +1,4 @@
-"""Row kernels of soft_embedding in Triton: from tensors, checked in chunked/soft_embedding.py, to launches.
+"""Row kernels of soft_embedding in Triton: from tensors, checked in chunked.py, to launches.
 
 Launch choices are functions of device, sizes and what is wanted. They are reasoned and compiled for, not measured.
 Nothing is read from the device: temperature, scale of the noise and seed are 0-d tensors there.
@@ -12,10 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..soft_rows import SoftRows, Upstream
-from . import launch
-from .label_kernels import label_gather_kernel, label_products_kernel, label_scatter_kernel
-from .soft_kernels import (
+from ...tritonlib import launch
+from ..request import SoftRows, Upstream
+from .kernels import (
     soft_bwd_kernel,
     soft_bwd_segment_kernel,
     soft_fwd_kernel,
@@ -24,7 +23,8 @@ from .soft_kernels import (
     soft_select_kernel,
     soft_selected_kernel,
 )
-from .soft_state import BEST, NUM_SUMS, SQUARES, TIMES_X, WIDTH, Fields, Scores
+from .label_kernels import label_gather_kernel, label_products_kernel, label_scatter_kernel
+from .row_state import BEST, NUM_SUMS, SQUARES, TIMES_X, WIDTH, Fields, Scores
 
 MOST_TILES = 8  # that stay in registers: 32 scores of a thread
 MOST_PASSES = 128  # up to so many labels are picked one by one, each in a pass over registers

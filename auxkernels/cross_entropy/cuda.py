@@ -7,9 +7,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .. import ops
-from . import DTYPE_CODES, cuda
-from .arguments import Call, output_pointers
+from ..native import DTYPE_CODES, cuda
+from . import ops
+from .compiled_arguments import Call, output_pointers
 
 # what the loss is divided by: enum Divisor of csrc/cuda/cross_entropy.h
 BY_ONE, BY_NUMBER, BY_TENSOR, BY_KEPT_ROWS = range(4)

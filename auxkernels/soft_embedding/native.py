@@ -1,6 +1,6 @@
 """Row kernels of soft_embedding on CPU: from tensors to the pointers, sizes and strides that the compiled module takes.
 
-Arguments have been checked by the operator (chunked/soft_embedding.py), which works on chunks of rows.
+Arguments have been checked by the operator (chunked.py), which works on chunks of rows.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..soft_rows import ROW_FIELDS, SoftRows, Upstream
-from . import DTYPE_CODES, cpu
+from ..native import DTYPE_CODES, cpu
+from .request import ROW_FIELDS, SoftRows, Upstream
 
 _NO_MATRIX = (0, 0, 0)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, checks, ops, plain_lookup, reference
-from .autograd import apply, distinct, is_traced_in_transform, once, saveable
-from .chunked import soft_embedding as chunked
-from .sources import Head, SourceLike, as_sources
+from .. import checks, dispatch
+from ..autograd import apply, distinct, is_traced_in_transform, once, saveable
+from ..cross_entropy import reference
+from ..sources import Head, SourceLike, as_sources
+from . import chunked, plain_lookup
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,7 @@ def _problem(logits, table, temperature, hard, gumbel, clean_gradient, seed, mas
     if type(temperature) is float:
         temperature = _in_range(temperature, compute)
     clean_gradient = checks.gradient_option(clean_gradient, hard)
-    backend = backends.resolve(backend, device, compute)
+    backend = dispatch.resolve(backend, device, compute)
     has_noise = isinstance(gumbel, Tensor) or gumbel != 0
     parts: list[Tensor | None] = []
     for source in sources:
@@ -191,7 +192,7 @@ def _in_range(temperature: float, compute: torch.dtype) -> float:
 def _number(value: float | Tensor | None, compute: torch.dtype, device: torch.device) -> Tensor | None:
     if isinstance(value, Tensor):
         return value if value.dtype == compute else value.to(compute)
-    return ops.number_tensor(value, compute, device)
+    return dispatch.number_tensor(value, compute, device)
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, ops
-from .products import operand_dtype, plan_of
-from .rows import Rows, chunks_of, rows_that_count, settings
-from .shared_weights import Part, as_one, groups_of
-from .sides import Buffers, Setting, are_one_product, bytes_per_row, side_of
+from .. import checks, dispatch
+from ..heads.products import operand_dtype, plan_of
+from ..heads.rows import Rows, chunks_of, rows_that_count, settings
+from ..heads.shared_weights import Part, as_one, groups_of
+from ..heads.sides import Buffers, Setting, are_one_product, bytes_per_row, side_of
+from . import ops
 
 _SOURCES = (
     "Tensor?[] parts, float[] softcaps, int num_base, ScalarType? autocast, Tensor? target, Tensor? weight, "
@@ -83,7 +84,7 @@ class ChunkedCall:
     ):
         is_cuda = sources.first().is_cuda
         self.sources, self.in_place = sources, backend == "native" and not is_cuda
-        self.kernels = ops.implementation(backend, is_cuda=is_cuda)
+        self.kernels = dispatch.implementation("cross_entropy", backend, is_cuda=is_cuda)
         parts, num = sources.as_parts(), len(sources.softcaps)
         of_source = [list(needs[4 * i : 4 * i + 4]) or [False] * 4 for i in range(num)]
         groups = groups_of(parts, of_source, sources.num_base, sources.autocast, is_base_wanted)
@@ -238,7 +239,8 @@ def _scan_without_logits(sources: Sources, wanted: int) -> list[Tensor] | None:
     sides = sources.sides(parts)
     if max(map(len, sides)) > 1 or any(part.weight is None or part.values.shape[-1] % 16 for part in parts):
         return None
-    heads = ops.implementation("triton", "heads")
+    from .triton import head_launch as heads
+
     rows = Rows(sources.shape(), None)
 
     def head_of(part: Part):

@@ -1,8 +1,8 @@
 """The kernels of cross-entropy: one program works on one row, or on one segment of a row.
 
-The mathematics is in auxkernels/ops.py, the arithmetic of a row in row_state.py, how its columns are walked in
-columns.py. A program scans the row's columns and, where gradients are wanted, reads them again, last columns first
-because those are still in L2. With few and long rows the segments of a row go to several programs, with the same bits.
+The mathematics is in ../ops.py, the arithmetic of a row in row_state.py, how its columns are walked in columns.py.
+A program scans the row's columns and, where gradients are wanted, reads them again, last columns first because those
+are still in L2. With few and long rows the segments of a row go to several programs, with the same bits.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .columns import logits_of, read_target
-from .cross_entropy_kernels import end_of_logits, store_fields
+from .kernels import end_of_logits, store_fields
 from .row_state import (
     BASE,
     NUM_FLOATS,

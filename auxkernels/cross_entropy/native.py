@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checks import in_range_message
-from . import DTYPE_CODES, cpu
-from .arguments import Call, output_pointers
+from ..native import DTYPE_CODES, cpu
+from . import ops
+from .compiled_arguments import Call, output_pointers
 
 
 def _run(call: Call, function, *rest) -> None:

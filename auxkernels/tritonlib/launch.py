@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..cross_entropy.triton.columns import Source
 from ..layout import as_rows
-from .columns import Source
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_INT32 = 2**31 - 1

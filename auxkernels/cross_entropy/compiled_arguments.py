@@ -11,9 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..layout import as_rows
-from . import DTYPE_CODES
+from ..native import DTYPE_CODES
+from . import ops
 
 _NO_SOURCE = (0, 0, 0, 1, 0, 0, 0, 0)
 NUM_FIELDS = len(ops.FIELDS)

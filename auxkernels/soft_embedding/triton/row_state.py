@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .row_state import LARGEST, column_of, exp, finite, finite_or_zero, lane_sum, log1p, tile_max, tile_sum
+from ...cross_entropy.triton.row_state import (
+    LARGEST,
+    column_of,
+    exp,
+    finite,
+    finite_or_zero,
+    lane_sum,
+    log1p,
+    tile_max,
+    tile_sum,
+)
 
 WIDTH = tl.constexpr(4)  # columns of a lane in a tile
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -51,7 +61,7 @@ class Row(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """One number per row each, see ../soft_rows.py. None: not wanted."""
+    """One number per row each, see ../request.py. None: not wanted."""
 
     max: Any
     log_denom: Any

@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ...tritonlib import launch
 from .. import ops
-from . import launch
 from .head_kernels import HeadRows, head_finish_kernel, head_scan_kernel
 from .row_state import NUM_FLOATS, NUM_INTS
 

@@ -1,0 +1,1 @@
+"""Row kernels of cross-entropy in Triton."""

@@ -1,0 +1,1 @@
+"""Row kernels of soft_embedding in Triton."""

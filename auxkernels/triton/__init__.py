@@ -1,1 +1,0 @@
-"""Triton kernels, for NVIDIA and AMD devices. Only this package imports Triton."""
