@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import choices, native
+from . import native
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -70,23 +70,14 @@ def _why_not(backend: str, device: torch.device, compute: torch.dtype, has_cuda_
     return None
 
 
-def resolve(
-    backend: str,
-    device: torch.device,
-    compute: torch.dtype,
-    has_cuda_kernels: bool = False,
-    workload: choices.Workload | None = None,
-) -> str:
+def resolve(backend: str, device: torch.device, compute: torch.dtype, has_cuda_kernels: bool = False) -> str:
     """The implementation that serves a call: the one named, or an error that says why it cannot; "auto" chooses.
 
     has_cuda_kernels   whether the compiled CUDA module has this operator
-    workload           what "auto" looks up in the table of measured sizes, on CUDA devices
     """
     if backend == "auto":
-        preferred = ["native"] if device.type == "cpu" else ["triton"]
-        if workload is not None and choices.prefers_cuda(device, workload):
-            preferred.insert(0, "native")
-        return next((b for b in preferred if _why_not(b, device, compute, has_cuda_kernels) is None), "reference")
+        preferred = "native" if device.type == "cpu" else "triton"
+        return preferred if _why_not(preferred, device, compute, has_cuda_kernels) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     reason = _why_not(backend, device, compute, has_cuda_kernels)

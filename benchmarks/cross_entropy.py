@@ -86,7 +86,7 @@ def _quick_specs_cuda() -> list[Spec]:
 
 
 def lattice_specs() -> list[Spec]:
-    """Sizes beside the quick grid's by which "auto" chooses on a GPU, with as little beside them as a check needs.
+    """Sizes beside the quick grid's, to tell where on a GPU which implementation is the faster, beside eager alone.
 
     A few seconds each, in the order of their worth: 16-bit logits first, many rows first.
     """

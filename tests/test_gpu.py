@@ -12,7 +12,7 @@ from implementations import Implementation
 from inputs import logits, targets
 from oracle import Case, assert_close, expected
 
-from auxkernels import aux_cross_entropy, choices, logit_stats, soft_embedding
+from auxkernels import aux_cross_entropy, logit_stats, soft_embedding
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,13 +72,9 @@ def test_native_says_that_it_has_no_lookups():
         soft_embedding(scores, table, backend="native")
 
 
-@pytest.mark.parametrize("is_faster", [False, True])
-def test_auto_on_gpu_goes_by_the_table_of_measured_sizes(on_gpu, monkeypatch, is_faster):
-    if (on_gpu.backend == "native") != is_faster or on_gpu.backend == "reference":
+def test_auto_on_gpu_is_triton(on_gpu):
+    if on_gpu.backend != "triton":
         pytest.skip("about the other one")
-    box = {"pass": "training", "num_bytes": 2, "min_vocab": 4000, "max_vocab": 4000, "min_rows": 1, "max_rows": 64}
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    monkeypatch.setattr(choices, "_TABLE", {capability: {"faster": [box]}} if is_faster else {})
     arguments = problem()
     got, want = result(Implementation("auto", "cuda"), *arguments), result(on_gpu, *arguments)
     assert all(map(torch.equal, got, want))

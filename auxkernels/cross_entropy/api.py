@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, choices, dispatch
+from .. import checks, dispatch
 from ..sources import Head, Logits, Source, SourceLike, as_sources
 from . import ops, reference
 from .autograd import Call, Chunks, Matrices
@@ -82,8 +82,7 @@ def aux_cross_entropy(
     normalizer = checks.reduction(reduction, normalizer)
     label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
     z_loss = checks.real_number("z_loss", z_loss, minimum=0.0)
-    has_options = not (weight is None and not label_smoothing and not z_loss and reduction != "none" and not recompute)
-    problem = _problem(base, aux, target, ignore_index, vocab_size, backend, return_stats, has_options)
+    problem = _problem(base, aux, target, ignore_index, vocab_size, backend)
     if weight is not None:
         checks.class_weight(weight, problem.vocab_size, target.device)
     normalizer = _number(normalizer, torch.float64, target.device)
@@ -119,7 +118,7 @@ def logit_stats(
     """
     if target is not None:
         checks.classes(target)
-    return _statistics(_problem(base, aux, target, ignore_index, vocab_size, backend, True, False))
+    return _statistics(_problem(base, aux, target, ignore_index, vocab_size, backend))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ class _Problem(NamedTuple):
     backend: str
 
 
-def _problem(base, aux, target, ignore_index, vocab_size, backend, has_statistics, has_options) -> _Problem:
+def _problem(base, aux, target, ignore_index, vocab_size, backend) -> _Problem:
     ignore_index = checks.int64("ignore_index", ignore_index)
     base = as_sources("base", base)
     aux = [] if aux is None else as_sources("aux", aux)
@@ -157,10 +156,7 @@ def _problem(base, aux, target, ignore_index, vocab_size, backend, has_statistic
             if dtype == torch.float64:
                 compute = dtype
     vocab_size = checks.common_width(widths, vocab_size)
-    workload = None
-    if device.type == "cuda" and backend == "auto" and not has_options:
-        workload = choices.workload_of(base, aux, vocab_size, has_statistics)
-    backend = dispatch.resolve(backend, device, compute, has_cuda_kernels=True, workload=workload)
+    backend = dispatch.resolve(backend, device, compute, has_cuda_kernels=True)
     return _Problem(base, aux, target, ignore_index, vocab_size, compute, autocast, backend)
 
 
