@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .sources import Head, Logits, Source
+from .sources import Head, Leaves, Logits, Source, by_source
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -185,62 +185,42 @@ def common_width(widths: list[tuple[str, int]], vocab_size: int | None) -> int:
     return vocab_size
 
 
-def op_arguments(
-    base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size
-) -> None:
-    """The leading arguments of an op by themselves, so that a raw call is as safe as the public function."""
-    if base.dim() == 0:
-        raise ValueError("base must be [*, V], got a 0-d tensor")
-    shape, device = base.shape[:-1], base.device
-    widths = []
-    for name, values, factor, softcap in (
-        ("base", base, base_scale, base_softcap),
-        ("aux", aux, aux_scale, aux_softcap),
-    ):
-        if values is not None:
-            given = Logits(values, scale=1.0 if factor is None else factor, softcap=softcap)
-            widths.append((name, source(name, given, shape, device)[0]))
-    common_width(widths, vocab_size)
-    target_of(shape, device, target)
-    if weight is not None:
-        class_weight(weight, vocab_size, device)
-
-
-def op_gradients(aux, base_scale, aux_scale, needs: int) -> None:
-    """Gradients of what is there."""
-    there = (True, aux is not None, base_scale is not None, aux_scale is not None)
-    if needs >> 4 or any(needs >> i & 1 and not given for i, given in enumerate(there)):
-        raise ValueError(f"needs must ask for gradients of what is given, got {needs}")
-
-
-def chunked_sources(sources) -> None:
-    """The leading arguments of the ops of cross_entropy/chunked.py."""
-    parts, softcaps, num_base, autocast = sources[:4]
-    if not 1 <= num_base <= len(softcaps) or len(parts) != 4 * len(softcaps) or any(p is None for p in parts[0::4]):
+def flat_sources(leaves, softcaps, num_base: int, autocast: torch.dtype | None, needs: list[bool] | None) -> None:
+    """Sources as an operator takes them."""
+    num_leaves = len(Leaves._fields) * len(softcaps)
+    is_complete = len(leaves) == num_leaves and all(one.values is not None for one in by_source(leaves))
+    if not is_complete or not 1 <= num_base <= len(softcaps):
         raise ValueError(
-            "parts must hold four entries for each softcap, the first of them given, and num_base be in "
-            f"[1, {len(softcaps)}], got {len(parts)} parts and num_base={num_base}"
+            "leaves must hold four entries for each softcap, the first of them given, and num_base be in "
+            f"[1, {len(softcaps)}], got {len(leaves)} leaves and num_base={num_base}"
         )
     if autocast is not None and autocast not in FLOATING:
         raise TypeError(f"autocast must be a floating dtype, got {autocast}")
-    shape, device = parts[0].shape[:-1], parts[0].device
-    widths = []
-    for i, softcap in enumerate(softcaps):
-        values, weight, bias, factor = parts[4 * i : 4 * i + 4]
-        options = {"scale": 1.0 if factor is None else factor, "softcap": softcap or None}
-        given = Logits(values, **options) if weight is None else Head(values, weight, bias=bias, **options)
-        widths.append((f"source {i}", source(f"source {i}", given, shape, device, autocast)[0]))
-    common_width(widths, sources.vocab_size)
-    target_of(shape, device, sources.target)
-    if sources.weight is not None:
-        class_weight(sources.weight, sources.vocab_size, device)
-
-
-def chunked_outputs(sources, needs: list[bool]) -> None:
-    if len(needs) != len(sources.parts):
-        raise ValueError(f"needs must have an entry for each of the {len(sources.parts)} parts, got {len(needs)}")
-    if any(need and part is None for need, part in zip(needs, sources.parts, strict=True)):
+    if needs is None:
+        return
+    if len(needs) != num_leaves:
+        raise ValueError(f"needs must have an entry for each of the {num_leaves} leaves, got {len(needs)}")
+    if any(need and leaf is None for need, leaf in zip(needs, leaves, strict=True)):
         raise ValueError("needs must ask for gradients of what is given")
+
+
+def cross_entropy_request(request) -> None:
+    """A request by itself, so that a raw call of an operator is as safe as the public function."""
+    if request.first().dim() == 0:
+        raise ValueError("source 0 must be [*, V] or [*, D], got a 0-d tensor")
+    shape, device = request.shape(), request.first().device
+    widths = []
+    for i, one in enumerate(request.sources):
+        options = {"scale": 1.0 if one.scale is None else one.scale, "softcap": one.softcap}
+        if one.weight is None:
+            given: Source = Logits(one.values, **options)
+        else:
+            given = Head(one.values, one.weight, bias=one.bias, **options)
+        widths.append((f"source {i}", source(f"source {i}", given, shape, device, request.autocast)[0]))
+    common_width(widths, request.vocab_size)
+    target_of(shape, device, request.target)
+    if request.weight is not None:
+        class_weight(request.weight, request.vocab_size, device)
 
 
 def row_numbers(name: str, values: Tensor | None, shape: torch.Size) -> None:

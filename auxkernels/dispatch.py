@@ -109,6 +109,8 @@ def is_direct(tensors, backend: str) -> bool:
     if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
         return False
     for value in tensors:
+        if value is None:
+            continue
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
             if value.is_neg():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,55 @@ class Head:
 
 Source = Logits | Head
 SourceLike = Tensor | Source | Sequence[Tensor | Source]
+
+
+class Leaves(NamedTuple):
+    """One entry for each tensor of a source: the tensor, whether its gradient is wanted, or its gradient.
+
+    values   logits [*, V], or hidden states [*, D] where there is a weight
+    scale    None, or one number for each row or all; its gradient is one number for each row
+    """
+
+    values: Any
+    weight: Any = None
+    bias: Any = None
+    scale: Any = None
+
+
+class SourceTensors(NamedTuple):
+    """A source as the operators take it: its leaves and its softcap (None: none)."""
+
+    values: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float | Tensor | None = None
+    softcap: float | None = None
+
+
+class Matrix(NamedTuple):
+    """Logits scale * softcap(values) as row kernels take them; `values` [*, >= V], `scale` a number, () or [*]."""
+
+    values: Tensor
+    scale: float | Tensor | None = None
+    softcap: float | None = None
+
+
+# how the gradient of a leaf lies: a row for each row of the target, one tensor for all rows, a number for each row
+ROWS, SHARED, NUMBERS = "rows", "shared", "numbers"
+LAYOUTS = Leaves(ROWS, SHARED, SHARED, NUMBERS)
+
+
+def leaves_of(source: Source, scale: float | Tensor | None) -> Leaves:
+    """The source's tensors, with its scale in another form."""
+    if isinstance(source, Head):
+        return Leaves(source.hidden, source.weight, source.bias, scale)
+    return Leaves(source.values, None, None, scale)
+
+
+def by_source(flat: Sequence) -> list[Leaves]:
+    """What an operator takes or gives for all leaves of its sources, four entries each, as one `Leaves` a source."""
+    size = len(Leaves._fields)
+    return [Leaves(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
 def as_sources(name: str, given: SourceLike) -> list[Source]:

@@ -321,20 +321,20 @@ def native_kernel_call(pass_name: str, base, aux, target) -> Callable[[], Output
     """The compiled kernel itself, into a gradient buffer that exists: no page faults, no autograd, no dispatch."""
     ours_package()
     from auxkernels.cross_entropy import native as cross_entropy
-    from auxkernels.cross_entropy import ops
+    from auxkernels.cross_entropy.request import Gradients, LossTerms, Problem
     from auxkernels.native import missing
+    from auxkernels.sources import Matrix
 
     if base.device.type != "cpu" or missing():
         raise Unavailable(missing() or f"the compiled module serves CPU tensors, these are on {base.device}")
-    needs, gradients = (ops.NEEDS_AUX, [torch.empty_like(aux)]) if pass_name == "training" else (0, [])
-    for gradient in gradients:
-        gradient.fill_(math.nan)  # shows the check whatever the kernel leaves unwritten
-    no_options, normalizer, label_smoothing, z_loss, is_mean, no_fields = [None] * 5, None, 0.0, 0.0, True, 0
-    arguments = (base, aux, target, *no_options, -100, base.shape[-1], normalizer, label_smoothing, z_loss, is_mean)
+    # NaN shows the check whatever the kernel leaves unwritten
+    gradients = Gradients(aux=torch.full_like(aux, math.nan) if pass_name == "training" else None)
+    problem = Problem(Matrix(base), Matrix(aux), target, None, -100, base.shape[-1])
+    terms, no_fields = LossTerms(label_smoothing=0.0, z_loss=0.0, mean=True), 0
 
     def call() -> Outputs:
-        loss, *_ = cross_entropy.loss(*arguments, no_fields, needs, gradients)
-        return Outputs(loss, tuple(gradients))
+        loss, _ = cross_entropy.loss(problem, None, terms, no_fields, gradients)
+        return Outputs(loss, tuple(grad for grad in gradients if grad is not None))
 
     return call
 

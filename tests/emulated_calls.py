@@ -1,52 +1,38 @@
 """Calls of the CUDA kernels on the emulated machine: the compiled functions as they are, past checks and autograd."""
 
+import row_kernels
 import torch
 from emulated_cuda import Room
+from row_kernels import NEEDS_BOTH, bits, problem_of
 
 from auxkernels.cross_entropy import cuda as cuda_cross_entropy
-from auxkernels.cross_entropy import ops
+from auxkernels.cross_entropy.request import FIELDS, RowState, mask_of, named_fields
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NO_CLUSTERS = Room(has_clusters=False)
-ALL_FIELDS = ops.mask_of(*ops.FIELDS)
-NEEDS_BOTH = ops.NEEDS_BASE | ops.NEEDS_AUX
+ALL_FIELDS = mask_of(*FIELDS)
+STATE = RowState._fields
+_TERMS = ("normalizer", "label_smoothing", "z_loss")
 
 
 def loss_of(base, aux, target, *, mean=False, wanted=0, needs=NEEDS_BOTH, grads=None, **options) -> list:
     """[loss, fields, gradients] as the kernel leaves them."""
-    names = ("weight", "base_scale", "aux_scale", "base_softcap", "aux_softcap")
-    given = [options.get(name) for name in names]
-    end = (options.get("normalizer"), options.get("label_smoothing", 0.0), options.get("z_loss", 0.0))
-    ignore_index, vocab_size = options.get("ignore_index", -100), options.get("vocab_size", base.shape[-1])
-    return cuda_cross_entropy.loss(
-        base, aux, target, *given, ignore_index, vocab_size, *end, mean, wanted, needs, grads=grads
-    )
+    terms = {name: options.pop(name) for name in _TERMS if name in options}
+    problem = problem_of(base, aux, target, **options)
+    return row_kernels.loss(cuda_cross_entropy, problem, mean=mean, wanted=wanted, needs=needs, grads=grads, **terms)
 
 
 def scan_of(base, aux, target, wanted=ALL_FIELDS, **options) -> list:
-    names = ("weight", "base_scale", "aux_scale", "base_softcap", "aux_softcap")
-    given = [options.get(name) for name in names]
-    ignore_index, vocab_size = options.get("ignore_index", -100), options.get("vocab_size", base.shape[-1])
-    return cuda_cross_entropy.scan(base, aux, target, *given, ignore_index, vocab_size, wanted)
+    return cuda_cross_entropy.scan(problem_of(base, aux, target, **options), wanted)
 
 
-STATE = ("max", "log_denom", "nll", "base_max", "base_log_denom")
-
-
-def backward_of(base, aux, target, coefficients, *, needs=NEEDS_BOTH, grads=None, **options) -> list:
-    fields, _ = ops.named_fields(ALL_FIELDS, scan_of(base, aux, target, **options))
-    state = [fields[name].clone() for name in STATE]
-    names = ("weight", "base_scale", "aux_scale", "base_softcap", "aux_softcap")
-    given = [options.get(name) for name in names]
-    ignore_index, vocab_size = options.get("ignore_index", -100), options.get("vocab_size", base.shape[-1])
-    listed = [coefficients.get(name) for name in ops.COEFFICIENTS]
-    return cuda_cross_entropy.backward(
-        base, aux, target, *given, ignore_index, vocab_size, *state, listed, needs, grads=grads
-    )
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+def backward_of(base, aux, target, coefficients, *, needs=NEEDS_BOTH, grads=None, state=None, **options) -> list:
+    """`state`: of a scan of the same, if none is given."""
+    if state is None:
+        fields, _ = named_fields(ALL_FIELDS, scan_of(base, aux, target, **options))
+        state = [fields[name].clone() for name in STATE]
+    problem = problem_of(base, aux, target, **options)
+    return row_kernels.backward(cuda_cross_entropy, problem, state, coefficients, needs=needs, grads=grads)
 
 
 def assert_equal_bits(got: list, want: list, what="") -> None:

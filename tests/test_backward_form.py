@@ -9,11 +9,12 @@ import raw
 import torch
 from inputs import logits, targets
 from oracle import Case, Coefficients, Rows, assert_close, expected_gradients
+from row_kernels import NEEDS_AUX, NEEDS_AUX_SCALE, NEEDS_BASE, NEEDS_BASE_SCALE
 
 from auxkernels import Logits
-from auxkernels.cross_entropy import ops
+from auxkernels.cross_entropy import request
 
-ALL_NEEDS = ops.NEEDS_BASE | ops.NEEDS_AUX | ops.NEEDS_BASE_SCALE | ops.NEEDS_AUX_SCALE
+ALL_NEEDS = NEEDS_BASE | NEEDS_AUX | NEEDS_BASE_SCALE | NEEDS_AUX_SCALE
 
 
 def scalar_function(s, z_b, target, weight, k):
@@ -33,7 +34,7 @@ def scalar_function(s, z_b, target, weight, k):
 
 
 class Problem:
-    """Two sources with softcaps and scales as leaves, and what ops.cross_entropy_backward takes."""
+    """Two sources with softcaps and scales as leaves, and what the operator takes."""
 
     def __init__(
         self, dtype, device, *, softcaps=(None, None), scales=(None, None), vocab_size=70, rows=4, target=True
@@ -59,9 +60,9 @@ class Problem:
         return {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in named.items()}
 
     def needs(self):
-        bits = (ops.NEEDS_BASE_SCALE, ops.NEEDS_AUX_SCALE)
+        bits = (NEEDS_BASE_SCALE, NEEDS_AUX_SCALE)
         scales = sum(bit for bit, scale in zip(bits, self.scales, strict=True) if scale is not None)
-        return ops.NEEDS_BASE | ops.NEEDS_AUX | scales
+        return NEEDS_BASE | NEEDS_AUX | scales
 
     def by_autograd(self, k):
         parts = []
@@ -98,7 +99,7 @@ class Problem:
 
 def random_coefficients(names, problem):
     rows, compute = problem.values[0].shape[0], problem.weight.dtype
-    k = dict.fromkeys(ops.COEFFICIENTS)
+    k = dict.fromkeys(request.COEFFICIENTS)
     return k | {name: torch.randn(rows, dtype=compute, device=problem.weight.device) for name in names}
 
 
@@ -109,7 +110,7 @@ def dtype(request, fused):
     return request.param
 
 
-@pytest.mark.parametrize("name", ops.COEFFICIENTS)
+@pytest.mark.parametrize("name", request.COEFFICIENTS)
 def test_each_coefficient_is_the_derivative_it_is_said_to_be(fused, dtype, name):
     problem = Problem(dtype, fused.device)
     problem.check(fused, random_coefficients([name], problem))
@@ -118,20 +119,20 @@ def test_each_coefficient_is_the_derivative_it_is_said_to_be(fused, dtype, name)
 @pytest.mark.parametrize("round_number", range(6))
 def test_all_coefficients_together(fused, dtype, round_number):
     problem = Problem(dtype, fused.device, vocab_size=(7, 33, 70, 129, 1025, 4100)[round_number])
-    problem.check(fused, random_coefficients(ops.COEFFICIENTS, problem))
+    problem.check(fused, random_coefficients(request.COEFFICIENTS, problem))
 
 
 @pytest.mark.parametrize("scales", [("one", None), (None, "rows"), ("rows", "one"), ("rows", "rows")], ids=str)
 @pytest.mark.parametrize("softcaps", [(None, None), (5.0, None), (None, 3.0), (8.0, 4.0)], ids=str)
 def test_the_form_goes_through_scales_and_softcaps(fused, dtype, softcaps, scales):
     problem = Problem(dtype, fused.device, softcaps=softcaps, scales=scales)
-    problem.check(fused, random_coefficients(ops.COEFFICIENTS, problem))
+    problem.check(fused, random_coefficients(request.COEFFICIENTS, problem))
 
 
-@pytest.mark.parametrize("left_out", ops.COEFFICIENTS)
+@pytest.mark.parametrize("left_out", request.COEFFICIENTS)
 def test_any_coefficient_may_be_left_out(fused, left_out):
     problem = Problem(torch.float32, fused.device, scales=("one", "rows"))
-    problem.check(fused, random_coefficients(set(ops.COEFFICIENTS) - {left_out}, problem))
+    problem.check(fused, random_coefficients(set(request.COEFFICIENTS) - {left_out}, problem))
 
 
 @pytest.mark.parametrize("names", [("A", "C"), ("D", "Q", "Q_b"), ("S",)], ids=str)
@@ -149,7 +150,7 @@ def test_no_coefficient_at_all_is_no_gradient(fused):
 @pytest.mark.parametrize("needs", range(1, ALL_NEEDS + 1))
 def test_only_the_needed_gradients_come_back_and_they_are_the_same(fused, needs):
     problem = Problem(torch.float32, fused.device, scales=("rows", "rows"), softcaps=(6.0, None))
-    k = random_coefficients(ops.COEFFICIENTS, problem)
+    k = random_coefficients(request.COEFFICIENTS, problem)
     everything = raw.backward(fused.backend, k, ALL_NEEDS, **problem.arguments())
     some = raw.backward(fused.backend, k, needs, **problem.arguments())
     wanted = [grad for i, grad in enumerate(everything) if needs >> i & 1]
@@ -160,7 +161,7 @@ def test_ignored_rows_are_plus_zero_for_any_coefficient(fused):
     problem = Problem(torch.float32, fused.device, scales=("rows", "rows"))
     problem.target[1] = -100
     problem.values[0].data[1] = torch.nan
-    k = {name: torch.full((4,), -1.0, device=fused.device) for name in ops.COEFFICIENTS}
+    k = {name: torch.full((4,), -1.0, device=fused.device) for name in request.COEFFICIENTS}
     k["G"][1] = torch.nan
     for grad in raw.backward(fused.backend, k, ALL_NEEDS, **problem.arguments()):
         assert not grad[1].any() and not torch.signbit(grad[1]).any()
@@ -174,7 +175,7 @@ def test_a_masked_class_has_gradient_zero_under_moments(fused):
         problem.values[0][:, 10:30] = -torch.inf
         problem.scales[0].abs_()
     problem.target.fill_(5)
-    names = [name for name in ops.COEFFICIENTS if name != "S"]
+    names = [name for name in request.COEFFICIENTS if name != "S"]
     k = random_coefficients(names, problem)
     for grad in raw.backward(fused.backend, k, problem.needs(), **problem.arguments()):
         assert grad.isfinite().all()

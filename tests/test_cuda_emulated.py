@@ -26,19 +26,20 @@ from emulated_cuda import Room
 from implementations import Implementation
 from inputs import logits, targets
 from oracle import Case, check
+from row_kernels import NEEDS_AUX, NEEDS_AUX_SCALE, NEEDS_BASE, NEEDS_BASE_SCALE
 from test_confident_rows import confident_problem, true_class_errors
 from test_statistics import check_statistics
 from tolerance import assert_alike
 
 from auxkernels import Logits, aux_cross_entropy
 from auxkernels.cross_entropy import cuda as cuda_cross_entropy
-from auxkernels.cross_entropy import ops
+from auxkernels.cross_entropy import request
 from auxkernels.native import DTYPE_CODES
 
 pytestmark = pytest.mark.usefixtures("machine")
 
 IMPL = Implementation("native", "cpu", is_emulated=True)
-NEEDS_SCALES = ops.NEEDS_BASE_SCALE | ops.NEEDS_AUX_SCALE
+NEEDS_SCALES = NEEDS_BASE_SCALE | NEEDS_AUX_SCALE
 
 
 def short(value) -> str:
@@ -128,7 +129,7 @@ def test_the_widths_above_have_every_plan(machine):
     assert seen["resident"] == seen["wraps"] == {False, True}
 
 
-@pytest.mark.parametrize("wanted", [0, ops.mask_of("entropy")], ids=["loss", "statistics"])
+@pytest.mark.parametrize("wanted", [0, request.mask_of("entropy")], ids=["loss", "statistics"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 def test_the_plan_that_is_told_is_the_one_that_is_launched(machine, dtype, wanted):
     for rows, vocab_size, room, needs in [
@@ -153,7 +154,7 @@ SHARED_BYTES = [100 << 10, 163 << 10, 227 << 10]
 # how many clusters share a row, which the number of rows and the device decide, is in nobody's bits
 FORMS = {
     "plain": {},
-    "statistics": {"wanted": ALL_FIELDS & ~ops.mask_of("weighted_sum")},
+    "statistics": {"wanted": ALL_FIELDS & ~request.mask_of("weighted_sum")},
     "loss alone": {"needs": 0},
     "general": {"wanted": ALL_FIELDS, "label_smoothing": 0.1, "z_loss": 0.01, "aux_softcap": 6.0, "base_scale": -0.7},
 }
@@ -198,7 +199,7 @@ def test_a_row_alone_has_the_bits_it_has_among_others(machine, vocab_size, dtype
     rows = 40 if vocab_size < 40000 else 20
     base, aux = (logits(rows, vocab_size, dtype=dtype) for _ in range(2))
     target = targets(rows, vocab_size=vocab_size)
-    wanted = ops.mask_of("nll")
+    wanted = request.mask_of("nll")
     _, fields, *grads = loss_of(base, aux, target, wanted=wanted, **options)
     clusters = {machine.last().cluster}
     for start, end in ((0, 1), (rows - 1, rows), (3, 5), (7, 12)):
@@ -235,7 +236,7 @@ SEEDED = {
     "cluster 2, statistics": (3, 12008, BF16, Room(multiprocessors=6), {"wanted": ALL_FIELDS}),
     "cluster 4": (5, 24008, BF16, Room(multiprocessors=8, shared_bytes=48 << 10), {}),
     "cluster 4, no gradient": (5, 24008, BF16, Room(multiprocessors=4, shared_bytes=40 << 10), {"needs": 0}),
-    "cluster 16": (3, 96001, BF16, Room(multiprocessors=16, shared_bytes=48 << 10), {"needs": ops.NEEDS_AUX}),
+    "cluster 16": (3, 96001, BF16, Room(multiprocessors=16, shared_bytes=48 << 10), {"needs": NEEDS_AUX}),
     "reread": (3, 12001, BF16, NO_CLUSTERS, {"wanted": ALL_FIELDS}),
     "scales' sums": (2, 1027, F32, Room(), {"needs": NEEDS_BOTH | NEEDS_SCALES, "aux_scale": 0.5}),
     "mean": (9, 65, BF16, Room(multiprocessors=3), {"mean": True, "weight": torch.linspace(0, 1, 65)}),
@@ -427,7 +428,7 @@ def test_gradients_may_take_the_sources_place(machine, vocab_size, room):
     target[1] = -100
     k = {"A": torch.randn(3), "G": torch.rand(3)}
     general = {"z_loss": 0.1, "aux_softcap": 5.0}
-    for needs, which in ((NEEDS_BOTH, [0, 1]), (ops.NEEDS_BASE, [0]), (ops.NEEDS_AUX, [1])):
+    for needs, which in ((NEEDS_BOTH, [0, 1]), (NEEDS_BASE, [0]), (NEEDS_AUX, [1])):
         for options in ({}, {"mean": True}, {"wanted": ALL_FIELDS}, general):
             want = loss_of(base, aux, target, needs=needs, **options)
             copies = [base.clone(), aux.clone()]
@@ -473,7 +474,7 @@ def test_many_rows_of_each_block(rows, vocab_size, room, kind, machine):
     for options in given:
         got = check(Case(base, aux, target, options), IMPL, upstream if "none" in options.values() else None)
         assert not got["aux[0]"][ignored].any() and not torch.signbit(got["aux[0]"][ignored]).any()
-    loss, fields, *_ = loss_of(base, aux.detach(), target, wanted=ops.mask_of("max", "nll", "entropy"), mean=True)
+    loss, fields, *_ = loss_of(base, aux.detach(), target, wanted=request.mask_of("max", "nll", "entropy"), mean=True)
     assert loss.isnan() == (kind == "all") and not fields[:, ignored].any()
 
 
@@ -507,7 +508,7 @@ def test_no_rows_at_all(machine):
     for room in (Room(), NO_CLUSTERS):
         machine.use(room)
         assert loss_of(base, base.clone(), target)[0] == 0
-        assert loss_of(base, None, target, mean=True, needs=ops.NEEDS_BASE)[0].isnan()
+        assert loss_of(base, None, target, mean=True, needs=NEEDS_BASE)[0].isnan()
         assert scan_of(base, None, target)[0].shape[1:] == (0,)
 
 
@@ -564,7 +565,7 @@ def test_ties_and_nan_far_apart_have_the_lowest_index(machine, vocab_size, room)
             assert ints.tolist() == [[columns[0] for columns in at]] * 2, value
             assert fields.isnan().any() == (value != 50.0)
     base[3] = -torch.inf
-    assert (scan_of(base, None, torch.tensor([0, 1, 2, last]), ops.mask_of("argmax"))[0][0, 3]) == 0
+    assert (scan_of(base, None, torch.tensor([0, 1, 2, last]), request.mask_of("argmax"))[0][0, 3]) == 0
 
 
 @pytest.mark.parametrize("vocab_size, room", APART, ids=short)

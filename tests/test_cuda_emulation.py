@@ -30,7 +30,7 @@ import sys
 sys.path.insert(0, "tests")
 import ctypes
 import emulated_cuda, pytest, torch
-from auxkernels.native import cuda_cross_entropy
+from auxkernels.cross_entropy import cuda as cuda_cross_entropy
 emulated_cuda.install(pytest.MonkeyPatch())
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

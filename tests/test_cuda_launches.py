@@ -18,10 +18,11 @@ from emulated_calls import (
 )
 from emulated_cuda import Machine, Room
 from inputs import logits, targets
+from row_kernels import NEEDS_BASE
 from test_gpu import CAPTURED_FIRST
 
 from auxkernels.cross_entropy import cuda as cuda_cross_entropy
-from auxkernels.cross_entropy import ops
+from auxkernels.cross_entropy import request
 
 pytestmark = pytest.mark.usefixtures("machine")
 
@@ -35,7 +36,7 @@ def test_a_capture_may_hold_the_first_launch_of_every_kernel(machine, dtype):
     calls = [
         lambda: loss_of(base, aux, target),
         lambda: loss_of(base, aux, target, z_loss=0.1),
-        lambda: backward_of(base, aux, target, {"A": torch.ones(3, dtype=ops.compute_dtype(base, aux))}),
+        lambda: backward_of(base, aux, target, {"A": torch.ones(3, dtype=request.compute_dtype(base, aux))}),
         lambda: [grad := base.clone(), cuda_cross_entropy.rescale_(grad, torch.tensor(0.5), target, -100)][:1],
     ]
     for has_clusters in (True, False):
@@ -76,7 +77,7 @@ def test_the_script_that_captures_first_on_a_gpu_is_right(machine, monkeypatch, 
 def test_a_device_tells_the_launch_of_a_call(machine, vocab_size, room):
     machine.use(room)
     base, aux = (logits(2, vocab_size, dtype=BF16) for _ in range(2))
-    for has_gradient, wanted in ((True, 0), (False, 0), (True, ops.mask_of("entropy"))):
+    for has_gradient, wanted in ((True, 0), (False, 0), (True, request.mask_of("entropy"))):
         options = {"has_gradient": has_gradient, "has_statistics": wanted != 0}
         plan = cuda_cross_entropy.plan(2, vocab_size, BF16, BF16, **options, device=Machine.number)
         loss_of(base, aux, targets(2, vocab_size=vocab_size), needs=NEEDS_BOTH if has_gradient else 0, wanted=wanted)
@@ -115,7 +116,7 @@ def test_no_rows_have_a_loss_and_empty_outputs(machine, shape, room):
     base, target = torch.empty(shape, dtype=BF16), torch.zeros(shape[:-1], dtype=torch.int64)
     loss, *grads = loss_of(base, base.clone(), target)
     assert loss == 0 and [grad.shape for grad in grads] == [base.shape] * 2
-    assert loss_of(base, None, target, mean=True, needs=ops.NEEDS_BASE)[0].isnan()
+    assert loss_of(base, None, target, mean=True, needs=NEEDS_BASE)[0].isnan()
     assert scan_of(base, None, target)[0].shape[1:] == base.shape[:-1]
     assert backward_of(base, base, target, {"A": torch.empty(shape[:-1])})[0].shape == base.shape
 
@@ -124,13 +125,12 @@ def test_no_rows_have_a_loss_and_empty_outputs(machine, shape, room):
 def test_rows_without_columns_are_refused(rows):
     base, target = torch.empty(rows, 0), torch.zeros(rows, dtype=torch.int64)
     state = [torch.zeros(rows) for _ in range(5)]
-    coefficients = [torch.zeros(rows) for _ in ops.COEFFICIENTS]
-    given = [base, base.clone(), target, *[None] * 5, -100, 0]
+    coefficients = [torch.zeros(rows) for _ in request.COEFFICIENTS]
     for call in (
-        lambda: loss_of(base, None, target, needs=ops.NEEDS_BASE),
-        lambda: loss_of(base, None, target, needs=ops.NEEDS_BASE, label_smoothing=0.1),
+        lambda: loss_of(base, None, target, needs=NEEDS_BASE),
+        lambda: loss_of(base, None, target, needs=NEEDS_BASE, label_smoothing=0.1),
         lambda: scan_of(base, None, target),
-        lambda: cuda_cross_entropy.backward(*given, *state, coefficients, NEEDS_BOTH),
+        lambda: backward_of(base, base.clone(), target, coefficients, state=state),
         lambda: cuda_cross_entropy.plan(rows, 0, F32, device=Machine.number),
     ):
         with pytest.raises(ValueError, match=r"V must be in \[1, width of each source\], got V=0"):

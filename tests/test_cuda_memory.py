@@ -11,7 +11,6 @@ from emulated_calls import (
     BF16,
     F16,
     F32,
-    NEEDS_BOTH,
     NO_CLUSTERS,
     STATE,
     assert_equal_bits,
@@ -24,7 +23,7 @@ from inputs import logits, targets
 from tolerance import OF_A_ROW, assert_alike
 
 from auxkernels.cross_entropy import cuda as cuda_cross_entropy
-from auxkernels.cross_entropy import ops
+from auxkernels.cross_entropy import request
 
 pytestmark = pytest.mark.usefixtures("machine")
 
@@ -123,13 +122,12 @@ def test_a_hostile_target_poisons_its_gradient_whatever_the_saved_state(vocab_si
     """The state is of a row with another target, or of none: it is finite."""
     base, aux = (logits(4, vocab_size, dtype=dtype) for _ in range(2))
     target = torch.tensor([1, 2, 3, 4])
-    fields, _ = ops.named_fields(ALL_FIELDS, scan_of(base, aux, target))
+    fields, _ = request.named_fields(ALL_FIELDS, scan_of(base, aux, target))
     state = [fields[name].clone() for name in STATE]
-    listed = [torch.ones(4) if name in ("A", "G", *more) else None for name in ops.COEFFICIENTS]
+    listed = [torch.ones(4) if name in ("A", "G", *more) else None for name in request.COEFFICIENTS]
 
     def gradients(target):
-        given = [*[None] * 5, -100, vocab_size, *state, listed, NEEDS_BOTH]
-        return cuda_cross_entropy.backward(base, aux, target, *given)
+        return backward_of(base, aux, target, listed, state=state)
 
     want = gradients(target)
     got = gradients(torch.tensor([1, vocab_size, 3, -1]))

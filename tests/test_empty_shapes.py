@@ -16,12 +16,13 @@ native_only = pytest.mark.skipif(missing is not None, reason=f"native on cpu: {m
 SIZES = """
 import itertools, torch
 import auxkernels
-from auxkernels import ops
-from auxkernels.native import cpu, cross_entropy, soft_embedding as kernels
-from auxkernels.cross_entropy import chunked
-from auxkernels.soft_embedding import chunked as lookups
+from auxkernels.cross_entropy import native as cross_entropy, ops, request
+from auxkernels.cross_entropy.request import Coefficients, Gradients, LossTerms, Problem, RowState
+from auxkernels.native import cpu
+from auxkernels.soft_embedding import chunked as lookups, native as kernels
+from auxkernels.soft_embedding.request import ROW_FIELDS, SoftRows
 from auxkernels.soft_embedding.segments import _sum, _to_tokens
-from auxkernels.soft_rows import ROW_FIELDS, SoftRows
+from auxkernels.sources import Matrix
 
 made = 0
 def attempt(function, *args):
@@ -46,27 +47,28 @@ def test_raw_operators_of_cross_entropy_survive_every_empty_shape():
 for N, V, D in EMPTY:
     base, target = torch.zeros(N, V), torch.zeros(N, dtype=torch.int64)
     weight, rows = torch.zeros(V), torch.zeros(N)
-    leading = (base, base, target, weight, None, None, None, None, -100, V)
+    leading = ([base, None, None, None] * 2, [0.0, 0.0], 1, None, target, weight, -100, V)
+    needs = [True, False, False, False] * 2
     state = (rows, rows, rows, rows, rows)
-    coefficients = [rows] * len(ops.COEFFICIENTS)
+    coefficients = [rows] * len(request.COEFFICIENTS)
     for V_given in {V, 0, 1}:
         leading = (*leading[:-1], V_given)
-        attempt(torch.ops.auxkernels.cross_entropy_scan, *leading, ops.mask_of(*ops.FIELDS), "native")
+        attempt(torch.ops.auxkernels.cross_entropy_scan, *leading, request.mask_of(*request.FIELDS), "native")
         for mean in (True, False):
-            attempt(torch.ops.auxkernels.cross_entropy_loss, *leading, None, 0.1, 0.1, mean, 0, 3, "native")
-        attempt(torch.ops.auxkernels.cross_entropy_backward, *leading, *state, coefficients, 3, "native")
+            attempt(torch.ops.auxkernels.cross_entropy_loss, *leading, None, 0.1, 0.1, mean, 0, needs, "native")
+        attempt(torch.ops.auxkernels.cross_entropy_backward, *leading, *state, coefficients, needs, "native")
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for shape in ((N, V), (V,), (N, V, D)):
             grad, rows = torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1], dtype=torch.int64)
             for of_rows in (None, rows):
-                attempt(ops.cross_entropy_rescale_, grad, torch.tensor(2.0), of_rows, -100, "native")
+                attempt(ops.rescale_, grad, torch.tensor(2.0), of_rows, -100, "native")
     attempt(ops.check_target, target, V, -100)
     parts = [torch.zeros(N, D), torch.zeros(V, D), weight, None, base, None, None, torch.zeros(N)]
     sources = (parts, [0.0, 2.0], 1, None, target, None, -100, V)
     needs = [part is not None for part in parts]
-    attempt(chunked.scan, *sources, ops.mask_of(*ops.FIELDS), "native")
-    attempt(chunked.loss, *sources, None, 0.0, 0.0, True, 0, needs, "native")
-    attempt(chunked.backward, *sources, *state, coefficients, needs, "native")
+    attempt(ops.scan_op, *sources, request.mask_of(*request.FIELDS), "native")
+    attempt(ops.loss_op, *sources, None, 0.0, 0.0, True, 0, needs, "native")
+    attempt(ops.backward_op, *sources, *state, coefficients, needs, "native")
 """
     assert calls_made(code) > 150
 
@@ -101,11 +103,11 @@ def test_compiled_functions_survive_every_empty_shape_and_number_of_threads():
 for (N, K, D), threads in itertools.product(EMPTY, (0, 1, 4)):
     torch.get_num_threads = lambda: threads
     base, target = torch.zeros(N, K), torch.zeros(N, dtype=torch.int64)
-    leading = (base, None, target, None, None, None, None, None, -100, K)
+    problem, room = Problem(Matrix(base), None, target, None, -100, K), Gradients(base=base.clone())
     rows = torch.zeros(N)
-    attempt(cross_entropy.scan, *leading, ops.mask_of(*ops.FIELDS))
-    attempt(cross_entropy.loss, *leading, None, 0.1, 0.1, True, 0, 1)
-    attempt(cross_entropy.backward, *leading, *[rows] * 5, [rows] * len(ops.COEFFICIENTS), 1)
+    attempt(cross_entropy.scan, problem, request.mask_of(*request.FIELDS))
+    attempt(cross_entropy.loss, problem, None, LossTerms(0.1, 0.1, True), 0, room)
+    attempt(cross_entropy.backward, problem, RowState(*[rows] * 5), Coefficients(*[rows] * 8), room)
     attempt(cross_entropy.rescale_, base, torch.tensor(2.0), target, -100)
     given = SoftRows(base, torch.float32, 0, 0.5, None, None, None)
     fields = {name: rows if name != "argmax" else rows.long() for name in ROW_FIELDS}

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from inputs import cut_rows, head, logits, targets
+from raw import backward_op, loss_op, scan_op
 from torch.library import opcheck
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
-from auxkernels.cross_entropy import chunked, ops
+from auxkernels.cross_entropy import request
 
 V = 9
 
@@ -55,12 +56,12 @@ class Given:
         return torch.float64 if self.parts[0].dtype == torch.float64 else torch.float32
 
     def scan(self, *wanted, backend):
-        mask = ops.mask_of(*wanted)
-        return ops.named_fields(mask, chunked.scan(*self.arguments(), mask, backend))[0]
+        mask = request.mask_of(*wanted)
+        return request.named_fields(mask, scan_op(*self.arguments(), mask, backend))[0]
 
     def loss(self, backend, *, needs=None, wanted=0, normalizer=None, mean=True):
         needs = self.needs() if needs is None else needs
-        return chunked.loss(*self.arguments(), normalizer, 0.1, 0.01, mean, wanted, needs, backend)
+        return loss_op(*self.arguments(), normalizer, 0.1, 0.01, mean, wanted, needs, backend)
 
     def state(self, backend):
         names = ["max", "log_denom", "nll", "base_max", "base_log_denom"]
@@ -70,9 +71,9 @@ class Given:
     def backward(self, backend, *, needs=None, state=None, coefficients=None):
         state = state or self.state(backend)
         if coefficients is None:
-            coefficients = [torch.randn_like(state[0]) if i % 3 else None for i in range(len(ops.COEFFICIENTS))]
+            coefficients = [torch.randn_like(state[0]) if i % 3 else None for i in range(len(request.COEFFICIENTS))]
         needs = self.needs() if needs is None else needs
-        return chunked.backward(*self.arguments(), *state, coefficients, needs, backend)
+        return backward_op(*self.arguments(), *state, coefficients, needs, backend)
 
 
 SAMPLES = {
@@ -99,7 +100,7 @@ def given(request, fused):
 
 
 def test_scan_passes_opcheck(fused, given):
-    opcheck(chunked.scan, (*given.arguments(), ops.mask_of(*ops.FIELDS), fused.backend))
+    opcheck(scan_op, (*given.arguments(), request.mask_of(*request.FIELDS), fused.backend))
 
 
 def test_loss_passes_opcheck(fused, given):
@@ -116,14 +117,14 @@ def test_loss_without_some_gradients_passes_opcheck(fused, which):
 def check_loss(fused, given, needs):
     # without a normalizer the mean of no rows is NaN, which opcheck does not find equal to itself
     normalizer = torch.tensor(3.0, dtype=torch.float64, device=fused.device)
-    rest = (normalizer, 0.1, 0.01, True, ops.mask_of("nll", "argmax"), needs, fused.backend)
-    opcheck(chunked.loss, (*given.arguments(), *rest))
+    rest = (normalizer, 0.1, 0.01, True, request.mask_of("nll", "argmax"), needs, fused.backend)
+    opcheck(loss_op, (*given.arguments(), *rest))
 
 
 def test_backward_passes_opcheck(fused, given):
     state = given.state(fused.backend)
-    coefficients = [torch.randn_like(state[0]) if i % 3 else None for i in range(len(ops.COEFFICIENTS))]
-    opcheck(chunked.backward, (*given.arguments(), *state, coefficients, given.needs(), fused.backend))
+    coefficients = [torch.randn_like(state[0]) if i % 3 else None for i in range(len(request.COEFFICIENTS))]
+    opcheck(backward_op, (*given.arguments(), *state, coefficients, given.needs(), fused.backend))
 
 
 def test_the_outputs_of_an_op_are_none_of_its_inputs(fused, given):
@@ -138,12 +139,12 @@ def test_the_outputs_of_an_op_are_none_of_its_inputs(fused, given):
 
 def calls(given, backend, state, needs=None):
     needs = given.needs() if needs is None else needs
-    mask = ops.mask_of("nll", "max")
-    coefficients = [None if name != "G" else torch.ones(5) for name in ops.COEFFICIENTS]
+    mask = request.mask_of("nll", "max")
+    coefficients = [None if name != "G" else torch.ones(5) for name in request.COEFFICIENTS]
     return {
-        "scan": lambda: chunked.scan(*given.arguments(), mask, backend),
-        "loss": lambda: chunked.loss(*given.arguments(), None, 0.0, 0.0, True, mask, needs, backend),
-        "backward": lambda: chunked.backward(*given.arguments(), *state, coefficients, needs, backend),
+        "scan": lambda: scan_op(*given.arguments(), mask, backend),
+        "loss": lambda: loss_op(*given.arguments(), None, 0.0, 0.0, True, mask, needs, backend),
+        "backward": lambda: backward_op(*given.arguments(), *state, coefficients, needs, backend),
     }
 
 
@@ -223,9 +224,9 @@ def test_a_raw_call_on_another_device_is_refused(native, op):
 
 
 def test_fields_and_gradients_that_do_not_exist_are_refused(native):
-    for wanted in (-1, 1 << len(ops.FIELDS)):
+    for wanted in (-1, 1 << len(request.FIELDS)):
         with pytest.raises(ValueError, match="wanted"):
-            chunked.scan(*Given().arguments(), wanted, "native")
+            scan_op(*Given().arguments(), wanted, "native")
         with pytest.raises(ValueError, match="wanted"):
             Given().loss("native", wanted=wanted)
     absent = [True] * 12  # a weight of logits, among others
@@ -250,7 +251,7 @@ def test_a_raw_call_without_a_target_that_it_needs_is_a_value_error(native):
 @pytest.mark.parametrize("place", [*range(5), "coefficient"])
 def test_a_raw_backward_with_row_numbers_of_another_length_is_a_value_error(native, place, length):
     given = Given()
-    state, coefficients = given.state("native"), [torch.ones(5) for _ in ops.COEFFICIENTS]
+    state, coefficients = given.state("native"), [torch.ones(5) for _ in request.COEFFICIENTS]
     if place == "coefficient":
         coefficients[4] = torch.ones(length)
     else:
@@ -270,7 +271,7 @@ def test_a_raw_backward_without_the_state_that_it_needs_is_refused(native):
         state = Given().state("native")
         state[missing] = None
         with pytest.raises(ValueError, match="must be given for the coefficients"):
-            Given().backward("native", state=state, coefficients=[torch.ones(5)] * len(ops.COEFFICIENTS))
+            Given().backward("native", state=state, coefficients=[torch.ones(5)] * len(request.COEFFICIENTS))
 
 
 # -- gradcheck ---------------------------------------------------------------------------------------------------------

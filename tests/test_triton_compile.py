@@ -5,9 +5,11 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
+import row_kernels
 import torch
+from row_kernels import NEEDS_AUX, NEEDS_BASE, problem_of
 
-from auxkernels.cross_entropy import ops
+from auxkernels.cross_entropy import request
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -43,7 +45,7 @@ class Call:
     dtypes: tuple = (torch.bfloat16, torch.bfloat16)
     vocab_size: int = LLAMA
     rows: int = 8192
-    needs: int = ops.NEEDS_AUX
+    needs: int = NEEDS_AUX
     wanted: tuple = ()
     coefficients: str = "G"
     options: dict = field(default_factory=dict)
@@ -51,25 +53,25 @@ class Call:
     weighted: bool = False
     alone: bool = False
 
-    def sources(self):
+    def problem(self):
         base, aux = (empty(self.rows, self.vocab_size, dtype=dtype) for dtype in self.dtypes)
         aux = None if self.alone else aux
         target = None if self.op == "scan" else empty(self.rows, dtype=torch.int64)
         scales = (empty(), empty(self.rows)) if self.bent else (None, None)
         weight = empty(self.vocab_size) if self.weighted else None
         softcaps = (30.0, 5.0) if self.bent else (None, None)
-        return (base, aux, target, weight, *scales, *softcaps, -100, self.vocab_size)
+        names = ("base_scale", "aux_scale", "base_softcap", "aux_softcap")
+        return problem_of(base, aux, target, weight=weight, **dict(zip(names, (*scales, *softcaps), strict=True)))
 
     def __call__(self):
-        mask, row = ops.mask_of(*self.wanted), empty(self.rows)
+        mask, row = request.mask_of(*self.wanted), empty(self.rows)
         if self.op == "scan":
-            cross_entropy.scan(*self.sources(), mask)
+            cross_entropy.scan(self.problem(), mask)
         elif self.op == "loss":
-            terms = (self.options.get("normalizer"), self.options.get("label_smoothing", 0.0))
-            cross_entropy.loss(*self.sources(), *terms, self.options.get("z_loss", 0.0), True, mask, self.needs)
+            row_kernels.loss(cross_entropy, self.problem(), mean=True, wanted=mask, needs=self.needs, **self.options)
         elif self.op == "backward":
-            k = [row if name in self.coefficients.split() else None for name in ops.COEFFICIENTS]
-            cross_entropy.backward(*self.sources(), *[row] * 5, k, self.needs)
+            k = [row if name in self.coefficients.split() else None for name in request.COEFFICIENTS]
+            row_kernels.backward(cross_entropy, self.problem(), [row] * 5, k, needs=self.needs)
         else:
             grad, target = empty(self.rows, self.vocab_size, dtype=self.dtypes[0]), empty(self.rows, dtype=torch.int64)
             cross_entropy.rescale_(grad, empty(), target, -100)
@@ -77,7 +79,7 @@ class Call:
 
 STATISTICS = ("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax")
 EVERYTHING = {"normalizer": empty(dtype=torch.float64), "label_smoothing": 0.1, "z_loss": 1e-4}
-BOTH, ALL = ops.NEEDS_BASE | ops.NEEDS_AUX, 15
+BOTH, ALL = NEEDS_BASE | NEEDS_AUX, 15
 HALF, FULL = (torch.float16, torch.float16), (torch.float32, torch.float32)
 CALLS = {
     "plain": Call("loss"),
@@ -86,16 +88,16 @@ CALLS = {
     "forward": Call("loss", vocab_size=SMALL, needs=0),
     "statistics": Call("loss", vocab_size=SMALL, wanted=STATISTICS),
     "statistics-without-target": Call("scan", FULL, QWEN, wanted=("lse", "entropy", "kl_to_base", "argmax")),
-    "one-source": Call("loss", FULL, SMALL, needs=ops.NEEDS_BASE, alone=True),
+    "one-source": Call("loss", FULL, SMALL, needs=NEEDS_BASE, alone=True),
     "smoothing-odd": Call("loss", HALF, GPT2, needs=BOTH, options={"label_smoothing": 0.1}, weighted=True),
     "everything": Call(
-        "loss", (torch.bfloat16, torch.float32), QWEN, 8192, ALL, ops.FIELDS, "", EVERYTHING, True, True
+        "loss", (torch.bfloat16, torch.float32), QWEN, 8192, ALL, request.FIELDS, "", EVERYTHING, True, True
     ),
     "split": Call("loss", rows=4, needs=BOTH, wanted=STATISTICS),
     "tiny": Call("loss", FULL, 1000, 64),
     "backward": Call("backward"),
     "backward-everything": Call(
-        "backward", HALF, GPT2, needs=ALL, coefficients=" ".join(ops.COEFFICIENTS), bent=True, weighted=True
+        "backward", HALF, GPT2, needs=ALL, coefficients=" ".join(request.COEFFICIENTS), bent=True, weighted=True
     ),
     "backward-statistics": Call("backward", FULL, SMALL, needs=BOTH, coefficients="A C D G Q_b B_b"),
     "rescale": Call("rescale"),
@@ -150,7 +152,7 @@ def test_no_float_is_added_atomically(compiled, target):
 
 
 @pytest.mark.parametrize("rows", [4096, 65536, 2**20])
-@pytest.mark.parametrize("needs", [0, ops.NEEDS_AUX])
+@pytest.mark.parametrize("needs", [0, NEEDS_AUX])
 @pytest.mark.parametrize("reduction", ["mean", "normalizer"])
 def test_no_program_works_alone_on_many_rows(monkeypatch, rows, needs, reduction):
     """It would read them block after block, while the rest of the device waits."""
@@ -185,7 +187,7 @@ def test_rows_ignore_index_and_numbers_start_no_compilation(compiled):
 @pytest.mark.parametrize("ignore_index", [0, 1, 16, -100, 2**40])
 def test_ignore_index_starts_no_compilation(compiled, ignore_index):
     class Other(Call):
-        def sources(self):
+        def problem(self):
             *sources, _, vocab_size = super().sources()
             return (*sources, ignore_index, vocab_size)
 

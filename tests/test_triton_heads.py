@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from row_kernels import problem_of
 from tolerance import assert_alike
 
 import auxkernels
-from auxkernels.cross_entropy import ops
+from auxkernels.cross_entropy import request
 
 triton = pytest.importorskip("triton")
 
@@ -29,9 +30,9 @@ from auxkernels.tritonlib import launch  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiled kernels and interpreted ones exclude each other")
-ALL_FIELDS = (1 << len(ops.FIELDS)) - 1
-PLAIN = ops.mask_of("max", "log_denom", "nll", "lse", "log_prob", "argmax")
-WITHOUT_TARGET = ALL_FIELDS & ~ops.OF_TARGET
+ALL_FIELDS = (1 << len(request.FIELDS)) - 1
+PLAIN = request.mask_of("max", "log_denom", "nll", "lse", "log_prob", "argmax")
+WITHOUT_TARGET = ALL_FIELDS & ~request.OF_TARGET
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -126,7 +127,7 @@ def check(base, aux, target=None, weight=None, ignore_index=-100, vocab_size=V, 
     if wanted is None:
         wanted = WITHOUT_TARGET if target is None else ALL_FIELDS
     assert fits(base, aux, wanted) is None
-    got, _ = ops.named_fields(wanted, scan(base, aux, target, weight, ignore_index, vocab_size, wanted))
+    got, _ = request.named_fields(wanted, scan(base, aux, target, weight, ignore_index, vocab_size, wanted))
     want, error = expected(base, aux, target, weight, ignore_index, vocab_size)
     for name, value in got.items():
         if not value.is_floating_point():
@@ -180,7 +181,7 @@ def test_one_head(monkeypatch, has_target):
 @interpreted
 def test_two_heads_without_target():
     got = check(head(), head(depth=D_AUX))
-    assert set(got) == set(ops.fields_in(WITHOUT_TARGET))
+    assert set(got) == set(request.fields_in(WITHOUT_TARGET))
 
 
 @interpreted
@@ -203,14 +204,16 @@ def test_a_depth_that_is_no_multiple_of_the_step(monkeypatch):
 def test_nan_stays_in_its_row_and_an_ignored_row_hides_it():
     base, aux, target = head(), head(depth=D_AUX), some_targets()
     base.hidden[2], base.hidden[3] = torch.nan, torch.nan  # row 2 is ignored
-    got, _ = ops.named_fields(ALL_FIELDS, scan(base, aux, target, None, -100, V, ALL_FIELDS))
+    got, _ = request.named_fields(ALL_FIELDS, scan(base, aux, target, None, -100, V, ALL_FIELDS))
     for name, value in got.items():
         if value.is_floating_point() and name not in ("max", "base_max"):
             assert value.isnan().nonzero().tolist() == [[3]] and value[2] == 0, name
     kept = [i for i in range(N) if i not in (2, 3)]
     clean = base.hidden.clone()
     clean[[2, 3]] = 0
-    again, _ = ops.named_fields(ALL_FIELDS, scan(base._replace(hidden=clean), aux, target, None, -100, V, ALL_FIELDS))
+    again, _ = request.named_fields(
+        ALL_FIELDS, scan(base._replace(hidden=clean), aux, target, None, -100, V, ALL_FIELDS)
+    )
     assert all(torch.equal(got[name][kept], again[name][kept]) for name in got)
 
 
@@ -236,7 +239,7 @@ def test_masked_classes_also_whole_tiles_of_them():
     bias[3], bias[16:32], bias[48:] = -torch.inf, -torch.inf, -torch.inf  # the last tile too
     base, aux, target = head(bias=bias.to(F16)), head(depth=D_AUX), some_targets()
     target[[0, 1, 3, 8, 9]] = torch.tensor([0, 47, 20, 3, 7])  # two of them masked
-    wanted = ALL_FIELDS & ~ops.mask_of("weighted_sum")
+    wanted = ALL_FIELDS & ~request.mask_of("weighted_sum")
     got = check(base, aux, target, wanted=wanted)
     assert got["nll"][3] == got["nll"][8] == torch.inf and got["kl_to_base"].isfinite().all()
     check(head(), aux._replace(bias=bias.to(F16)), target, wanted=PLAIN)
@@ -250,7 +253,7 @@ def test_rows_without_a_distribution_are_what_the_kernel_for_logits_makes_of_the
     base.hidden[3, 7] = torch.inf  # logits of +inf and -inf
     logits = [logits_of(given, V)[0].float() for given in (base, aux)]
     got = scan(base, aux, target, None, -100, V, ALL_FIELDS)
-    want = cross_entropy.scan(*logits, target, None, None, None, None, None, -100, V, ALL_FIELDS)
+    want = cross_entropy.scan(problem_of(*logits, target, vocab_size=V), ALL_FIELDS)
     assert torch.equal(got[0].isnan(), want[0].isnan()) and torch.equal(got[1], want[1])
     infinite = want[0].isinf()
     assert infinite.any() and torch.equal(got[0].isinf(), infinite) and torch.equal(got[0][infinite], want[0][infinite])
@@ -260,10 +263,12 @@ def test_rows_without_a_distribution_are_what_the_kernel_for_logits_makes_of_the
 def test_argmax_takes_the_lowest_class_of_a_tie_and_the_first_nan():
     base = head()
     base.weight[[11, 12, 40, 60]] = base.weight[30] * 4
-    got = check(base, None, wanted=ops.mask_of("argmax", "base_argmax"))
+    got = check(base, None, wanted=request.mask_of("argmax", "base_argmax"))
     assert (got["argmax"] == 11).any()
     base.weight[[50, 51, 33]] = torch.nan
-    got, _ = ops.named_fields(ALL_FIELDS & ~ops.OF_TARGET, scan(base, None, None, None, -100, V, WITHOUT_TARGET))
+    got, _ = request.named_fields(
+        ALL_FIELDS & ~request.OF_TARGET, scan(base, None, None, None, -100, V, WITHOUT_TARGET)
+    )
     assert (got["argmax"] == 33).all() and got["lse"].isnan().all()
 
 
@@ -361,7 +366,7 @@ FEW_BYTES = 64  # of a thread's stack: numbers that wait there while the product
 
 
 CLASSES = 128256
-STATISTICS = ops.mask_of("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax")
+STATISTICS = request.mask_of("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax")
 
 
 def call(rows, wanted, base=None, aux=None, aux_dtype=BF16, aux_depth=256, weight=None):
@@ -381,10 +386,10 @@ def call(rows, wanted, base=None, aux=None, aux_dtype=BF16, aux_depth=256, weigh
 
 BENT = {"bias": True, "scale": "row", "softcap": 30.0}
 VARIANTS = {
-    "plain": lambda rows: call(rows, ops.mask_of("max", "log_denom", "nll")),
+    "plain": lambda rows: call(rows, request.mask_of("max", "log_denom", "nll")),
     "statistics": lambda rows: call(rows, STATISTICS),
     "bent": lambda rows: call(rows, PLAIN, BENT, {"bias": True}, F16),
-    "uneven": lambda rows: call(rows, ops.mask_of("max", "log_denom", "nll"), aux_depth=48),
+    "uneven": lambda rows: call(rows, request.mask_of("max", "log_denom", "nll"), aux_depth=48),
     "everything": lambda rows: call(rows, ALL_FIELDS, BENT, {"bias": True, "scale": "number"}, F16, weight=True),
 }
 COMPILED = [

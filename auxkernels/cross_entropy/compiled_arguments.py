@@ -1,7 +1,6 @@
 """From tensors to what the compiled functions of cross-entropy take: pointers, sizes, strides; see csrc/arguments.h.
 
-Arguments are those of ops.py and have been checked, by the public function or by the op; where an op takes a 0-d tensor
-for a number (scale, normalizer), a number will do as well.
+Arguments have been checked, by the public function or by the operator.
 """
 
 from __future__ import annotations
@@ -13,35 +12,23 @@ from torch import Tensor
 
 from ..layout import as_rows
 from ..native import DTYPE_CODES
-from . import ops
+from ..sources import Matrix
+from .request import FIELDS, Coefficients, Gradients, Problem, RowState
 
-_NO_SOURCE = (0, 0, 0, 1, 0, 0, 0, 0)
-NUM_FIELDS = len(ops.FIELDS)
+_NO_SOURCE, _NO_NUMBERS = (0, 0, 0, 1, 0, 0, 0, 0), (1.0, 0.0)
+NUM_FIELDS = len(FIELDS)
 
 
-class Call:
+class Arguments:
     """The leading arguments of a compiled function, and the tensors that must outlive it."""
 
-    __slots__ = ("alive", "compute", "ignore_index", "leading", "shape", "vocab_size")
+    __slots__ = ("alive", "compute", "leading", "problem", "shape")
 
-    def __init__(
-        self,
-        base,
-        aux,
-        target,
-        weight,
-        base_scale,
-        aux_scale,
-        base_softcap,
-        aux_softcap,
-        ignore_index,
-        vocab_size,
-        threads_or_stream,
-        device=0,
-    ):
-        self.compute = ops.compute_dtype(base, aux)
+    def __init__(self, problem: Problem, threads_or_stream: int, device: int = 0):
+        base, aux, target, weight, ignore_index, vocab_size = problem
+        self.problem, self.shape = problem, base.values.shape[:-1]
+        self.compute = problem.compute()
         self.alive: list[Tensor] = []
-        self.shape, self.ignore_index, self.vocab_size = base.shape[:-1], ignore_index, vocab_size
         self.leading = (
             (
                 self.shape.numel(),
@@ -54,10 +41,10 @@ class Call:
                 self.compute == torch.float64,
                 device,
             ),
-            self._source(base, base_scale),
-            _numbers(base_scale, base_softcap),
-            _NO_SOURCE if aux is None else self._source(aux, aux_scale),
-            _numbers(aux_scale, aux_softcap),
+            self._source(base),
+            _numbers(base),
+            _NO_SOURCE if aux is None else self._source(aux),
+            _NO_NUMBERS if aux is None else _numbers(aux),
         )
 
     def _pointer(self, tensor: Tensor) -> int:
@@ -70,7 +57,8 @@ class Call:
         """Of a tensor in the compute dtype; a conversion that changes nothing still costs half a microsecond."""
         return self._pointer(tensor if tensor.dtype == self.compute else tensor.to(self.compute))
 
-    def _source(self, values: Tensor, scale: float | Tensor | None) -> tuple[int, ...]:
+    def _source(self, matrix: Matrix) -> tuple[int, ...]:
+        values, scale = matrix.values, matrix.scale
         code, width = DTYPE_CODES[values.dtype], values.shape[-1]
         values, *rows = as_rows(values)
         self.alive.append(values)
@@ -79,13 +67,9 @@ class Call:
             scale_pointer, scale_stride = self._converted_pointer(scale), int(scale.dim() > 0)
         return (_address(values), code, width, *rows, scale_pointer, scale_stride)
 
-    def row_pointer(self, name: str, values: Tensor | None) -> int:
-        """A [*] tensor of the compute dtype, contiguous."""
-        if values is None:
-            return 0
-        if values.shape != self.shape:
-            raise ValueError(f"{name} must have shape {list(self.shape)}, got {list(values.shape)}")
-        return self._converted_pointer(values)
+    def row_pointers(self, numbers: RowState | Coefficients) -> list[int]:
+        """Of [*] tensors of the compute dtype, contiguous."""
+        return [0 if values is None else self._converted_pointer(values) for values in numbers]
 
 
 def _address(tensor: Tensor) -> int:
@@ -96,8 +80,9 @@ def _address(tensor: Tensor) -> int:
     return address
 
 
-def _numbers(scale: float | Tensor | None, softcap: float | None) -> tuple[float, float]:
-    return (1.0 if scale is None or isinstance(scale, Tensor) else float(scale)), softcap or 0.0
+def _numbers(matrix: Matrix) -> tuple[float, float]:
+    scale = matrix.scale
+    return (1.0 if scale is None or isinstance(scale, Tensor) else float(scale)), matrix.softcap or 0.0
 
 
 @functools.cache
@@ -105,7 +90,7 @@ def _places(wanted: int) -> list[int]:
     return [i for i in range(NUM_FIELDS) if wanted >> i & 1]
 
 
-def output_pointers(wanted: int, needs: int, fields: list[Tensor], grads: list[Tensor]) -> list[int]:
+def output_pointers(wanted: int, fields: list[Tensor], grads: Gradients) -> list[int]:
     """One pointer for each field and gradient of the compiled module's list, 0 where it is not wanted; two dtypes."""
     pointers = [0] * (NUM_FIELDS + 6)
     first = 0
@@ -114,9 +99,10 @@ def output_pointers(wanted: int, needs: int, fields: list[Tensor], grads: list[T
         for row, place in enumerate(_places(wanted)[first : first + num_rows]):
             pointers[place] = address + row * step
         first += num_rows
-    if needs:
-        for i, grad in zip([i for i in range(4) if needs >> i & 1], grads, strict=True):
-            pointers[NUM_FIELDS + i] = grad.data_ptr()
-            if i < 2:
-                pointers[NUM_FIELDS + 4 + i] = DTYPE_CODES[grad.dtype]
+    for place, grad in enumerate(grads, NUM_FIELDS):
+        if grad is not None:
+            pointers[place] = grad.data_ptr()
+    for place, grad in enumerate((grads.base, grads.aux), NUM_FIELDS + 4):
+        if grad is not None:
+            pointers[place] = DTYPE_CODES[grad.dtype]
     return pointers

@@ -1,4 +1,4 @@
-"""aux_cross_entropy on CUDA devices, compiled; arguments as in ops.py. Nothing is read from the device."""
+"""The row kernels of cross-entropy on CUDA devices, compiled; see request.Kernels. Nothing is read from the device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..native import DTYPE_CODES, cuda
-from . import ops
-from .compiled_arguments import Call, output_pointers
+from .compiled_arguments import Arguments, output_pointers
+from .request import Coefficients, Gradients, LossTerms, Problem, RowState, empty_fields
 
 # what the loss is divided by: enum Divisor of csrc/cuda/cross_entropy.h
 BY_ONE, BY_NUMBER, BY_TENSOR, BY_KEPT_ROWS = range(4)
@@ -27,7 +27,7 @@ def _place_of(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.current_stream(tensor.device).cuda_stream, tensor.device.index
 
 
-def _ticket(like: Tensor) -> Tensor | None:
+def _counter(like: Tensor) -> Tensor | None:
     """A counter for the blocks of one kernel, 0 before and after it; None: the module has one for every stream.
 
     A captured graph may be replayed beside anything, and a stream that torch did not make may be destroyed and its
@@ -42,106 +42,54 @@ def _ticket(like: Tensor) -> Tensor | None:
     return None
 
 
-def scan(
-    base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
-) -> list[Tensor]:
-    """The wanted fields of every row."""
+def scan(problem: Problem, wanted: int) -> list[Tensor]:
+    base = problem.base.values
     with _on_device_of(base):
-        leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
-        call = Call(*leading, vocab_size, *_place_of(base))
-        fields = ops.empty_fields(base, aux, wanted)
-        cuda().scan(*call.leading, output_pointers(wanted, 0, fields, []))
+        arguments = Arguments(problem, *_place_of(base))
+        fields = empty_fields(problem, wanted)
+        cuda().scan(*arguments.leading, output_pointers(wanted, fields, Gradients()))
     return fields
 
 
 def loss(
-    base,
-    aux,
-    target,
-    weight,
-    base_scale,
-    aux_scale,
-    base_softcap,
-    aux_softcap,
-    ignore_index,
-    vocab_size,
-    normalizer,
-    label_smoothing,
-    z_loss,
-    mean,
-    wanted,
-    needs,
-    grads: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """The reduced loss, the wanted fields and the requested gradients, divided too, by one kernel.
-
-    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; may be a source's own memory,
-            in its dtype.
-    """
+    problem: Problem, normalizer: float | Tensor | None, terms: LossTerms, wanted: int, grads: Gradients
+) -> tuple[Tensor, list[Tensor]]:
+    """By one kernel; gradients may have any dtype, or be a source's own memory, in its dtype."""
+    base = problem.base.values
     with _on_device_of(base):
-        leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
-        call = Call(*leading, vocab_size, *_place_of(base))
-        value = base.new_empty((), dtype=call.compute)
-        row_loss = base.new_empty(call.shape.numel(), dtype=call.compute)
-        fields = ops.empty_fields(base, aux, wanted)
-        grads = ops.empty_grads(base, aux, needs) if grads is None else grads
-        divisor, number, ticket = BY_KEPT_ROWS if mean else BY_ONE, 1.0, _ticket(base)
-        if mean and isinstance(normalizer, Tensor) and normalizer.device == base.device and base.is_cuda:
+        arguments = Arguments(problem, *_place_of(base))
+        value = base.new_empty((), dtype=arguments.compute)
+        row_loss = base.new_empty(arguments.shape.numel(), dtype=arguments.compute)
+        fields = empty_fields(problem, wanted)
+        divisor, number, counter = BY_KEPT_ROWS if terms.mean else BY_ONE, 1.0, _counter(base)
+        if terms.mean and isinstance(normalizer, Tensor) and normalizer.device == base.device and base.is_cuda:
             divisor, normalizer = BY_TENSOR, normalizer.detach().to(torch.float64)
-        elif mean and normalizer is not None:
+        elif terms.mean and normalizer is not None:
             divisor, number, normalizer = BY_NUMBER, float(normalizer), None
         cuda().loss(
-            *call.leading,
-            output_pointers(wanted, needs, fields, grads),
+            *arguments.leading,
+            output_pointers(wanted, fields, grads),
             (
                 # an empty tensor has no address, and one of no rows still has a loss
                 row_loss.data_ptr() or value.data_ptr(),
                 value.data_ptr(),
-                0 if ticket is None else ticket.data_ptr(),
+                0 if counter is None else counter.data_ptr(),
                 divisor,
                 0 if normalizer is None else normalizer.data_ptr(),
             ),
             number,
-            label_smoothing,
-            z_loss,
+            terms.label_smoothing,
+            terms.z_loss,
         )
-    return [value, *fields, *grads]
+    return value, fields
 
 
-def backward(
-    base,
-    aux,
-    target,
-    weight,
-    base_scale,
-    aux_scale,
-    base_softcap,
-    aux_softcap,
-    ignore_index,
-    vocab_size,
-    max,
-    log_denom,
-    nll,
-    base_max,
-    base_log_denom,
-    coefficients,
-    needs,
-    grads: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """The requested gradients for one number per row and coefficient; `grads` as for `loss`."""
+def backward(problem: Problem, state: RowState, coefficients: Coefficients, grads: Gradients) -> None:
+    base = problem.base.values
     with _on_device_of(base):
-        leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index)
-        call = Call(*leading, vocab_size, *_place_of(base))
-        grads = ops.empty_grads(base, aux, needs) if grads is None else grads
-        state = {"max": max, "log_denom": log_denom, "nll": nll, "base_max": base_max, "base_log_denom": base_log_denom}
-        named = zip(ops.COEFFICIENTS, coefficients, strict=True)
-        cuda().backward(
-            *call.leading,
-            output_pointers(0, needs, [], grads),
-            [call.row_pointer(name, values) for name, values in state.items()],
-            [call.row_pointer(f"coefficient {name}", values) for name, values in named],
-        )
-    return grads
+        arguments = Arguments(problem, *_place_of(base))
+        of_rows = arguments.row_pointers(state), arguments.row_pointers(coefficients)
+        cuda().backward(*arguments.leading, output_pointers(0, [], grads), *of_rows)
 
 
 def plan(

@@ -1,123 +1,65 @@
-"""aux_cross_entropy on CPU, compiled; arguments as in ops.py."""
+"""The row kernels of cross-entropy on CPU, compiled; see request.Kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..checks import in_range_message
 from ..native import DTYPE_CODES, cpu
-from . import ops
-from .compiled_arguments import Call, output_pointers
+from .compiled_arguments import Arguments, output_pointers
+from .request import Coefficients, Gradients, LossTerms, Problem, RowState, empty_fields
+
+_NO_GRADIENTS = Gradients()
 
 
-def _run(call: Call, function, *rest) -> None:
+def _run(arguments: Arguments, function: Callable, *rest) -> None:
     try:
-        function(*call.leading, *rest)
+        function(*arguments.leading, *rest)
     except IndexError as error:
         row, value = map(int, str(error).split())
-        message = in_range_message(call.shape, row, value, call.vocab_size, call.ignore_index)
+        problem = arguments.problem
+        message = in_range_message(arguments.shape, row, value, problem.vocab_size, problem.ignore_index)
         raise IndexError(message) from None
 
 
-def scan(
-    base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
-) -> list[Tensor]:
-    """The wanted fields of every row."""
-    leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
-    call = Call(*leading, torch.get_num_threads())
-    fields = ops.empty_fields(base, aux, wanted)
-    _run(call, cpu().scan, output_pointers(wanted, 0, fields, []))
+def scan(problem: Problem, wanted: int) -> list[Tensor]:
+    fields = empty_fields(problem, wanted)
+    arguments = Arguments(problem, torch.get_num_threads())
+    _run(arguments, cpu().scan, output_pointers(wanted, fields, _NO_GRADIENTS))
     return fields
 
 
 def loss(
-    base,
-    aux,
-    target,
-    weight,
-    base_scale,
-    aux_scale,
-    base_softcap,
-    aux_softcap,
-    ignore_index,
-    vocab_size,
-    normalizer,
-    label_smoothing,
-    z_loss,
-    mean,
-    wanted,
-    needs,
-    grads: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """The reduced loss, the wanted fields and the requested gradients, in one pass over the sources.
-
-    grads   where the gradients go, contiguous and as `ops.empty_grads` makes them; may be the sources' own memory.
-    """
-    leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
-    call = Call(*leading, torch.get_num_threads())
-    value = base.new_empty((), dtype=call.compute)
-    fields = ops.empty_fields(base, aux, wanted)
-    grads = ops.empty_grads(base, aux, needs) if grads is None else grads
-    divisor = 1.0 if normalizer is None else float(normalizer)
+    problem: Problem, normalizer: float | Tensor | None, terms: LossTerms, wanted: int, grads: Gradients
+) -> tuple[Tensor, list[Tensor]]:
+    """In one pass over the sources; gradients may go to the sources' own memory."""
+    arguments = Arguments(problem, torch.get_num_threads())
+    value = problem.base.values.new_empty((), dtype=arguments.compute)
+    fields = empty_fields(problem, wanted) if wanted else []
     _run(
-        call,
+        arguments,
         cpu().loss,
-        output_pointers(wanted, needs, fields, grads),
+        output_pointers(wanted, fields, grads),
         value.data_ptr(),
         normalizer is not None,
-        divisor,
-        label_smoothing,
-        z_loss,
-        mean,
+        1.0 if normalizer is None else float(normalizer),
+        terms.label_smoothing,
+        terms.z_loss,
+        terms.mean,
     )
-    return [value, *fields, *grads]
+    return value, fields
 
 
-def backward(
-    base,
-    aux,
-    target,
-    weight,
-    base_scale,
-    aux_scale,
-    base_softcap,
-    aux_softcap,
-    ignore_index,
-    vocab_size,
-    max,
-    log_denom,
-    nll,
-    base_max,
-    base_log_denom,
-    coefficients,
-    needs,
-    grads: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """The requested gradients for one number per row and coefficient; `grads` as for `loss`."""
-    leading = (base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
-    call = Call(*leading, torch.get_num_threads())
-    grads = ops.empty_grads(base, aux, needs) if grads is None else grads
-    state = zip(
-        ("max", "log_denom", "nll", "base_max", "base_log_denom"),
-        (max, log_denom, nll, base_max, base_log_denom),
-        strict=True,
-    )
-    _run(
-        call,
-        cpu().backward,
-        output_pointers(0, needs, [], grads),
-        [call.row_pointer(name, values) for name, values in state],
-        [
-            call.row_pointer(f"coefficient {name}", values)
-            for name, values in zip(ops.COEFFICIENTS, coefficients, strict=True)
-        ],
-    )
-    return grads
+def backward(problem: Problem, state: RowState, coefficients: Coefficients, grads: Gradients) -> None:
+    arguments = Arguments(problem, torch.get_num_threads())
+    of_rows = arguments.row_pointers(state), arguments.row_pointers(coefficients)
+    _run(arguments, cpu().backward, output_pointers(0, [], grads), *of_rows)
 
 
 def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int) -> None:
-    """grad [*, V] *= factor (0-d) in place, but for ignored rows, which stay +0.0."""
     factor = float(factor.detach())
     if factor == 1.0:
         return

@@ -1,102 +1,18 @@
-"""The operators in plain PyTorch: the oracle of the tests, and the implementation where nothing faster exists.
+"""Cross-entropy in plain PyTorch: the oracle of the tests, and the implementation where nothing faster exists.
 
 Any floating dtype, any device, differentiable by autograd (twice, if asked). On CPU the arithmetic is float64 whatever
-the sources are, elsewhere that of the sources. Written for clarity: nothing here is shared with the fused
-implementations, so that a mistake in their formulas cannot hide.
+the sources are, elsewhere that of the sources.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..soft_embedding import noise
-from ..sources import Head, Logits, Source, row_scale
+from ..reference import arithmetic_of, expectation, picked, softmax, sum_of
+from ..sources import leaves_of
 from . import ops
-
-
-def _arithmetic(compute: torch.dtype, device: torch.device) -> torch.dtype:
-    return torch.float64 if device.type == "cpu" else compute
-
-
-def logits_of(
-    source: Source, compute: torch.dtype, autocast: torch.dtype | None, vocab_size: int, ignored: Tensor | None
-) -> Tensor:
-    """The source's logits [*, V] before softcap and scale, ignored rows zeros; a head's, from its tensors in autocast's
-    dtype where that is on."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        if autocast is not None and isinstance(source, Head) and tensor.dtype != torch.float64:
-            tensor = tensor.to(autocast)
-        return tensor.to(compute)
-
-    z = cast(source.hidden if isinstance(source, Head) else source.values[..., :vocab_size])
-    if ignored is not None:
-        z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
-    if isinstance(source, Logits):
-        return z
-    z = torch.nn.functional.linear(z, cast(source.weight)[:vocab_size])
-    if source.bias is not None:
-        z = z + cast(source.bias)[:vocab_size]
-    return z if ignored is None else z.masked_fill(ignored.unsqueeze(-1), 0.0)
-
-
-def sum_of(
-    sources: list[Source],
-    compute: torch.dtype,
-    autocast: torch.dtype | None,
-    vocab_size: int,
-    ignored: Tensor | None,
-) -> Tensor:
-    """Sum of the sources [*, V] in the compute dtype; ignored rows become zeros, so no gradient enters them."""
-    total = None
-    for source in sources:
-        z = logits_of(source, compute, autocast, vocab_size, ignored)
-        if source.softcap is not None:
-            z = source.softcap * torch.tanh(z / source.softcap)
-        z = _scaled(z, row_scale(source.scale, compute))
-        if ignored is not None:  # a scale may be NaN or Inf in an ignored row as well
-            z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
-        total = z if total is None else total + z
-    return total
-
-
-def _scaled(z: Tensor, scale: float | Tensor) -> Tensor:
-    """z * scale, where a masked class (-inf, gradient 0) adds 0 to the gradient of the scale and not 0 * (-inf)."""
-    if not isinstance(scale, Tensor):
-        return z * scale
-    masked = z == -torch.inf
-    return torch.where(masked, z * scale.detach(), z.masked_fill(masked, 0.0) * scale)
-
-
-def _picked(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-
-class _Softmax(NamedTuple):
-    """log softmax of rows, and logsumexp [*]: both NaN where a row is no distribution (all -inf, any +inf, NaN)."""
-
-    log_p: Tensor
-    lse: Tensor
-
-
-def _softmax(s: Tensor) -> _Softmax:
-    """As torch.log_softmax; accurate relative to itself, in value and gradients, also where one p is all but 1.
-
-    There log p is the small -log1p(rest), with the sum of the other exponentials relative to the largest, and the
-    gradient p - 1 of the largest minus the sum of the other p: neither is a difference of nearly equal numbers.
-    """
-    largest, place = s.max(-1, keepdim=True)
-    z = (s - largest).scatter(-1, place, 0.0)  # not by way of the largest: its gradient would be two that cancel
-    rest = z.exp().scatter(-1, place, 0.0).sum(-1, keepdim=True)
-    is_confident = (rest < 1) & largest.isfinite()
-    log_denom = torch.log1p(rest)
-    log_p = torch.where(is_confident, z - log_denom, torch.log_softmax(s, -1))
-    lse = torch.where(is_confident, largest + log_denom, torch.logsumexp(s, -1, keepdim=True))
-    lse = lse * torch.ones_like(lse).masked_fill(~largest.isfinite(), torch.nan)
-    return _Softmax(log_p, lse.squeeze(-1))
+from .request import Arguments, is_ignored
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, a: Tensor) -> Tensor:
@@ -119,29 +35,17 @@ def _divergence(log_p: Tensor, log_q: Tensor, a: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def _expectation(p: Tensor, z: Tensor) -> Tensor:
-    """E_p[z] with 0 * (-inf) = 0, in value and gradient."""
-    masked = (p == 0) & (z == -torch.inf)
-    return (p * z.masked_fill(masked, 0.0)).sum(-1)
-
-
 def _classes(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Target safe to gather with, which rows are ignored, which hold no class (poisoned; none on CPU, which raises)."""
     target = ops.check_target(target, vocab_size, ignore_index).long()
-    ignored = ops.is_ignored(target, ignore_index)
+    ignored = is_ignored(target, ignore_index)
     poisoned = ((target < 0) | (target >= vocab_size)) & ~ignored
     return target.clamp(0, vocab_size - 1).masked_fill(ignored, 0), ignored, poisoned
 
 
 def cross_entropy(
-    base: list[Source],
-    aux: list[Source],
-    target: Tensor,
+    given: Arguments,
     *,
-    compute: torch.dtype,
-    autocast: torch.dtype | None,
-    vocab_size: int,
-    ignore_index: int,
     weight: Tensor | None,
     label_smoothing: float,
     z_loss: float,
@@ -149,13 +53,14 @@ def cross_entropy(
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """The loss as `aux_cross_entropy` defines it. Logits [*, V], target [*]; 0-d, or [*] for reduction="none"."""
-    classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
-    arithmetic = _arithmetic(compute, target.device)
-    s = sum_of([*base, *aux], arithmetic, autocast, vocab_size, ignored)
-    w = s.new_ones(vocab_size) if weight is None else weight.to(arithmetic)
+    compute, vocab_size = given.compute, given.vocab_size
+    classes, ignored, poisoned = _classes(given.target, vocab_size, given.ignore_index)
+    dtype = arithmetic_of(compute, classes.device)
+    s = sum_of([*given.base, *given.aux], dtype, given.autocast, vocab_size, ignored)
+    w = s.new_ones(vocab_size) if weight is None else weight.to(dtype)
     w_y = w[classes].masked_fill(ignored, 0.0)
-    log_p, lse = _softmax(s)
-    loss = (1 - label_smoothing) * w[classes] * -_picked(log_p, classes)
+    log_p, lse = softmax(s)
+    loss = (1 - label_smoothing) * w[classes] * -picked(log_p, classes)
     if label_smoothing:
         loss = loss + label_smoothing / vocab_size * -(log_p * w).sum(-1)
     if z_loss:
@@ -172,31 +77,22 @@ def cross_entropy(
     return (loss.sum() / normalizer).to(compute)  # a 0-d float64 count must not promote a 0-d float32 loss
 
 
-def statistics(
-    base: list[Source],
-    aux: list[Source],
-    target: Tensor | None,
-    *,
-    compute: torch.dtype,
-    autocast: torch.dtype | None,
-    vocab_size: int,
-    ignore_index: int,
-) -> dict[str, Tensor | None]:
+def statistics(given: Arguments) -> dict[str, Tensor | None]:
     """The fields of `LogitStats` as a dict, each [*]."""
+    compute, options = given.compute, (given.autocast, given.vocab_size)
     ignored = poisoned = classes = None
-    if target is not None:
-        classes, ignored, poisoned = _classes(target, vocab_size, ignore_index)
-    first = base[0].hidden if isinstance(base[0], Head) else base[0].values
-    arithmetic = _arithmetic(compute, first.device)
-    z_b = sum_of(base, arithmetic, autocast, vocab_size, ignored)
-    a = sum_of(aux, arithmetic, autocast, vocab_size, ignored) if aux else torch.zeros_like(z_b)
+    if given.target is not None:
+        classes, ignored, poisoned = _classes(given.target, given.vocab_size, given.ignore_index)
+    dtype = arithmetic_of(compute, leaves_of(given.base[0], None).values.device)
+    z_b = sum_of(given.base, dtype, *options, ignored)
+    a = sum_of(given.aux, dtype, *options, ignored) if given.aux else torch.zeros_like(z_b)
     s = z_b + a
-    (log_p, lse), (log_q, _) = _softmax(s), _softmax(z_b)
+    (log_p, lse), (log_q, _) = softmax(s), softmax(z_b)
     stats = {
-        "log_prob": None if classes is None else _picked(log_p, classes),
-        "base_log_prob": None if classes is None else _picked(log_q, classes),
+        "log_prob": None if classes is None else picked(log_p, classes),
+        "base_log_prob": None if classes is None else picked(log_q, classes),
         "lse": lse,
-        "entropy": -_expectation(log_p.exp(), log_p),
+        "entropy": -expectation(log_p.exp(), log_p),
         "kl_to_base": _divergence(log_p, log_q, a),
         "argmax": s.argmax(-1),
         "base_argmax": z_b.argmax(-1),
@@ -211,86 +107,3 @@ def statistics(
         else:
             stats[name] = value.masked_fill(ignored, -1)
     return stats
-
-
-# -- soft_embedding ----------------------------------------------------------------------------------------------------
-
-
-def soft_embedding(
-    sources: list[Source],
-    table: Tensor,
-    *,
-    temperature: float | Tensor,
-    hard: bool,
-    gumbel: float | Tensor,
-    clean_gradient: bool,
-    seed: Tensor | None,
-    mask: Tensor | None,
-    top_k: int | None,
-    autocast: torch.dtype | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mixture [*, D] or [L, *, D] as `soft_embedding` defines it, and the fields of `LookupStats`."""
-    first = sources[0].hidden if isinstance(sources[0], Head) else sources[0].values
-    values = [source.hidden if isinstance(source, Head) else source.values for source in sources]
-    is_double = any(t.dtype == torch.float64 for t in (*values, table))
-    compute = torch.float64 if is_double else torch.float32
-    arithmetic, num_labels = _arithmetic(compute, first.device), table.shape[-2]
-    v = sum_of(sources, arithmetic, autocast, num_labels, None)
-    noisy = v
-    if seed is not None:
-        noise_of = noise.gumbel(v.shape[:-1].numel(), num_labels, seed, arithmetic)
-        noisy = v + noise_of.view(v.shape) * (gumbel.to(arithmetic) if isinstance(gumbel, Tensor) else gumbel)
-    v = v if clean_gradient else noisy
-    if mask is not None:
-        v, noisy = v.masked_fill(mask, -torch.inf), noisy.masked_fill(mask, -torch.inf)
-    factor = row_scale(temperature, arithmetic) if isinstance(temperature, Tensor) else temperature
-    poisoned = v.isnan().any(-1, keepdim=True)
-    empty = (v == -torch.inf).all(-1, keepdim=True)
-    log_p, p = whole = _softmax_or_zeros(v, factor, empty)
-    if top_k is not None:
-        kept = torch.zeros_like(v, dtype=torch.bool)
-        order = v.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-        kept.scatter_(-1, order, True)
-        v = v.masked_fill(~kept & ~poisoned, -torch.inf)
-        log_p, p = _softmax_or_zeros(v, factor, empty)
-    v, noisy = v.masked_fill(empty, 0.0), noisy.masked_fill(empty, 0.0)
-    best, argmax = v.argmax(-1), noisy.argmax(-1)
-    is_cast = autocast is not None and table.dtype != torch.float64
-    out_dtype = autocast if is_cast else table.dtype
-    embeddings = table.to(out_dtype).to(arithmetic)
-    weights = p
-    if hard:
-        chosen = torch.zeros_like(p).scatter_(-1, argmax.unsqueeze(-1), 1.0).masked_fill(empty, 0.0)
-        chosen = chosen.masked_fill(poisoned | p.isnan().any(-1, keepdim=True), torch.nan)
-        mixture = torch.einsum("...k,kd->...d", chosen, embeddings) if table.dim() == 2 else _each(chosen, embeddings)
-        # the soft mixture's gradient of the scores, nothing of its value
-        frozen = embeddings.detach()
-        soft = torch.einsum("...k,kd->...d", weights, frozen) if table.dim() == 2 else _each(weights, frozen)
-        mixture = mixture + (soft - soft.detach())
-    else:
-        mixture = torch.einsum("...k,kd->...d", weights, embeddings) if table.dim() == 2 else _each(weights, embeddings)
-    num_rows = max(p.shape[:-1].numel(), 1)
-    stats = {
-        "entropy": -_expectation(p, log_p).to(compute),
-        "max_prob": p.gather(-1, best.unsqueeze(-1)).squeeze(-1).to(compute),
-        "argmax": argmax.masked_fill(empty.squeeze(-1), -1),
-        "sum_squares": p.square().sum(-1).to(compute),
-        "usage": (p.flatten(0, -2) if p.dim() > 1 else p.unsqueeze(0)).sum(0).div(num_rows).to(compute),
-        "row_entropy": -_expectation(whole[1], whole[0]).to(compute),
-    }
-    return mixture.to(out_dtype), stats
-
-
-def _softmax_or_zeros(v: Tensor, factor: float | Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax(v / factor) and its exponential, which is zero in the rows that are empty."""
-    v = v.masked_fill(empty, 0.0)
-    x = v - v.detach().amax(-1, keepdim=True)
-    masked = (x == -torch.inf).detach()
-    x = torch.where(masked, x.detach(), x.masked_fill(masked, 0.0) / factor)
-    log_p, _ = _softmax(x)
-    return log_p, log_p.exp().masked_fill(empty, 0.0)
-
-
-def _each(weights: Tensor, tables: Tensor) -> Tensor:
-    """[*, K] with each of [L, K, D]: [L, *, D]."""
-    return torch.einsum("...k,lkd->l...d", weights, tables)

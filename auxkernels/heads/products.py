@@ -78,7 +78,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, bias: Tensor 
 class HeadProducts:
     """One head over the chunks of a call.
 
-    hidden [*, D], weight [>= V, D], bias [>= V] or None; needs: of hidden, weight and bias, which get a gradient.
+    hidden [*, D], weight [>= V, D], bias [>= V] or None; needs: `Leaves`, which of them get a gradient.
     grad_dtype(dtype) is what a gradient is returned in.
     """
 
@@ -87,14 +87,13 @@ class HeadProducts:
         weights = weight[:V].to(plan.operands)
         self.weight = weights if 1 in weights.stride() else weights.contiguous()  # else every product would copy it
         self.bias = None if bias is None else bias[:V].to(plan.operands).to(plan.logits)
-        needs_hidden, needs_weight, needs_bias = needs
         width = hidden.shape[-1]
         self.grad_hidden = self.grad_weight = self.grad_bias = None
-        if needs_hidden:
+        if needs.values:
             self.grad_hidden = rows.new_output(hidden, (width,), grad_dtype(hidden.dtype))
-        if needs_weight:
+        if needs.weight:
             self.grad_weight = WeightGradient(weight, V, plan, num_chunks, grad_dtype(weight.dtype))
-        if needs_bias:
+        if needs.bias:
             dtype = torch.promote_types(plan.operands, torch.float32)
             self.grad_bias = bias.new_zeros(bias.shape, dtype=dtype)
             self.bias_dtype = grad_dtype(bias.dtype)

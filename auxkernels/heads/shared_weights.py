@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..sources import row_scale
+from ..sources import Leaves, SourceTensors, row_scale
 from .products import CPU_COLUMNS, Plan, WeightGradient, multiply, plan_of
 from .rows import Rows
-
-
-class Part(NamedTuple):
-    """One source. `weight` None: `values` are its logits [*, V]; otherwise hidden states [*, D]."""
-
-    values: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    softcap: float | None
-
 
 _EXACT = (torch.float32, torch.float64)
 
 
-def are_added_first(one: Part, other: Part, autocast: torch.dtype | None) -> bool:
+def are_added_first(one: SourceTensors, other: SourceTensors, autocast: torch.dtype | None) -> bool:
     """Whether two heads have one weight and are linear in it, and their hidden states' sum is as exact as they are.
 
     A sum of 16-bit hidden states does not fit into 16 bits, and no library multiplies float32 by a 16-bit weight: those
@@ -47,7 +34,7 @@ def _are_one_tensor(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def groups_of(parts: list[Part], needs: list[list[bool]], num_base: int, autocast, is_base_wanted: bool):
+def groups_of(parts: list[SourceTensors], needs: list[Leaves], num_base: int, autocast, is_base_wanted: bool):
     """The sources of base and auxiliary by number, those that are added before their product in one group.
 
     Groups span both sides where the base does not count by itself, and then belong to the base.
@@ -64,25 +51,27 @@ def groups_of(parts: list[Part], needs: list[list[bool]], num_base: int, autocas
     return sides
 
 
-def _joins(i: int, group: list[int], parts: list[Part], needs: list[list[bool]], autocast) -> bool:
+def _joins(i: int, group: list[int], parts: list[SourceTensors], needs: list[Leaves], autocast) -> bool:
     is_shared = are_added_first(parts[group[0]], parts[i], autocast)
     return is_shared and all(_has_constant_bias(parts[j], needs[j]) for j in (group[0], i))
 
 
-def _has_constant_bias(part: Part, needs: list[bool]) -> bool:
+def _has_constant_bias(part: SourceTensors, needs: Leaves) -> bool:
     """Whether a head adds the same to all rows; a scale for each row, or one that learns, makes its bias a product."""
-    return part.bias is None or part.scale is None or (part.scale.dim() == 0 and not needs[3])
+    return part.bias is None or part.scale is None or (part.scale.dim() == 0 and not needs.scale)
 
 
-def as_one(parts: list[Part]) -> Part:
+def as_one(parts: list[SourceTensors]) -> SourceTensors:
     """A group as a source without softcap and scale, for what asks only for dtypes and sizes."""
-    return parts[0] if len(parts) == 1 else Part(parts[0].values, parts[0].weight, None, None, None)
+    return parts[0] if len(parts) == 1 else SourceTensors(parts[0].values, parts[0].weight, None, None, None)
 
 
 class SummedHeads:
     """Stands for the `HeadProducts` of a group. needs: of hidden, weight, bias and scale of each head."""
 
-    def __init__(self, parts: list[Part], plan: Plan, V: int, rows: Rows, num_chunks: int, needs, grad_dtype, compute):
+    def __init__(
+        self, parts: list[SourceTensors], plan: Plan, V: int, rows: Rows, num_chunks: int, needs, grad_dtype, compute
+    ):
         self.parts, self.plan, self.rows, self.needs, self.compute = parts, plan, rows, needs, compute
         self.grad_dtype = grad_dtype
         first = parts[0].weight
@@ -93,16 +82,16 @@ class SummedHeads:
         self.grads = [self._new_gradients(*of, V, num_chunks) for of in zip(parts, needs, strict=True)]
         self.num_columns = V
 
-    def _new_gradients(self, part: Part, needs: list[bool], V: int, num_chunks: int) -> list:
-        """Where those of hidden, weight, bias and scale are collected; None: not wanted."""
-        hidden, weight, bias, _ = part[:4]
+    def _new_gradients(self, part: SourceTensors, needs: Leaves, V: int, num_chunks: int) -> Leaves:
+        """Where they are collected; None: not wanted."""
+        hidden, weight, bias = part.values, part.weight, part.bias
         of_bias = torch.promote_types(self.plan.operands, torch.float32)
-        return [
-            self.rows.new_output(hidden, hidden.shape[-1:], self.grad_dtype(hidden.dtype)) if needs[0] else None,
-            WeightGradient(weight, V, self.plan, num_chunks, self.grad_dtype(weight.dtype)) if needs[1] else None,
-            bias.new_zeros(bias.shape, dtype=of_bias) if needs[2] else None,
-            self.rows.new_output(hidden, (), self.compute) if needs[3] else None,
-        ]
+        return Leaves(
+            self.rows.new_output(hidden, hidden.shape[-1:], self.grad_dtype(hidden.dtype)) if needs.values else None,
+            WeightGradient(weight, V, self.plan, num_chunks, self.grad_dtype(weight.dtype)) if needs.weight else None,
+            bias.new_zeros(bias.shape, dtype=of_bias) if needs.bias else None,
+            self.rows.new_output(hidden, (), self.compute) if needs.scale else None,
+        )
 
     def logits(self, start: int, stop: int, ignored: Tensor | None, out: Tensor, accumulate: bool = False) -> None:
         """Writes (adds) the chunk's logits to `out` [stop - start, V]."""
@@ -124,36 +113,38 @@ class SummedHeads:
     def add_gradient(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
         """From the gradient [stop - start, V] of a chunk's logits; of the chunk that `logits` has been called with."""
         of_sum = None
-        if any(needs[0] or needs[3] for needs in self.needs):
+        if any(needs.values or needs.scale for needs in self.needs):
             dtype = torch.float32 if self.plan.is_wide else self.plan.operands
             of_sum = grad.new_empty((stop - start, self.weight.shape[1]), dtype=dtype)
             multiply(grad, self.weight, of_sum)
-        of_bias = self._sum_of_rows(grad) if any(needs[2] for needs in self.needs) else None
+        of_bias = self._sum_of_rows(grad) if any(needs.bias for needs in self.needs) else None
         for hidden, scale, grads in zip(self.hidden, self.scales, self.grads, strict=True):
-            if grads[0] is not None:
-                self.rows.put(grads[0], start, stop, _without(ignored, _scaled(of_sum, scale)))
-            if grads[1] is not None:
-                grads[1].add(grad, _scaled(hidden, scale).to(self.plan.operands))
-            if grads[2] is not None:
-                grads[2][: self.num_columns] += _scaled(of_bias, scale)
-            if grads[3] is not None:
-                self.rows.put(grads[3], start, stop, _without(ignored, (of_sum * hidden).sum(-1)))
+            if grads.values is not None:
+                self.rows.put(grads.values, start, stop, _without(ignored, _scaled(of_sum, scale)))
+            if grads.weight is not None:
+                grads.weight.add(grad, _scaled(hidden, scale).to(self.plan.operands))
+            if grads.bias is not None:
+                grads.bias[: self.num_columns] += _scaled(of_bias, scale)
+            if grads.scale is not None:
+                self.rows.put(grads.scale, start, stop, _without(ignored, (of_sum * hidden).sum(-1)))
 
     def _sum_of_rows(self, grad: Tensor) -> Tensor:
         dtype = torch.promote_types(self.plan.operands, torch.float32)
         slabs = grad.split(CPU_COLUMNS, dim=1)  # torch would make a float32 copy of what it sums
         return torch.cat([slab.sum(0, dtype=dtype) for slab in slabs])
 
-    def gradients(self) -> list[Tensor | None]:
-        """Of hidden, weight, bias and scale (one number per row) of each head; None where none was asked for."""
+    def gradients(self) -> list[Leaves]:
+        """Of each head; None where none was asked for."""
         found = []
         for part, (hidden, weight, bias, scale) in zip(self.parts, self.grads, strict=True):
-            found += [
-                None if hidden is None else hidden.view(part.values.shape),
-                None if weight is None else weight.out,
-                None if bias is None else bias.to(self.grad_dtype(part.bias.dtype)),
-                None if scale is None else scale.view(self.rows.shape),
-            ]
+            found.append(
+                Leaves(
+                    None if hidden is None else hidden.view(part.values.shape),
+                    None if weight is None else weight.out,
+                    None if bias is None else bias.to(self.grad_dtype(part.bias.dtype)),
+                    None if scale is None else scale.view(self.rows.shape),
+                )
+            )
         return found
 
 

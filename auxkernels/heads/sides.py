@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..sources import Leaves, Matrix, SourceTensors
 from .products import HeadProducts, plan_of
 from .rows import Rows
-from .shared_weights import Part, SummedHeads, as_one
+from .shared_weights import SummedHeads, as_one
 from .sums import Term, scale_gradient, sum_of, value_gradient, with_tail
 
 ALIGNMENT = 64  # elements between the rows of a buffer: GEMMs and row kernels load whole vectors
-
-
-class Operand(NamedTuple):
-    """One side of a chunk as the row kernels take it."""
-
-    values: Tensor | None
-    scale: Tensor | None
-    softcap: float | None
 
 
 class Setting(NamedTuple):
@@ -61,7 +54,7 @@ def padded_matrix(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dty
     return matrix
 
 
-def are_one_product(parts: list[Part], autocast: torch.dtype | None) -> bool:
+def are_one_product(parts: list[SourceTensors], autocast: torch.dtype | None) -> bool:
     """Whether the parts are heads whose products can be added up where they are stored: [h, g] @ [W, U].T."""
     plans = set()
     for part in parts:
@@ -104,10 +97,10 @@ class Buffers:
 class SourceChunks:
     """One source over the chunks of a call. needs: of values or hidden, weight, bias, scale."""
 
-    def __init__(self, part: Part, setting: Setting, needs: list[bool], buffers: Buffers):
+    def __init__(self, part: SourceTensors, setting: Setting, needs: Leaves, buffers: Buffers):
         self.part, self.setting, self.buffers = part, setting, buffers
-        self.needs_values, self.needs_scale = any(needs[:3]), needs[3]
-        self.grad_scale = setting.rows.new_output(part.values, (), setting.compute) if needs[3] else None
+        self.needs_values, self.needs_scale = needs.values or needs.weight or needs.bias, needs.scale
+        self.grad_scale = setting.rows.new_output(part.values, (), setting.compute) if needs.scale else None
 
     def scale(self, start: int, stop: int) -> Tensor | None:
         scale = self.part.scale
@@ -125,10 +118,10 @@ class SourceChunks:
 class LogitsChunks(SourceChunks):
     """Materialised logits, read where they are and their gradient written where it stays, if rows lie in order."""
 
-    def __init__(self, part: Part, setting: Setting, needs: list[bool], buffers: Buffers):
+    def __init__(self, part: SourceTensors, setting: Setting, needs: Leaves, buffers: Buffers):
         super().__init__(part, setting, needs, buffers)
         self.grad_dtype, self.width, self.grad = part.values.dtype, part.values.shape[-1], None
-        if needs[0]:
+        if needs.values:
             self.grad = setting.rows.new_output(part.values, (self.width,), self.grad_dtype)
 
     def values(self, start: int, stop: int) -> Tensor:
@@ -145,21 +138,21 @@ class LogitsChunks(SourceChunks):
         if grad is not None and grad.data_ptr() != self.grad[start:].data_ptr():
             self.setting.rows.put(self.grad, start, stop, grad)
 
-    def gradients(self) -> list[Tensor | None]:
-        """Of values or hidden, weight, bias and scale (one number per row)."""
+    def gradients(self) -> list[Leaves]:
+        """Of each source."""
         grad = None if self.grad is None else self.grad.view(self.part.values.shape)
-        return [grad, None, None, self.scale_gradient()]
+        return [Leaves(grad, scale=self.scale_gradient())]
 
 
 class HeadChunks(SourceChunks):
     """A head: its products into a buffer, the buffer's gradient into its products."""
 
-    def __init__(self, part: Part, setting: Setting, needs: list[bool], buffers: Buffers):
+    def __init__(self, part: SourceTensors, setting: Setting, needs: Leaves, buffers: Buffers):
         super().__init__(part, setting, needs, buffers)
         self.plan = plan_of(part.values.dtype, setting.autocast, part.values.device)
         self.grad_dtype, self.width = self.plan.operands, setting.vocab_size
         tensors, shared = (part.values, part.weight, part.bias), (setting.rows, len(setting.chunks))
-        self.products = HeadProducts(*tensors, self.plan, self.width, *shared, needs[:3], setting.grad_dtype)
+        self.products = HeadProducts(*tensors, self.plan, self.width, *shared, needs, setting.grad_dtype)
 
     def add_values(self, start: int, stop: int, out: Tensor, accumulate: bool) -> None:
         logits = out[:, : self.setting.vocab_size]
@@ -180,26 +173,26 @@ class HeadChunks(SourceChunks):
             ignored = self.setting.ignored_in(start, stop)
             self.products.add_gradient(start, stop, ignored, grad[:, : self.setting.vocab_size])
 
-    def gradients(self) -> list[Tensor | None]:
-        return [*self.products.gradients(), self.scale_gradient()]
+    def gradients(self) -> list[Leaves]:
+        return [Leaves(*self.products.gradients(), self.scale_gradient())]
 
 
 class SharedHeadChunks(HeadChunks):
     """Heads of one weight, which are added up before their product: one source without softcap and scale."""
 
-    def __init__(self, parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers):
-        SourceChunks.__init__(self, as_one(parts), setting, [any(map(any, needs)), False, False, False], buffers)
+    def __init__(self, parts: list[SourceTensors], setting: Setting, needs: list[Leaves], buffers: Buffers):
+        SourceChunks.__init__(self, as_one(parts), setting, Leaves(any(map(any, needs)), False, False, False), buffers)
         self.plan = plan_of(parts[0].values.dtype, setting.autocast, parts[0].values.device)
         self.grad_dtype, self.width = self.plan.operands, setting.vocab_size
         shared = (setting.rows, len(setting.chunks), needs, setting.grad_dtype, setting.compute)
         self.products = SummedHeads(parts, self.plan, self.width, *shared)
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> list[Leaves]:
         return self.products.gradients()
 
 
 def source_chunks(
-    group: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers
+    group: list[SourceTensors], setting: Setting, needs: list[Leaves], buffers: Buffers
 ) -> LogitsChunks | HeadChunks:
     """Of one source, or of a group of heads that share their weight."""
     if len(group) > 1:
@@ -217,28 +210,28 @@ class NoSide:
     def needs(self) -> tuple[bool, bool]:
         return False, False
 
-    def operand(self, start: int, stop: int) -> Operand:
-        return Operand(None, None, None)
+    def operand(self, start: int, stop: int) -> None:
+        return None
 
     def take_gradient(self, start: int, stop: int, grad: None, grad_scale: None) -> None:
         pass
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> list[Leaves]:
         return []
 
 
 class OneSource:
     """A side of one source: the row kernels apply its softcap and scale."""
 
-    def __init__(self, groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers):
+    def __init__(self, groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers):
         self.source = source_chunks(groups[0], setting, needs[0], buffers)
 
     def needs(self) -> tuple[bool, bool]:
         return self.source.needs_values, self.source.needs_scale
 
-    def operand(self, start: int, stop: int) -> Operand:
+    def operand(self, start: int, stop: int) -> Matrix:
         self.values = self.source.values(start, stop)
-        return Operand(self.values, self.source.scale(start, stop), self.source.part.softcap)
+        return Matrix(self.values, self.source.scale(start, stop), self.source.part.softcap)
 
     def gradient_buffer(self, start: int, stop: int) -> Tensor:
         return self.source.gradient_buffer(self.values, start, stop)
@@ -248,14 +241,14 @@ class OneSource:
         self.source.take_gradient(start, stop, grad)
         self.source.put_scale_gradient(start, stop, grad_scale)
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> list[Leaves]:
         return self.source.gradients()
 
 
 class SumOfSources:
     """A side of several sources, summed in the compute dtype."""
 
-    def __init__(self, groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers):
+    def __init__(self, groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers):
         self.sources = [source_chunks(group, setting, n, buffers) for group, n in zip(groups, needs, strict=True)]
         self.setting, self.buffers = setting, buffers
         self.dtype = self.grad_dtype = setting.compute
@@ -263,10 +256,10 @@ class SumOfSources:
     def needs(self) -> tuple[bool, bool]:
         return any(source.needs_values or source.needs_scale for source in self.sources), False
 
-    def operand(self, start: int, stop: int) -> Operand:
+    def operand(self, start: int, stop: int) -> Matrix:
         self.values = self.buffers.get(("sum", id(self)), self.dtype, stop - start)
         self.add_up(start, stop)
-        return Operand(self.values, None, None)
+        return Matrix(self.values, None, None)
 
     def scratch(self) -> Tensor:
         """Another [C, V] for the chunk."""
@@ -294,14 +287,14 @@ class SumOfSources:
                 own = value_gradient(term, grad, ignored, scratch)
                 source.take_gradient(start, stop, with_tail(own, source.width, source.grad_dtype))
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> list[Leaves]:
         return [grad for source in self.sources for grad in source.gradients()]
 
 
 class SumOfProducts(SumOfSources):
     """Heads whose products are added up in one buffer (`are_one_product`), whose gradient is that of each head."""
 
-    def __init__(self, groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers):
+    def __init__(self, groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers):
         super().__init__(groups, setting, needs, buffers)
         plan = self.sources[0].plan
         self.dtype, self.grad_dtype = plan.logits, plan.operands
@@ -319,7 +312,7 @@ class SumOfProducts(SumOfSources):
 Side = NoSide | OneSource | SumOfSources
 
 
-def side_of(groups: list[list[Part]], setting: Setting, needs: list, buffers: Buffers) -> Side:
+def side_of(groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers) -> Side:
     if not groups:
         return NoSide()
     if len(groups) == 1:
@@ -328,7 +321,7 @@ def side_of(groups: list[list[Part]], setting: Setting, needs: list, buffers: Bu
     return (SumOfProducts if is_one else SumOfSources)(groups, setting, needs, buffers)
 
 
-def plain_side_of(parts: list[Part], setting: Setting, needs: list[list[bool]], buffers: Buffers) -> Side:
+def plain_side_of(parts: list[SourceTensors], setting: Setting, needs: list[Leaves], buffers: Buffers) -> Side:
     """A side whose operand has neither scale nor softcap: for row kernels that know of none."""
     groups, of_group = [[part] for part in parts], [[of_part] for of_part in needs]
     if len(parts) == 1 and (parts[0].scale is not None or parts[0].softcap is not None):

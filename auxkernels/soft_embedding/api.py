@@ -12,9 +12,8 @@ from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..autograd import apply, distinct, is_traced_in_transform, once, saveable
-from ..cross_entropy import reference
 from ..sources import Head, SourceLike, as_sources
-from . import chunked, plain_lookup
+from . import chunked, plain_lookup, reference
 
 
 @dataclass(frozen=True, eq=False)

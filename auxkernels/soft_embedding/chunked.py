@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import checks, dispatch, native
 from ..heads.products import WeightGradient, multiply, plan_of
 from ..heads.rows import Rows, chunks_of, settings
-from ..heads.shared_weights import Part
 from ..heads.sides import Buffers, Setting, bytes_per_row, padded, plain_side_of
+from ..sources import Leaves, SourceTensors, by_source
 from .request import ROW_FIELDS, SoftRows, Upstream
 
 # what the forward op can return after the mixture, as bits of `wanted`, in this order
@@ -56,8 +56,8 @@ class Lookup(NamedTuple):
     top_k: int  # 0: all
     hard: bool
 
-    def as_parts(self) -> list[Part]:
-        return [Part(*self.parts[4 * i : 4 * i + 4], cap or None) for i, cap in enumerate(self.softcaps)]
+    def sources(self) -> list[SourceTensors]:
+        return [SourceTensors(*one, cap or None) for one, cap in zip(by_source(self.parts), self.softcaps, strict=True)]
 
     def first(self) -> Tensor:
         return self.parts[0]
@@ -69,7 +69,7 @@ class Lookup(NamedTuple):
         return self.table.shape[-2]
 
     def compute(self) -> torch.dtype:
-        is_double = any(t.dtype == torch.float64 for t in (*self.parts[0::4], self.table))
+        is_double = any(t.dtype == torch.float64 for t in (*(one.values for one in by_source(self.parts)), self.table))
         return torch.float64 if is_double else torch.float32
 
     def out_shape(self) -> tuple[int, ...]:
@@ -97,19 +97,19 @@ class LookupCall:
         self.plan = plan_of(table.dtype, lookup.autocast, table.device)
         self.tables = with_whole_rows((table if table.dim() == 3 else table.unsqueeze(0)).to(self.plan.operands))
         self.rows = Rows(lookup.shape(), None)
-        parts, compute = lookup.as_parts(), lookup.compute()
-        of_source = [list(needs[4 * i : 4 * i + 4]) or [False] * 4 for i in range(len(parts))]
+        sources, compute = lookup.sources(), lookup.compute()
+        of_source = by_source(needs) or [Leaves(False, False, False, False)] * len(sources)
         shared, in_place = (K, compute, lookup.autocast), backend == "native"
         row_bytes = num_matrices * padded(K) * self.plan.operands.itemsize
-        has_products = any(part.weight is not None for part in parts)
-        if has_products or len(parts) > 1:
-            row_bytes += bytes_per_row([parts], [[any(n) for n in of_source]], *shared, in_place)
+        has_products = any(source.weight is not None for source in sources)
+        if has_products or len(sources) > 1:
+            row_bytes += bytes_per_row([sources], [[any(n) for n in of_source]], *shared, in_place)
         is_small = first.device.type == "cpu" and not has_products and settings.num_bytes is None
         bounds = (CPU_BYTES, CPU_MIN_ROWS) if is_small else (settings.budget(first.device),)
         self.chunks = chunks_of(self.rows.num_rows, max(row_bytes, 1), *bounds)
         setting = Setting(self.rows, self.chunks, None, *shared, in_place, False)
         self.buffers = Buffers(setting, first)
-        self.scores = plain_side_of(parts, setting, of_source, self.buffers)
+        self.scores = plain_side_of(sources, setting, of_source, self.buffers)
 
     @functools.cached_property
     def joined_tables(self) -> Tensor:
@@ -312,7 +312,8 @@ def _backward(lookup: Lookup, max, log_denom, argmax, labels, grad, upstream, ne
         of_temperature = None if grad_temperature is None else grad_temperature.view(-1)[start:stop]
         chosen = None if labels is None else labels.reshape(num_rows, lookup.kept())[start:stop].contiguous()
         run(call, start, stop, fields, of_rows, chunk, of_temperature, of_table, chosen)
-    made = [*call.scores.gradients(), grad_temperature, None if of_table is None else of_table.result()]
+    of_sources = [leaf for one in call.scores.gradients() for leaf in one]
+    made = [*of_sources, grad_temperature, None if of_table is None else of_table.result()]
     return [g for g, need in zip(made, needs, strict=True) if need]
 
 
@@ -379,8 +380,8 @@ def _backward_fake(*args):
     lookup, needs = Lookup(*args[:10]), args[-2]
     checks.lookup(lookup)
     row = lookup.first().new_empty((), dtype=lookup.compute()).expand(lookup.shape())
-    likes = [*lookup.parts, row, lookup.table]
-    likes[3:-2:4] = [None if scale is None else row for scale in lookup.parts[3::4]]
+    sources = [one._replace(scale=None if one.scale is None else row) for one in by_source(lookup.parts)]
+    likes = [*(leaf for one in sources for leaf in one), row, lookup.table]
     return [like.new_empty(like.shape) for like, need in zip(likes, needs, strict=True) if need]
 
 

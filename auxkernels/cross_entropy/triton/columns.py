@@ -11,21 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .row_state import (
-    WEIGHTED_SUM,
-    absorb,
-    collapse,
-    exp,
-    finite,
-    first_columns,
-    lane_sum,
-    load_state,
-    merge,
-    no_columns,
-    soft_cap,
-    tile_sum,
-    within,
-)
+from ...tritonlib.primitives import exp, finite, first_columns, lane_sum, soft_cap, tile_sum, within
+from .row_state import WEIGHTED_SUM, absorb, collapse, load_state, merge, no_columns
 
 
 class Source(NamedTuple):
@@ -75,7 +62,7 @@ class SumGradient(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """One row's numbers of ops.COEFFICIENTS. None: 0."""
+    """One row's numbers of request.Coefficients. None: 0."""
 
     A: Any
     C: Any
@@ -253,7 +240,7 @@ def merge_segments(floats, ints, row, num_segments, WANTED: tl.constexpr):
 
 @triton.jit
 def gradient_of_sum(s, z_base, w, at_y, soft, k):
-    """The formula of auxkernels/cross_entropy/ops.py."""
+    """The formula of ../request.py."""
     z = s - soft.max
     p = exp(z - soft.log_denom)
     dz = tl.zeros_like(p)

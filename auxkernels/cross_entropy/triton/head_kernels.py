@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...tritonlib.primitives import tile_sum, within
 from .columns import logits_of, read_target
 from .kernels import end_of_logits, store_fields
 from .row_state import (
@@ -30,8 +31,6 @@ from .row_state import (
     merge,
     no_columns,
     store_state,
-    tile_sum,
-    within,
 )
 
 

@@ -13,11 +13,11 @@ import triton
 from torch import Tensor
 
 from ...tritonlib import launch
-from .. import ops
+from ..request import empty_rows, mask_of, with_sources_of_derived
 from .head_kernels import HeadRows, head_finish_kernel, head_scan_kernel
 from .row_state import NUM_FLOATS, NUM_INTS
 
-OF_BASE = ops.mask_of("mean_base", "base_max", "base_log_denom", "base_nll", "base_argmax")
+OF_BASE = mask_of("mean_base", "base_max", "base_log_denom", "base_nll", "base_argmax")
 HIDDEN_BYTES_TOGETHER = 16 * 2**20  # of the rows that are walked together: they stay in L2 while weights stream by
 MAX_STATES_PER_ROW = 1024
 LARGEST_STRIDE = 2**22  # a tile of rows is walked with 32-bit distances
@@ -187,8 +187,8 @@ def scan(
 
     target [N], weight [V] of the classes; the fields are float32 [F, N] and int64 [A, N], each only if it is not empty.
     """
-    fields = ops.empty_fields(base.hidden, None if aux is None else aux.hidden, wanted)
     num_rows = base.hidden.shape[0]
+    fields = empty_rows(base.hidden, base.hidden.shape[:1], torch.float32, wanted)
     if not fields or num_rows == 0:
         return fields
     with launch.on_device_of(base.hidden):
@@ -199,7 +199,7 @@ def scan(
 def _scan(base, aux, target, weight, ignore_index, vocab_size, wanted, fields) -> None:
     hidden = base.hidden
     num_rows = hidden.shape[0]
-    scanned = ops.with_sources_of_derived(wanted)
+    scanned = with_sources_of_derived(wanted)
     has_two = aux is not None and (bool(scanned & OF_BASE) or _is_bent(aux))
     tile = tile_of(architecture_of(hidden.device), has_two or _is_bent(base))
     multiprocessors = launch.device_of(hidden.device).multiprocessors

@@ -1,6 +1,6 @@
 """The kernels of cross-entropy: one program works on one row, or on one segment of a row.
 
-The mathematics is in ../ops.py, the arithmetic of a row in row_state.py, how its columns are walked in columns.py.
+The mathematics is in ../request.py, the arithmetic of a row in row_state.py, how its columns are walked in columns.py.
 A program scans the row's columns and, where gradients are wanted, reads them again, last columns first because those
 are still in L2. With few and long rows the segments of a row go to several programs, with the same bits.
 """
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .. import ops
+from ...tritonlib.primitives import column_of, lane_sum, one_minus_exp
+from ..request import FIELDS
+from ..request import NUM_FLOAT_FIELDS as _NUM_FLOAT_FIELDS
 from .columns import (
     Coefficients,
     RowSource,
@@ -27,20 +29,7 @@ from .columns import (
     scan_segment,
     write_gradients,
 )
-from .row_state import (
-    ARGMAX,
-    BASE_ARGMAX,
-    BASE_DENOM,
-    MEAN_BASE,
-    MEAN_SUM,
-    column_of,
-    lane_sum,
-    merge,
-    nll_of,
-    of_target,
-    one_minus_exp,
-    store_state,
-)
+from .row_state import ARGMAX, BASE_ARGMAX, BASE_DENOM, MEAN_BASE, MEAN_SUM, merge, nll_of, of_target, store_state
 
 # what the loss is divided by
 BY_ONE = tl.constexpr(0)
@@ -48,12 +37,12 @@ BY_NORMALIZER = tl.constexpr(1)
 BY_KEPT_ROWS = tl.constexpr(2)
 BY_PARTS = tl.constexpr(3)
 
-NUM_FIELDS = tl.constexpr(len(ops.FIELDS))
-NUM_FLOAT_FIELDS = tl.constexpr(ops.NUM_FLOAT_FIELDS)
+NUM_FIELDS = tl.constexpr(len(FIELDS))
+NUM_FLOAT_FIELDS = tl.constexpr(_NUM_FLOAT_FIELDS)
 
 
 class RowEnd(NamedTuple):
-    """The row fields of ops.FIELDS in their order, then what losses and gradients need besides. Not wanted: 0.0."""
+    """The row fields of request.FIELDS in their order, then what losses and gradients need besides. Not wanted: 0.0."""
 
     max: Any
     log_denom: Any

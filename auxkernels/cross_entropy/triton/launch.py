@@ -1,4 +1,4 @@
-"""Cross-entropy of summed logits in Triton: from the arguments of the operators, checked in ops.py, to launches."""
+"""The row kernels of cross-entropy in Triton, see request.Kernels: from checked arguments to launches."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ import torch
 import triton
 from torch import Tensor
 
+from ...layout import as_rows
+from ...sources import Matrix
 from ...tritonlib import launch
-from .. import ops
-from .columns import Coefficients, Gradients, Softmax, Source
+from ..request import (
+    Coefficients,
+    Gradients,
+    LossTerms,
+    Problem,
+    RowState,
+    empty_fields,
+    mask_of,
+    with_sources_of_derived,
+)
+from .columns import Coefficients as KernelCoefficients
+from .columns import Gradients as KernelGradients
+from .columns import Softmax, Source
 from .kernels import (
     BY_KEPT_ROWS,
     BY_NORMALIZER,
@@ -30,11 +43,93 @@ FEW_ROWS = 2048  # up to here one program sums the losses and every row's counts
 COUNT_BLOCK = 256
 RESCALE_BLOCK = 2048
 RESCALE_PROGRAMS = 8  # for each multiprocessor, as many as one of sm_90 holds at a time
-_PLAIN_FIELDS = ops.mask_of("max", "log_denom", "nll", "lse", "log_prob")
-_NO_GRADIENTS = Gradients(None, None, None, None)
+_PLAIN_FIELDS = mask_of("max", "log_denom", "nll", "lse", "log_prob")
+_NO_GRADIENTS = Gradients()
 
 
-class _Problem(NamedTuple):
+# -- policy ------------------------------------------------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """How the columns of a row are cut.
+
+    The bits of a result depend on these numbers: they follow from V, dtypes and options, never from the number of rows.
+    """
+
+    lanes: int  # each with its own running maximum; a thread has one
+    width: int  # columns of a lane in a tile
+    segment: int  # columns whose sums are formed together
+
+
+def cut_of(vocab_size: int, num_bytes: int, is_bent: bool, device: launch.Device) -> Cut:
+    """The cut of rows of `vocab_size` logits of up to `num_bytes` bytes; `is_bent`: with scales or softcaps.
+
+    A lane's columns in a tile are one 128-bit load; fewer on AMD, whose scalar registers hold a mask for each column.
+    Wide rows get many threads, so that few rows are in flight on a multiprocessor and the second read finds them in L2;
+    a segment is then long enough for the reduction over its lanes, where all warps wait, to cost a few percent.
+    Reasoned, not measured.
+    """
+    lanes, segment = 512, 32768
+    if vocab_size <= 1024:
+        lanes, segment = 32, 1024
+    elif vocab_size <= 8192:
+        lanes, segment = 128, 8192
+    elif vocab_size <= 32768:
+        lanes = 256
+    width = 16 // num_bytes
+    if device.backend == "hip":
+        width = 2 if is_bent else 4
+    return Cut(lanes, width, segment)
+
+
+def tiles_at_once(is_plain: bool, even: bool, device: launch.Device) -> int:
+    """How many tiles are loaded before the first is used; no bit depends on it.
+
+    64 bytes of each source in flight for every thread hide the memory's latency. Statistics, softcaps and scale
+    gradients need the registers, and have arithmetic to hide it; 16-bit logits that come one by one take one each.
+    """
+    if not is_plain:
+        return 1
+    return 4 if even and device.backend != "hip" else 2
+
+
+def options_of(cut: Cut, has_bends: bool, device: launch.Device) -> dict[str, int]:
+    """Launch options: warps, and on NVIDIA how many registers a thread may have."""
+    num_warps = max(cut.lanes // device.warp_size, 1)
+    if device.backend != "cuda":
+        return {"num_warps": num_warps}
+    # left to itself ptxas spills a register or two for one more resident block
+    return {"num_warps": num_warps, "maxnreg": min(65536 // (32 * num_warps), 255) if has_bends else 128}
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def check(base: Tensor, aux: Tensor | None, vocab_size: int) -> None:
+    """What the kernels cannot do, of arguments that the op has checked."""
+    launch.check_device(base)
+    for name, tensor in (("base", base), ("aux", aux)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got torch.float64: triton has no float64")
+    if vocab_size > launch.MAX_INT32 // 2:
+        raise ValueError(f"vocab_size must be at most {launch.MAX_INT32 // 2}, got {vocab_size}")
+
+
+def source(matrix: Matrix | None) -> Source:
+    """A source as kernels read it. A matrix has one row per outer step: Triton would compile for some N again."""
+    if matrix is None:
+        return Source(None, 1, 0, 0, 0, None, 0, None)
+    values, scale, softcap = matrix
+    tensor, num_inner, stride_outer, stride_inner = as_rows(values)
+    if stride_outer == 0 and values.numel() == num_inner * values.shape[-1]:
+        num_inner, stride_outer, stride_inner = 1, stride_inner, 0
+    scale_stride = 0 if scale is None or scale.dim() == 0 else 1
+    return Source(
+        tensor, num_inner, stride_outer, stride_inner, values.shape[-1], launch.numbers(scale), scale_stride, softcap
+    )
+
+
+class _Arguments(NamedTuple):
     """The leading arguments of the kernels over rows."""
 
     base: Source
@@ -45,12 +140,12 @@ class _Problem(NamedTuple):
     vocab_size: int
 
 
-class _Call(NamedTuple):
+class _Launch(NamedTuple):
     """A problem and how its kernels are launched."""
 
-    problem: _Problem
+    problem: _Arguments
     num_rows: int
-    cut: launch.Cut
+    cut: Cut
     is_split: bool
     device: launch.Device
 
@@ -62,38 +157,33 @@ class _Call(NamedTuple):
         has_bends = sums_row or self.problem.base.softcap is not None or self.problem.aux.softcap is not None
         is_even = self.problem.vocab_size % 16 == 0  # Triton compiles a kernel for this and one for the rest anyway
         return {
-            "ROWS": launch.tiles_at_once(not (has_statistics or has_bends), is_even, self.device),
+            "ROWS": tiles_at_once(not (has_statistics or has_bends), is_even, self.device),
             "LANES": self.cut.lanes,
             "WIDTH": self.cut.width,
             "SEGMENT": self.cut.segment,
             "EVEN": is_even,
-            **launch.options(self.cut, has_bends, self.device),
+            **options_of(self.cut, has_bends, self.device),
         }
 
 
-def _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, V) -> _Call:
-    launch.check(base, aux, V)
-    device = launch.device_of(base.device)
-    num_bytes = max(t.element_size() for t in (base, aux) if t is not None)
-    is_bent = any(option is not None for option in (base_scale, aux_scale, base_softcap, aux_softcap))
-    cut = launch.cut_of(V, num_bytes, is_bent, device)
-    num_rows = base.shape[:-1].numel()
-    problem = _Problem(
-        launch.source(base, base_scale, base_softcap),
-        launch.source(aux, aux_scale, aux_softcap),
-        None if target is None else target.contiguous(),
-        launch.numbers(weight),
-        ignore_index,
+def _launch(problem: Problem) -> _Launch:
+    base, aux, V = problem.base, problem.aux, problem.vocab_size
+    matrices = [base] if aux is None else [base, aux]
+    check(base.values, None if aux is None else aux.values, V)
+    device = launch.device_of(base.values.device)
+    num_bytes = max(matrix.values.element_size() for matrix in matrices)
+    is_bent = any(matrix.scale is not None or matrix.softcap is not None for matrix in matrices)
+    cut = cut_of(V, num_bytes, is_bent, device)
+    num_rows = problem.shape().numel()
+    arguments = _Arguments(
+        source(base),
+        source(aux),
+        None if problem.target is None else problem.target.contiguous(),
+        launch.numbers(problem.weight),
+        problem.ignore_index,
         V,
     )
-    return _Call(problem, num_rows, cut, launch.is_split(V, num_rows, cut.segment, device), device)
-
-
-def _gradients(base: Tensor, aux: Tensor | None, needs: int, given: list | None) -> tuple[list[Tensor], Gradients]:
-    """Room for the requested gradients, in their order and by name."""
-    grads = ops.empty_grads(base, aux, needs) if given is None else given
-    remaining = iter(grads)
-    return grads, Gradients(*(next(remaining) if needs >> i & 1 else None for i in range(4)))
+    return _Launch(arguments, num_rows, cut, launch.is_split(V, num_rows, cut.segment, device), device)
 
 
 def _sums_row(grads: Gradients) -> bool:
@@ -101,11 +191,11 @@ def _sums_row(grads: Gradients) -> bool:
     return grads.base_scale is not None or grads.aux_scale is not None
 
 
-def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, terms, grads: Gradients) -> None:
+def _forward(call: _Launch, wanted: int, fields: list[Tensor], row_loss, divide, terms, grads: Gradients) -> None:
     """Fields and, with a `row_loss`, losses and gradients. divide: (normalizer, mode), terms: (kept, share, z_loss)."""
-    scanned = ops.with_sources_of_derived(wanted)
+    scanned = with_sources_of_derived(wanted)
     if terms[1] is not None:
-        scanned |= ops.mask_of("weighted_sum")
+        scanned |= mask_of("weighted_sum")
     call = call._replace(is_split=call.is_split and not _sums_row(grads))
     options = call.options(bool(scanned & ~_PLAIN_FIELDS), _sums_row(grads))
     floats = ints = None
@@ -129,7 +219,7 @@ def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, t
         row_loss,
         normalizer,
         *terms,
-        grads,
+        KernelGradients(*grads),
         FIELDS=wanted,
         WANTED=scanned,
         DIVISOR=divisor if has_gradient else BY_ONE,
@@ -140,19 +230,16 @@ def _forward(call: _Call, wanted: int, fields: list[Tensor], row_loss, divide, t
     )
 
 
-def scan(
-    base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size, wanted
-) -> list[Tensor]:
-    """The wanted fields of every row; arguments as in ops.py."""
-    call = _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
-    fields = ops.empty_fields(base, aux, wanted)
+def scan(problem: Problem, wanted: int) -> list[Tensor]:
+    call = _launch(problem)
+    fields = empty_fields(problem, wanted)
     if fields:
-        with launch.on_device_of(base):
+        with launch.on_device_of(problem.base.values):
             _forward(call, wanted, fields, None, (None, BY_ONE), (None, None, None), _NO_GRADIENTS)
     return fields
 
 
-def _parts(call: _Call, row_loss: Tensor | None, has_kept: bool) -> tuple[Tensor | None, Tensor | None]:
+def _parts(call: _Launch, row_loss: Tensor | None, has_kept: bool) -> tuple[Tensor | None, Tensor | None]:
     """Sums over blocks of rows: of the losses, where there are any, and of what keeps a row."""
     num_parts = triton.cdiv(call.num_rows, REDUCE_BLOCK)
     losses, kept = (
@@ -164,7 +251,7 @@ def _parts(call: _Call, row_loss: Tensor | None, has_kept: bool) -> tuple[Tensor
     return losses, kept
 
 
-def _reduce(call: _Call, parts: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
+def _reduce(call: _Launch, parts: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
     """total, 0-d: the sum of `parts`, divided."""
     _, _, target, weight, *numbers = call.problem
     if divisor != BY_KEPT_ROWS:
@@ -173,7 +260,7 @@ def _reduce(call: _Call, parts: Tensor, total: Tensor, normalizer: Tensor | None
     launch.run(cross_entropy_reduce_kernel, 1, *args, DIVISOR=divisor, BLOCK=REDUCE_BLOCK)
 
 
-def _divisor(call: _Call, normalizer: Tensor | None, mean: bool, has_gradient: bool) -> tuple:
+def _divisor(call: _Launch, normalizer: Tensor | None, mean: bool, has_gradient: bool) -> tuple:
     """(0-d tensor on the device or None, what to divide by). Nothing is read from the device."""
     values = call.problem.base.ptr
     if not mean:
@@ -190,7 +277,7 @@ def _divisor(call: _Call, normalizer: Tensor | None, mean: bool, has_gradient: b
     return divisor, BY_NORMALIZER
 
 
-def _total(call: _Call, row_loss: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
+def _total(call: _Launch, row_loss: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
     """The reduced loss. Its bits depend on the number of rows alone, as what is added to what does."""
     if call.num_rows > FEW_ROWS:
         row_loss, kept = _parts(call, row_loss, divisor == BY_KEPT_ROWS)
@@ -200,84 +287,45 @@ def _total(call: _Call, row_loss: Tensor, total: Tensor, normalizer: Tensor | No
 
 
 def loss(
-    base,
-    aux,
-    target,
-    weight,
-    base_scale,
-    aux_scale,
-    base_softcap,
-    aux_softcap,
-    ignore_index,
-    vocab_size,
-    normalizer,
-    label_smoothing,
-    z_loss,
-    mean,
-    wanted,
-    needs,
-    grads: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """The reduced loss, the wanted fields and the requested gradients, divided too; arguments as in ops.py.
-
-    grads   where the gradients go, contiguous and as wide as the sources, in any dtype; not the sources' own memory.
-    """
-    call = _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
-    fields = ops.empty_fields(base, aux, wanted)
-    grads, named_grads = _gradients(base, aux, needs, grads)
+    problem: Problem, normalizer: float | Tensor | None, terms: LossTerms, wanted: int, grads: Gradients
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients may have any dtype; they do not go to the sources' own memory."""
+    call, base = _launch(problem), problem.base.values
+    fields = empty_fields(problem, wanted)
     row_loss = base.new_empty(call.num_rows, dtype=torch.float32)
     total = base.new_empty((), dtype=torch.float32)
     kept = share = None
-    if label_smoothing:
-        kept, share = 1.0 - label_smoothing, label_smoothing / vocab_size
+    if terms.label_smoothing:
+        kept, share = 1.0 - terms.label_smoothing, terms.label_smoothing / problem.vocab_size
+    has_gradient = any(grad is not None for grad in grads)
     with launch.on_device_of(base):
-        divide = _divisor(call, normalizer, mean, bool(grads))
-        _forward(call, wanted, fields, row_loss, divide, (kept, share, z_loss or None), named_grads)
+        divide = _divisor(call, normalizer, terms.mean, has_gradient)
+        _forward(call, wanted, fields, row_loss, divide, (kept, share, terms.z_loss or None), grads)
         _total(call, row_loss, total, *divide)
-    return [total, *fields, *grads]
+    return total, fields
 
 
-def backward(
-    base,
-    aux,
-    target,
-    weight,
-    base_scale,
-    aux_scale,
-    base_softcap,
-    aux_softcap,
-    ignore_index,
-    vocab_size,
-    max,
-    log_denom,
-    nll,
-    base_max,
-    base_log_denom,
-    coefficients,
-    needs,
-    grads: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """The requested gradients for one number per row and coefficient; arguments as in ops.py, `grads` as for `loss`."""
-    call = _call(base, aux, target, weight, base_scale, aux_scale, base_softcap, aux_softcap, ignore_index, vocab_size)
-    k = _coefficients(base, coefficients, needs)
-    saved = {"max": max, "log_denom": log_denom, "nll": nll, "base_max": base_max, "base_log_denom": base_log_denom}
-    for name in _state_of(k):
-        if saved[name] is None:
+def backward(problem: Problem, state: RowState, coefficients: Coefficients, grads: Gradients) -> None:
+    call, base = _launch(problem), problem.base.values
+    if grads.base is None and grads.base_scale is None:
+        coefficients = coefficients._replace(Q_b=None, B_b=None)
+    k = KernelCoefficients(*map(launch.numbers, coefficients))
+    needed = _state_of(k)
+    saved = {}
+    for name, values in state._asdict().items():
+        if name in needed and values is None:
             raise ValueError(f"{name} must be given for these coefficients, got None")
-        launch.check_rows(name, saved[name], base)
-    saved = {name: launch.numbers(saved[name]) if name in _state_of(k) else None for name in saved}
+        saved[name] = launch.numbers(values) if name in needed else None
     nll = saved.pop("nll")
-    grads, named_grads = _gradients(base, aux, needs, grads)
-    call = call._replace(is_split=vocab_size > call.cut.segment and not _sums_row(named_grads))
-    options = call.options(sum(c is not None for c in k) > 1, _sums_row(named_grads))
-    if grads:
+    call = call._replace(is_split=problem.vocab_size > call.cut.segment and not _sums_row(grads))
+    options = call.options(sum(c is not None for c in k) > 1, _sums_row(grads))
+    if any(grad is not None for grad in grads):
         with launch.on_device_of(base):
-            args = (*call.problem, Softmax(**saved, residual=None), nll, k, named_grads)
+            args = (*call.problem, Softmax(**saved, residual=None), nll, k, KernelGradients(*grads))
             launch.run(cross_entropy_bwd_kernel, call.num_programs(), *args, SPLIT=call.is_split, **options)
-    return grads
 
 
-def _state_of(k: Coefficients) -> set[str]:
+def _state_of(k: KernelCoefficients) -> set[str]:
     """What of a row's saved state these coefficients need."""
     needed = {"max", "log_denom"}
     if k.G is not None:
@@ -289,18 +337,9 @@ def _state_of(k: Coefficients) -> set[str]:
     return needed
 
 
-def _coefficients(base: Tensor, given: list[Tensor | None], needs: int) -> Coefficients:
-    k = Coefficients(*given)
-    for name, value in zip(ops.COEFFICIENTS, given, strict=True):
-        launch.check_rows(f"coefficient {name}", value, base)
-    if not needs & (ops.NEEDS_BASE | ops.NEEDS_BASE_SCALE):
-        k = k._replace(Q_b=None, B_b=None)
-    return Coefficients(*map(launch.numbers, k))
-
-
 def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int) -> None:
     """grad [*, V] *= factor (0-d, read on the device) in place, but for ignored rows, which stay +0.0."""
-    launch.check(grad, None, 1)
+    check(grad, None, 1)
     if grad.numel() == 0:
         return
     num_rows, width = grad.shape[:-1].numel(), grad.shape[-1]

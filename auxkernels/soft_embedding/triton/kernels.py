@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...cross_entropy.triton.row_state import column_of, exp, finite, finite_or_zero, lane_sum, tile_sum
+from ...tritonlib.primitives import column_of, exp, finite, finite_or_zero, lane_sum, tile_sum
 from .row_state import (
     NO_LABEL,
     WIDTH,

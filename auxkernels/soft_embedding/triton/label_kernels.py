@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...cross_entropy.triton.row_state import tile_sum
+from ...tritonlib.primitives import tile_sum
 
 
 @triton.jit

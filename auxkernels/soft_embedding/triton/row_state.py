@@ -11,17 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...cross_entropy.triton.row_state import (
-    LARGEST,
-    column_of,
-    exp,
-    finite,
-    finite_or_zero,
-    lane_sum,
-    log1p,
-    tile_max,
-    tile_sum,
-)
+from ...tritonlib.primitives import LARGEST, column_of, exp, finite, finite_or_zero, lane_sum, log1p, tile_max, tile_sum
 
 WIDTH = tl.constexpr(4)  # columns of a lane in a tile
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
