@@ -44,8 +44,17 @@ def targets(generator, shape, vocab: int, dtype=torch.int64) -> Tensor:
 
 
 class Results(dict):
+    """Digests of the calls that are made, one in `every` of those that are added."""
+
+    def __init__(self, every: int = 1):
+        super().__init__()
+        self.every, self.num_added = every, 0
+
     def add(self, name: str, call: Callable, leaves: list[Tensor] = ()) -> None:
         """What a call returns and the gradients of its leaves, or the type of its error."""
+        self.num_added += 1
+        if self.num_added % self.every:
+            return
         leaves = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         try:
             outputs = flat(call())
@@ -185,9 +194,9 @@ def of_lookups(results: Results, backend: str, dtypes: list[str]) -> None:
     results.add("segments", lambda: segments_to_tokens(values, ids), [values])
 
 
-def record(backends: list[str]) -> Results:
+def record(backends: list[str], every: int) -> Results:
     torch.set_num_threads(1)
-    results = Results()
+    results = Results(every)
     for backend in backends:
         # interpreted bfloat16 is wrong; double is no dtype of Triton
         dtypes = ["fp32", "fp16"] if backend == "triton" else list(DTYPES)
@@ -207,9 +216,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record_results", description=__doc__)
     parser.add_argument("file", type=Path, help="JSON, written")
     parser.add_argument("--backend", action="append", help="native, reference, triton; default: the first two")
+    parser.add_argument("--every", type=int, default=1, help="one call in so many (interpreted Triton takes long)")
     parser.add_argument("--compare", type=Path, help="a file of an earlier run")
     arguments = parser.parse_args()
-    results = record(arguments.backend or ["native", "reference"])
+    results = record(arguments.backend or ["native", "reference"], arguments.every)
     arguments.file.write_text(json.dumps(results, indent=0))
     if arguments.compare is not None:
         found = list(differences(json.loads(arguments.compare.read_text()), results))

@@ -46,7 +46,7 @@ class Given:
             setattr(self, name, value)
 
     def arguments(self):
-        names = ("parts", "softcaps", "num_base", "autocast", "target", "weight", "ignore_index", "vocab_size")
+        names = ("leaves", "softcaps", "num_base", "autocast", "target", "weight", "ignore_index", "vocab_size")
         return [getattr(self, name) for name in names]
 
     def needs(self):
@@ -177,11 +177,11 @@ BAD = {
     "fewer classes in a weight": (ValueError, "", changed_part(9, torch.zeros(V - 1, 3))),
     "short bias": (ValueError, "bias", changed_part(2, torch.zeros(V - 1))),
     "short scale": (ValueError, "scale", changed_part(3, torch.zeros(4))),
-    "a first part that is not there": (ValueError, "parts", changed_part(4, None)),
-    "a part too few": (ValueError, "parts", lambda given: given.parts.pop()),
-    "a source too many": (ValueError, "parts", changed(softcaps=[0.0] * 4)),
-    "a softcap too few": (ValueError, "parts", changed(softcaps=[0.0] * 2)),
-    "no sources": (ValueError, "parts", changed(parts=[], softcaps=[], num_base=0)),
+    "a first part that is not there": (ValueError, "leaves", changed_part(4, None)),
+    "a part too few": (ValueError, "leaves", lambda given: given.parts.pop()),
+    "a source too many": (ValueError, "leaves", changed(softcaps=[0.0] * 4)),
+    "a softcap too few": (ValueError, "leaves", changed(softcaps=[0.0] * 2)),
+    "no sources": (ValueError, "leaves", changed(parts=[], softcaps=[], num_base=0)),
     "no base": (ValueError, "num_base", changed(num_base=0)),
     "more base than sources": (ValueError, "num_base", changed(num_base=4)),
     "a negative softcap": (ValueError, "softcap", changed(softcaps=[-1.0, 0.0, 0.0])),
