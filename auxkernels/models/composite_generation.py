@@ -69,11 +69,15 @@ class GenerationOfComposites:
         return processors
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, type(self)):
+        if not self._shares_arguments(assistant_model):
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in self._own_arguments}
         return super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    def _shares_arguments(self, assistant) -> bool:
+        """Whether an assistant takes `_own_arguments` for what this model takes them for."""
+        return isinstance(assistant, type(self))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if self._has_cache:
