@@ -77,8 +77,8 @@ class AuxiliaryForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
         self._has_known_head = False  # a frozen one that passes gradients, or of which the user was warned
-        unread = {f"aux.{name}" for name, weight in aux.named_parameters() if not weight.numel()}
-        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()} | unread
+        self._unread_keys = {f"aux.{name}" for name, weight in aux.named_parameters() if not weight.numel()}
+        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._is_pointer_checked = False
         self._freeze_base()
         self.train(aux.training)

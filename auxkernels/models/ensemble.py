@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,7 @@ from .ensemble_cache import EnsembleCache
 from .ensemble_config import AuxiliaryEnsembleConfig, check_floor, check_known, check_names
 from .ensemble_saving import MEMBERS, is_trained
 from .frozen_base import Call, Given, OnFrozenBase
-from .heads import kept_positions
-from .sums import AuxiliaryCausalLMOutput, Scale, Sum
+from .sums import AuxiliaryCausalLMOutput, Scale
 from .vocabulary import check_tokenizers
 
 
@@ -41,7 +41,8 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
 
     config_class = AuxiliaryEnsembleConfig
     main_input_name = "input_ids"
-    _own_arguments = ("aux_input_ids", "aux_attention_mask", "aux_scale", "base_scale")
+    _own_arguments = ("aux_input_ids", "aux_attention_mask", "aux_scale", "base_scale", "base_floor")
+    _unconditional_arguments: ClassVar[dict] = {"base_floor": 0.0}  # a difference of two floors would be NaN
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -102,8 +103,9 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
                       or any causal LM, or its name, whose own logits are added (`from_base_and_aux(zero_init=False)`)
         aux_scales    of members by name, may be negative; without: the member's own config.aux_scale
         base_scale    what the base's logits are multiplied by
-        base_floor    alpha in (0, 1]: in logits, and so in `generate`, tokens that the base alone gives less than alpha
-                      times the probability of its likeliest are -inf. Losses and their statistics have no floor
+        base_floor    alpha in [0, 1], 0 or None: no floor. In logits, and so in `generate`, tokens that the base alone
+                      gives less than alpha times the probability of its likeliest are -inf. Losses and their statistics
+                      have no floor
         frozen        names of members that are not trained; a member whose weights need no gradients is one anyway
         vocab_policy  of members that are joined here, as in `AuxiliaryForCausalLM.from_base_and_aux`
         base_kwargs   for from_pretrained of a base given by name
@@ -196,8 +198,9 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
     def generate(self, *args, aux_scale=None, base_scale: Scale | None = None, **kwargs):
         """As of transformers, with the arguments of `forward` for the members.
 
-        They hold in every branch: under guidance_scale also for the unconditional text, and an assistant_model gets
-        them if it is an ensemble of members with the same names. Raises ValueError as `AuxiliaryForCausalLM.generate`.
+        They hold in every branch: under guidance_scale also for the unconditional text, but for the floor, and an
+        assistant_model gets them if it is an ensemble of members with the same names. Raises ValueError as
+        `AuxiliaryForCausalLM.generate`.
         """
         if isinstance(aux_scale, Tensor) and aux_scale.dim() == 1:  # beams repeat the rows of every tensor
             aux_scale = dict(zip(self.members, self._scales(aux_scale, None), strict=True))
@@ -260,6 +263,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         aux_attention_mask: Mapping[str, Tensor] | None = None,
         aux_scale: Mapping[str, Scale] | Tensor | None = None,
         base_scale: Scale | None = None,
+        base_floor: float | None = None,
         skip_logits: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -273,9 +277,10 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         aux_scale           dict of numbers, 0-d or [batch] tensors by name, where members that are left out have
                             config.aux_scales; or a tensor [K] or [batch, K] in the members' order; None: config
         base_scale          number, 0-d or [batch] tensor; None: config.base_scale
+        base_floor          number in [0, 1], which is in logits and in nothing else; None: config.base_floor
         Returns             base_loss is that of the base alone and unscaled: None in training with a member whose head
                             is shared or with a base_scale, where it would cost a product of its own. router_loss is
-                            the sum of the members'. config.base_floor is in logits, and in nothing else
+                            the sum of the members'
         A member with a shared head adds base_head(h_base + aux_scale * map(h_aux)) - base_head(h_base), whatever
         base_scale is: all of these and the base are one product, and two where base_scale is not 1 and the base's head
         has a bias or a softcap.
@@ -296,7 +301,9 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         prefixes = self._of_members("aux_input_ids", aux_input_ids)
         masks = self._of_members("aux_attention_mask", aux_attention_mask)
         given = [Given(*each) for each in zip(scales, prefixes, masks, strict=True)]
-        return self._called(call, given, kwargs, self.config.base_scale if base_scale is None else base_scale)
+        base_scale = self.config.base_scale if base_scale is None else base_scale
+        base_floor = check_floor(self.config.base_floor if base_floor is None else base_floor)
+        return self._called(call, given, kwargs, base_scale, base_floor)
 
     def _scales(self, given, batch: int | None) -> list[Scale]:
         """Of each member: a number, 0-d or [batch]. batch: None where it is not known."""
@@ -342,10 +349,6 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
             one.eval()
         with torch.set_grad_enabled(needs_grad):
             return super()._run_one(one, text, own, use_cache, states, kwargs)
-
-    def _logits(self, total: Sum, logits_to_keep: int | Tensor) -> Tensor:
-        floor = check_floor(self.config.base_floor)
-        return total.at(kept_positions(logits_to_keep)).logits(self.config.vocab_size, floor)
 
 
 def _member(name, given, base, base_name: str | None, base_kwargs: dict, vocab_policy: str) -> AuxiliaryForCausalLM:

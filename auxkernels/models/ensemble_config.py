@@ -40,13 +40,8 @@ def check_known(argument: str, given: Iterable[str], names: list[str]) -> None:
 
 
 def check_floor(floor: float | None) -> float | None:
-    """A number in (0, 1], or None. Raises TypeError, ValueError."""
-    if floor is None:
-        return None
-    floor = checks.real_number("base_floor", floor, minimum=0.0, maximum=1.0)
-    if floor == 0.0:
-        raise ValueError("base_floor must be in (0, 1], or None for no floor, got 0")
-    return floor
+    """A number in (0, 1], or None, which 0 is too. Raises TypeError, ValueError."""
+    return None if floor is None else checks.real_number("base_floor", floor, minimum=0.0, maximum=1.0) or None
 
 
 class AuxiliaryEnsembleConfig(PretrainedConfig):
@@ -57,8 +52,8 @@ class AuxiliaryEnsembleConfig(PretrainedConfig):
     aux_scales        of each member, by name: what its logits are multiplied by
     frozen_members    names of those that are not trained
     base_scale        what the base's logits are multiplied by
-    base_floor        alpha in (0, 1], None: no floor. Tokens less likely than alpha times the likeliest, under the base
-                      alone and unscaled, get logits of -inf; losses have no floor
+    base_floor        alpha in [0, 1]; 0 or None: no floor. Tokens less likely than alpha times the likeliest, under the
+                      base alone and unscaled, get logits of -inf; losses have no floor
     vocab_size, num_valid_tokens, label_smoothing, skip_logits_in_evaluation, base_name_or_path, base_revision,
     base_fingerprint, base_options, base_is_saved, hidden_size, ...   as in `AuxiliaryConfig`; a member's own
                       label_smoothing and skip_logits_in_evaluation count only where it is called alone

@@ -21,19 +21,19 @@ def is_trained(member: AuxiliaryForCausalLM) -> bool:
     return any(weight.requires_grad for part in own for weight in part.parameters())
 
 
-def _keys_of_base(model) -> set[str]:
-    """Names of the base's weights in the ensemble, and in each of its members."""
-    keys = model.base.state_dict().keys()
-    return {f"{prefix}base.{key}" for prefix in ("", *(f"{MEMBERS}.{name}." for name in model.members)) for key in keys}
-
-
 def keys_kept_elsewhere(model) -> set[str]:
-    """Of an ensemble's state dict, what is not in its folder's own weights: all but the members that are trained."""
-    keys = _keys_of_base(model)
-    for name, one in model.members.items():
-        own = one.state_dict().keys() - {key for key in one.state_dict() if key.startswith("base.")}
-        keys |= {f"{MEMBERS}.{name}.{key}" for key in (one._keys_to_ignore_on_save if is_trained(one) else own)}
+    """Of an ensemble's state dict, what loads from other files than its folder's own: all but the trained members'."""
+    prefixes = {f"{MEMBERS}.{name}.": one for name, one in model.members.items()}
+    base = model.base.state_dict().keys()
+    keys = {f"{prefix}base.{key}" for prefix in ("", *prefixes) for key in base}
+    for prefix, one in prefixes.items():
+        if not is_trained(one):
+            keys |= {prefix + key for key in one.state_dict() if key not in one._unread_keys}
     return keys
+
+
+def _unread_keys(model) -> set[str]:
+    return {f"{MEMBERS}.{name}.{key}" for name, one in model.members.items() for key in one._unread_keys}
 
 
 # -- the pointer -------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         config.base_fingerprint = saving.fingerprint(model.base)
     model.base.config.dtype = model.base.dtype
     _give_pointer(config, list(members.values()), replaces=False)
-    elsewhere = keys_kept_elsewhere(model)
+    elsewhere = keys_kept_elsewhere(model) | _unread_keys(model)
     own = {key: value for key, value in state_dict.items() if key not in elsewhere}
     # a Trainer loads these by their names in the model, not by those that a family's files have
     own_kwargs = {**kwargs, "save_original_format": False}

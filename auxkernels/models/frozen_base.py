@@ -127,8 +127,15 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
-    def _called(self, call: Call, given: list[Given], kwargs: dict, base_scale: Scale = 1.0):
-        """What `forward` returns. given: of each auxiliary."""
+    def _called(
+        self,
+        call: Call,
+        given: list[Given],
+        kwargs: dict,
+        base_scale: Scale = 1.0,
+        base_floor: float | None = None,
+    ):
+        """What `forward` returns. given: of each auxiliary; base_floor: of the logits, as for `Sum.logits`."""
         # not in the signature, where Trainer would take it for a second label that every batch must have
         shift_labels, token_statistics = kwargs.pop("shift_labels", None), kwargs.pop("token_statistics", None)
         target = reading.shifted(call.labels) if shift_labels is None else shift_labels
@@ -159,8 +166,11 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         skip_logits = call.skip_logits
         if skip_logits is None:
             skip_logits = target is not None and (self.training or self.config.skip_logits_in_evaluation)
+        logits = None
+        if not skip_logits:
+            logits = total.at(kept_positions(call.logits_to_keep)).logits(self.config.vocab_size, base_floor)
         return AuxiliaryCausalLMOutput(
-            logits=None if skip_logits else self._logits(total, call.logits_to_keep),
+            logits=logits,
             past_key_values=cache if use_cache else None,
             hidden_states=states if call.output_hidden_states else None,
             **numbers,
@@ -231,6 +241,3 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
 
     def _run_one(self, one, text: reading.Text, own: reading.AuxText, use_cache: bool, states, kwargs: dict):
         return one._run_aux(text, own, use_cache, states, kwargs)
-
-    def _logits(self, total: Sum, logits_to_keep: int | Tensor) -> Tensor:
-        return total.at(kept_positions(logits_to_keep)).logits(self.config.vocab_size)

@@ -248,8 +248,8 @@ def _own_weights(model, state_dict: dict | None) -> dict[str, Tensor]:
     """What is saved of an auxiliary's state dict: neither the base's weights nor matrices that nothing reads."""
     if state_dict is None:
         state_dict = model.state_dict()
-    ignored = model._keys_to_ignore_on_save
-    return {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in ignored)}
+    unread = model._unread_keys
+    return {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in unread)}
 
 
 def _describe(model, save_base: bool) -> None:
