@@ -11,12 +11,19 @@ from .auxiliary import AuxiliaryCausalLMOutput, AuxiliaryForCausalLM
 from .collators import DataCollatorForPrefixes, DataCollatorForSegments
 from .conditioning import predicted_segments
 from .configuration import AuxiliaryConfig
+from .ensemble import AuxiliaryEnsembleForCausalLM
+from .ensemble_cache import EnsembleCache
+from .ensemble_config import AuxiliaryEnsembleConfig
 from .paired_cache import PairedCache
 from .planner import PlannerCausalLMOutput, PlannerForCausalLM
 from .planner_config import PlannerConfig
 from .planner_training import UnfreezePlanner
 
-for config, model in ((AuxiliaryConfig, AuxiliaryForCausalLM), (PlannerConfig, PlannerForCausalLM)):
+for config, model in (
+    (AuxiliaryConfig, AuxiliaryForCausalLM),
+    (AuxiliaryEnsembleConfig, AuxiliaryEnsembleForCausalLM),
+    (PlannerConfig, PlannerForCausalLM),
+):
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
 del config, model
@@ -24,9 +31,12 @@ del config, model
 __all__ = [
     "AuxiliaryCausalLMOutput",
     "AuxiliaryConfig",
+    "AuxiliaryEnsembleConfig",
+    "AuxiliaryEnsembleForCausalLM",
     "AuxiliaryForCausalLM",
     "DataCollatorForPrefixes",
     "DataCollatorForSegments",
+    "EnsembleCache",
     "PairedCache",
     "PlannerCausalLMOutput",
     "PlannerConfig",

@@ -95,11 +95,12 @@ def put_in(aux: PreTrainedModel, weights: dict[str, Tensor], aux_adapters: dict)
     for name, config in others:
         wrapped.add_adapter(name, config)
     wrapped.base_model.set_adapter(aux_adapters["active"])
-    expected = set(aux.state_dict())
-    if expected != weights.keys():
-        wrong = sorted(expected ^ weights.keys())
-        raise ValueError(f"the auxiliary's weights must be those of its adapters' configurations, got {wrong[0]}")
-    aux.load_state_dict(weights)
+    expected = aux.state_dict(keep_vars=True)
+    given = {id(expected[key]) for key in weights if key in expected}
+    wrong = {key for key in expected if id(expected[key]) not in given} | (weights.keys() - expected.keys())
+    if wrong:  # tied weights are saved under one of their names
+        raise ValueError(f"the auxiliary's weights must be those of its adapters' configurations, got {min(wrong)}")
+    aux.load_state_dict(weights, strict=False)
     aux._hf_peft_config_loaded = True  # transformers' methods for adapters (disable_adapters, ...) ask for it
     for name in aux_adapters["trained"]:
         aux.get_parameter(name).requires_grad_(True)

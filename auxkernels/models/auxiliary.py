@@ -4,94 +4,28 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.utils import can_return_tuple
 
-from ..cross_entropy import aux_cross_entropy
-from ..sources import Logits, Source, row_scale
 from . import adapters, base_pointer, saving
 from . import auxiliary_inputs as reading
-from .causal_lm import (
-    are_packed,
-    check_frozen,
-    check_trunk,
-    has_cache,
-    is_dead,
-    is_stateful,
-    keeps_state,
-    router_loss,
-    trunk_index,
-    wants_router_logits,
-)
-from .composite_generation import GenerationOfComposites, inherited
+from .causal_lm import check_frozen, check_trunk, has_cache, is_dead, is_stateful, keeps_state, trunk_index
+from .composite_generation import inherited
 from .config_fields import describe_as
 from .configuration import AuxiliaryConfig
-from .heads import (
-    CalledHead,
-    OutputHead,
-    check_output_head,
-    detached,
-    kept_positions,
-    output_head,
-    probe,
-    zero_output_head,
-)
-from .modules import device_of, features, head_width, run
+from .frozen_base import Call, Given, OnFrozenBase
+from .heads import CalledHead, check_output_head, output_head, probe, zero_output_head
+from .modules import device_of, head_width, run
 from .paired_cache import PairedCache
-from .small import (
-    added,
-    check_hidden_states,
-    check_zero_init,
-    drop_unread_weights,
-    hidden_width,
-    is_frozen_at_zero,
-    low_rank_head,
-    new_head,
-    small_model,
-)
-from .token_statistics import OwnTokenStatistics, check_no_further_loss
+from .small import check_zero_init, drop_unread_weights, hidden_width, is_frozen_at_zero, new_head, small_model
+from .sums import AuxiliaryCausalLMOutput
 from .vocabulary import check_tokenizers, shared_width
 
-_GROWING = (None, "dynamic", "dynamic_full")
 
-
-@dataclass
-class AuxiliaryCausalLMOutput(ModelOutput):
-    """What `AuxiliaryForCausalLM` returns. With labels, all numbers are 0-d tensors over the counted tokens.
-
-    loss            cross-entropy of the summed logits, nats; has a gradient
-    logits          [batch, kept, V], V the base's width; None where they were skipped
-    past_key_values `PairedCache`, with use_cache
-    hidden_states   the base's, with output_hidden_states
-    base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained, but
-                    not in training with config.label_smoothing, which smooths the loss alone, nor with router_loss.
-                    None in training with a shared head, where it would cost a product of its own
-    router_loss     a mixture of experts' weighted balancing loss, which the loss includes: the auxiliary's alone, where
-                    its configuration or the call says output_router_logits; else None
-    token_accuracy, entropy           means over the counted tokens; entropy of the summed softmax, nats
-    num_valid_tokens, num_correct_tokens, entropy_sum   what those are means of
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    base_loss: Tensor | None = None
-    token_accuracy: Tensor | None = None
-    entropy: Tensor | None = None
-    num_valid_tokens: Tensor | None = None
-    num_correct_tokens: Tensor | None = None
-    entropy_sum: Tensor | None = None
-    router_loss: Tensor | None = None
-
-
-class AuxiliaryForCausalLM(
-    adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfComposites, PreTrainedModel, GenerationMixin
-):
+class AuxiliaryForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
     """softmax(base logits + aux_scale * aux logits), the base frozen: `from_base_and_aux` or `from_pretrained`.
 
     base              the frozen model: in eval mode, without gradients and run under no_grad, whatever is called
@@ -143,8 +77,8 @@ class AuxiliaryForCausalLM(
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
         self._has_known_head = False  # a frozen one that passes gradients, or of which the user was warned
-        unread = {f"aux.{name}" for name, weight in aux.named_parameters() if not weight.numel()}
-        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()} | unread
+        self._unread_keys = {f"aux.{name}" for name, weight in aux.named_parameters() if not weight.numel()}
+        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._is_pointer_checked = False
         self._freeze_base()
         self.train(aux.training)
@@ -273,30 +207,11 @@ class AuxiliaryForCausalLM(
         """Adds the adapters that are in use on the auxiliary to its weights, and removes all of them."""
         adapters.merge(self.aux)
 
-    def _check_pointer(self) -> None:
-        """Says at the first step what would otherwise be found at the first checkpoint, or after it."""
-        if not self._is_pointer_checked and not torch.compiler.is_compiling():
-            self._is_pointer_checked = True
-            base_pointer.warn_of_pointer(self)
+    @property
+    def _auxiliaries(self) -> list[AuxiliaryForCausalLM]:
+        return [self]
 
-    # -- the base stays frozen -----------------------------------------------------------------------------------------
-
-    def init_weights(self):
-        """Nothing: both models come with their weights."""
-
-    def _freeze_base(self) -> None:
-        self.base.requires_grad_(False)
-        self.base.eval()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.base.eval()
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True):
-        super().requires_grad_(requires_grad)
-        self.base.requires_grad_(False)
-        return self
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def _check_trainable(self) -> None:
         """ValueError for adapters in the base; warns once where the auxiliary's weights get no gradient."""
@@ -327,12 +242,6 @@ class AuxiliaryForCausalLM(
     def get_input_embeddings(self):
         return self.aux.get_input_embeddings()
 
-    def get_output_embeddings(self):
-        return None  # no single layer makes the sum
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError("resize_token_embeddings must be called on base and aux before they are joined")
-
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def generate(self, *args, aux_scale: float | Tensor | None = None, **kwargs):
@@ -352,22 +261,6 @@ class AuxiliaryForCausalLM(
             names = [type(model).__name__ for model in (self.base, self.aux) if not has_cache(model)]
             raise ValueError(f"use_cache must be False: {' and '.join(names)} has no cache that can be paired")
         return PairedCache.of_configs(self.base.config, self.aux.config)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is not None:
-            reading.check_cache(model_kwargs["past_key_values"])
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.cache_implementation not in _GROWING:
-            raise ValueError(
-                f"cache_implementation must be 'dynamic' for two models, got {generation_config.cache_implementation!r}"
-            )
-        if not self._has_cache:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
-        return None
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
@@ -411,77 +304,20 @@ class AuxiliaryForCausalLM(
                             them if a short name matches
         Warns               in training, once, where the auxiliary's head is zero and frozen: nothing learns behind it
         """
-        # not in the signature, where Trainer would take it for a second label that every batch must have
-        shift_labels, token_statistics = kwargs.pop("shift_labels", None), kwargs.pop("token_statistics", None)
-        target = reading.shifted(labels) if shift_labels is None else shift_labels
-        reading.check_inputs(input_ids, target, num_items_in_batch, kwargs)
-        if self.training and target is not None:
-            self._check_pointer()
-        if past_key_values is not None:
-            reading.check_cache(past_key_values)
-        if self.training and target is not None and torch.is_grad_enabled():
-            self._check_trainable()
-        if use_cache is None:
-            is_new = target is None and not self.training and not are_packed(attention_mask, position_ids)
-            use_cache = past_key_values is not None or (self.config.use_cache and is_new)
-        if use_cache and past_key_values is None and self._has_cache:
-            past_key_values = self.new_cache()
-        use_cache = use_cache and past_key_values is not None
-
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        text = reading.Text(input_ids, attention_mask, position_ids, past_key_values, past)
-        scale = reading.row_scale(self.config.aux_scale if aux_scale is None else aux_scale, input_ids.shape)
-        reader = self.aux if self.config.trunk_layer is None else self.base
-        pad_token_id = getattr(reader.config.get_text_config(), "pad_token_id", None)
-        behind = reading.aux_text(text, aux_input_ids, aux_attention_mask, pad_token_id, *self._keep_states)
-        if past_key_values is not None:
-            past_key_values.is_complete = False
-        is_balanced = target is not None and wants_router_logits(self.aux, kwargs.pop("output_router_logits", None))
-        h_base, states = self._run_base(text, use_cache, output_hidden_states, kwargs)
-        aux_kwargs = kwargs | ({"output_router_logits": True} if is_balanced else {})
-        aux_output = self._run_aux(text, behind, use_cache, states, aux_kwargs)
-        h_aux = behind.of_text(features(aux_output))
-        if past_key_values is not None:
-            past_key_values.prefix_mask, past_key_values.arranged_mask = behind.prefix_mask, behind.arranged_mask
-            past_key_values.is_complete = True
-
-        if self.config.head != "own":
-            check_hidden_states(self.base if self.config.head == "shared" else None, self.aux)
-        if token_statistics is not None:
-            check_no_further_loss(self, is_balanced)
-            base, aux = self._sources(h_base, h_aux, scale)
-            is_shifted, width = shift_labels is not None, self.config.num_valid_tokens
-            return token_statistics(base, aux or [], target, is_shifted, width, num_items_in_batch)
-        numbers = {} if target is None else self._loss(h_base, h_aux, target, scale, num_items_in_batch)
-        router = router_loss(self.aux, aux_output, behind.attention_mask) if is_balanced else None
-        if router is not None:
-            numbers |= {"loss": numbers["loss"] + router.to(numbers["loss"].device), "router_loss": router}
-        if skip_logits is None:
-            skip_logits = target is not None and (self.training or self.config.skip_logits_in_evaluation)
-        return AuxiliaryCausalLMOutput(
-            logits=None if skip_logits else self._logits(h_base, h_aux, scale, logits_to_keep),
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=states if output_hidden_states else None,
-            **numbers,
+        call = Call(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            labels,
+            use_cache,
+            logits_to_keep,
+            skip_logits,
+            num_items_in_batch,
+            output_hidden_states,
         )
-
-    def _run_base(self, text: reading.Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict):
-        """`features` [batch, new, D] and, where they are wanted, all of them."""
-        wants_states = bool(output_hidden_states) or self.config.trunk_layer is not None
-        if self.base.training:  # it may be shared
-            self.base.eval()
-        with torch.no_grad():
-            output = run(
-                self.base,
-                input_ids=text.input_ids,
-                attention_mask=text.attention_mask,
-                position_ids=text.position_ids,
-                past_key_values=None if text.cache is None else text.cache.base,
-                use_cache=bool(use_cache),
-                output_hidden_states=wants_states,
-                **kwargs,
-            )
-        return features(output), output.hidden_states if wants_states else None
+        scale = self.config.aux_scale if aux_scale is None else aux_scale
+        return self._called(call, [Given(scale, aux_input_ids, aux_attention_mask)], kwargs)
 
     def _run_aux(self, text: reading.Text, behind: reading.AuxText, use_cache: bool, states, kwargs: dict):
         """What the auxiliary returns (`run`) for prefix and text, in the order in which they are read."""
@@ -518,80 +354,3 @@ class AuxiliaryForCausalLM(
             **kwargs,
         )
         return output.hidden_states[self.config.trunk_layer]
-
-    def _frozen_sources(self, h_base: Tensor) -> list[Source]:
-        """Of the base's head, which gets no gradient; hidden states that need one do."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and h_base.requires_grad):
-            sources = output_head(self.base).sources(h_base)
-        return [one if isinstance(one, Logits) and h_base.requires_grad else detached(one) for one in sources]
-
-    def _summed(self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor) -> Tensor:
-        """What the base's head makes the sum of, with a shared head."""
-        dtype = getattr(output_head(self.base), "weight", h_base).dtype
-        return added(h_base, self.aux_head(h_aux.to(h_base.device)), scale, dtype)
-
-    def _own_head(self, h_aux: Tensor) -> tuple[Tensor, OutputHead | CalledHead]:
-        """The auxiliary's head and what enters it."""
-        if self.config.head == "own":
-            return h_aux, output_head(self.aux)
-        down, head = low_rank_head(self.aux_head)
-        return down(h_aux), head
-
-    def _sources(
-        self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor
-    ) -> tuple[list[Source], list[Source] | None]:
-        """Base and auxiliary as `aux_cross_entropy` takes them; a shared head makes one of them."""
-        if self.config.head == "shared":
-            return self._frozen_sources(self._summed(h_base, h_aux, scale)), None
-        hidden, head = self._own_head(h_aux)
-        aux = [
-            replace(source, scale=scale if source.scale == 1.0 else source.scale * scale)
-            for source in head.sources(hidden)
-        ]
-        return self._frozen_sources(h_base), aux
-
-    def _loss(self, h_base, h_aux, target, scale, num_items_in_batch) -> dict[str, Tensor]:
-        options = {"ignore_index": reading.IGNORE_INDEX, "vocab_size": self.config.num_valid_tokens}
-        loss, stats = aux_cross_entropy(
-            *self._sources(h_base, h_aux, scale),
-            target,
-            label_smoothing=self.config.label_smoothing if self.training else 0.0,
-            normalizer=num_items_in_batch,
-            return_stats=True,
-            **options,
-        )
-        num_valid = (target != reading.IGNORE_INDEX).sum()
-        num_correct, entropy_sum = (stats.argmax == target).sum(), stats.entropy.sum()
-        base_loss = None
-        if self.config.head != "shared":
-            base_loss = -stats.base_log_prob.sum() / (num_valid if num_items_in_batch is None else num_items_in_batch)
-        elif not self.training:
-            base = self._frozen_sources(h_base.detach())
-            base_loss = aux_cross_entropy(base, None, target, normalizer=num_items_in_batch, **options)
-        return {
-            "loss": loss,
-            "base_loss": base_loss,
-            "token_accuracy": num_correct / num_valid,
-            "entropy": entropy_sum / num_valid,
-            "num_valid_tokens": num_valid,
-            "num_correct_tokens": num_correct,
-            "entropy_sum": entropy_sum,
-        }
-
-    def _logits(self, h_base: Tensor, h_aux: Tensor, scale: float | Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        """[batch, kept, V] in float32 at least: a sum rounded to 16 bits would lose the auxiliary's part."""
-        kept = kept_positions(logits_to_keep)
-        if isinstance(scale, Tensor) and scale.dim() == 2:
-            scale = scale[:, kept]
-        h_base, h_aux, num_valid = h_base[:, kept], h_aux[:, kept], self.config.num_valid_tokens
-        if self.config.head == "shared":
-            base = output_head(self.base).logits(self._summed(h_base, h_aux, scale))
-            total = base[..., :num_valid].to(torch.promote_types(base.dtype, torch.float32))
-        else:
-            with torch.no_grad():
-                base = output_head(self.base).logits(h_base)
-            hidden, head = self._own_head(h_aux)
-            aux = head.logits(hidden)
-            dtype = torch.promote_types(torch.promote_types(base.dtype, aux.dtype), torch.float32)
-            total = base[..., :num_valid].to(dtype) + row_scale(scale, dtype) * aux[..., :num_valid].to(dtype)
-        return nn.functional.pad(total, (0, self.config.vocab_size - num_valid), value=-torch.inf)

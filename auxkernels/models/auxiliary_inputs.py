@@ -158,12 +158,12 @@ def shifted(labels: Tensor | None) -> Tensor | None:
     return None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def row_scale(scale: float | Tensor, shape: torch.Size) -> float | Tensor:
+def row_scale(scale: float | Tensor, shape: torch.Size, name: str = "aux_scale") -> float | Tensor:
     """A number or 0-d tensor as it is; one for each text, [batch], as one for each position, [batch, new]."""
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale
     if scale.shape != shape[:1]:
-        raise ValueError(f"aux_scale must be a number or a tensor of shape [] or [{shape[0]}], got {list(scale.shape)}")
+        raise ValueError(f"{name} must be a number or a tensor of shape [] or [{shape[0]}], got {list(scale.shape)}")
     return scale[:, None].expand(shape)
 
 

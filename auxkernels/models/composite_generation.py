@@ -6,7 +6,9 @@ import copy
 from functools import partial
 from typing import ClassVar
 
-from transformers import GenerationConfig
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
@@ -35,10 +37,12 @@ class GenerationOfComposites:
 
     _has_cache       whether the models inside have caches; if not, all tokens are read again at each step
     _own_arguments   those of `forward` that generate() passes on and that other models do not know
+    _unconditional_arguments   those in place of the call's, for the unconditional text under guidance
     """
 
     _has_cache = True
     _own_arguments: ClassVar[tuple[str, ...]] = ()
+    _unconditional_arguments: ClassVar[dict] = {}
     # the others are code from elsewhere, which reads one model's head, states and cache
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [
         GenerationMode.GREEDY_SEARCH,
@@ -63,17 +67,23 @@ class GenerationOfComposites:
     def _get_logits_processor(self, generation_config, *args, model_kwargs: dict | None = None, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         own = {name: model_kwargs[name] for name in self._own_arguments if (model_kwargs or {}).get(name) is not None}
-        for processor in processors:
+        own |= self._unconditional_arguments
+        for i, processor in enumerate(processors):
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
                 processor.model = partial(self, **own)
+                processors[i] = _GuidanceOfTheRest(processor)
         return processors
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, type(self)):
+        if not self._shares_arguments(assistant_model):
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in self._own_arguments}
         return super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    def _shares_arguments(self, assistant) -> bool:
+        """Whether an assistant takes `_own_arguments` for what this model takes them for."""
+        return isinstance(assistant, type(self))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if self._has_cache:
@@ -84,6 +94,16 @@ class GenerationOfComposites:
     def init_continuous_batching(self, *args, **kwargs):
         """Raises ValueError: continuous batching has one cache, and no place for the arguments of each text."""
         raise ValueError(f"{type(self).__name__} cannot batch continuously (generate_batch): use generate")
+
+
+class _GuidanceOfTheRest(LogitsProcessor):
+    """Classifier-free guidance for what has a probability: differences of infinities are NaN, which argmax takes."""
+
+    def __init__(self, guidance: LogitsProcessor):
+        self.guidance = guidance
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.guidance(input_ids, scores).masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def has_guidance(generation_config) -> bool:

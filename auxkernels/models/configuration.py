@@ -13,7 +13,8 @@ VOCAB_POLICIES = ("strict", "pad")
 HEADS = ("own", "shared", "low_rank")
 
 
-def _as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedConfig | None:
+def as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedConfig | None:
+    """A configuration, also of a dict with model_type. Raises TypeError."""
     if given is None or isinstance(given, PretrainedConfig):
         return given
     if not isinstance(given, dict) or "model_type" not in given:
@@ -114,8 +115,8 @@ class AuxiliaryConfig(PretrainedConfig):
             None if size is None else checks.integer(name, size) for name, size in sizes.items()
         )
         super().__init__(**kwargs)
-        self.base_config = _as_config("base_config", base_config)
-        self.aux_config = _as_config("aux_config", aux_config)
+        self.base_config = as_config("base_config", base_config)
+        self.aux_config = as_config("aux_config", aux_config)
         self.trunk_layer = trunk_layer
         self.head, self.head_rank = head, head_rank
         self.vocab_policy = vocab_policy

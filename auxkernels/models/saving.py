@@ -212,23 +212,11 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
 
     write   `PreTrainedModel.save_pretrained` of the model
     """
-    config = model.config
-    if kwargs.get("push_to_hub"):
-        raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
-    if not save_base and not config.base_name_or_path:
-        raise ValueError(
-            f"save_base must be True for a base that has no name to be found by: or {base_pointer.way_to_save(model)}"
-        )
-    if state_dict is None:
-        state_dict = model.state_dict()
-    ignored = model._keys_to_ignore_on_save  # also matrices that nothing reads
-    own = {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in ignored)}
-    _check_adapters(model, save_base)
-    _check_target(os.fspath(folder), config, save_base)
-    config.base_is_saved, config.aux_adapters = save_base, adapters.described(model.aux)
-    if not is_sharded(model.base):  # else it is as it was when all ranks joined the models: this one may save alone
-        config.base_fingerprint = fingerprint(model.base)
-    model.aux.config.dtype, model.base.config.dtype = model.aux.dtype, model.base.dtype
+    check_can_save(model, save_base, kwargs)
+    own = _own_weights(model, state_dict)
+    check_adapters(model, save_base)
+    check_target(os.fspath(folder), model.config, save_base)
+    _describe(model, save_base)
     if not kwargs.get("is_main_process", True):
         write(folder, state_dict=own, **kwargs)
         return
@@ -237,10 +225,43 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         write(new, state_dict=own, **kwargs)
         if save_base:
             model.base.save_pretrained(os.path.join(new, BASE_FOLDER))
-        _move_in(new, os.fspath(folder))
+        move_in(new, os.fspath(folder))
 
 
-def _check_adapters(model, save_base: bool) -> None:
+def write_folder(model, folder: str, state_dict: dict, kwargs: dict) -> None:
+    """Writes an `AuxiliaryForCausalLM` to a new folder, without its base and whether or not that has a name."""
+    _describe(model, save_base=False)
+    PreTrainedModel.save_pretrained(model, folder, state_dict=_own_weights(model, state_dict), **kwargs)
+
+
+def check_can_save(model, save_base: bool, kwargs: dict) -> None:
+    """ValueError for what no folder can be made of."""
+    if kwargs.get("push_to_hub"):
+        raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
+    if not save_base and not model.config.base_name_or_path:
+        raise ValueError(
+            f"save_base must be True for a base that has no name to be found by: or {base_pointer.way_to_save(model)}"
+        )
+
+
+def _own_weights(model, state_dict: dict | None) -> dict[str, Tensor]:
+    """What is saved of an auxiliary's state dict: neither the base's weights nor matrices that nothing reads."""
+    if state_dict is None:
+        state_dict = model.state_dict()
+    unread = model._unread_keys
+    return {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in unread)}
+
+
+def _describe(model, save_base: bool) -> None:
+    """Brings an auxiliary's configuration to what is saved."""
+    config = model.config
+    config.base_is_saved, config.aux_adapters = save_base, adapters.described(model.aux)
+    if not is_sharded(model.base):  # else it is as it was when all ranks joined the models: this one may save alone
+        config.base_fingerprint = fingerprint(model.base)
+    model.aux.config.dtype, model.base.config.dtype = model.aux.dtype, model.base.dtype
+
+
+def check_adapters(model, save_base: bool) -> None:
     """ValueError for adapters that the folder would not hold; those of a base that is pointed to are its own affair."""
     adapters.check_saveable(model)
     if save_base and adapters.has_adapters(model.base):
@@ -258,25 +279,37 @@ def _old_config(folder: str) -> dict | None:
         return {}
 
 
-def _check_target(folder: str, config: AuxiliaryConfig, save_base: bool) -> None:
-    """Raises ValueError where saving to a folder would destroy what is not an old version of the model."""
+def check_target(folder: str, config: PretrainedConfig, save_base: bool, folders: tuple[str, ...] = ()) -> None:
+    """Raises ValueError where saving to a folder would destroy what is not an old version of the model.
+
+    folders   names of those that the model has in its folder, beside that of a base
+    """
     old = _old_config(folder)
     if old is not None and old.get("model_type") != config.model_type:
+        kind = type(config).__name__.replace("Config", "ForCausalLM")
         raise ValueError(
-            f"save_directory must be new or hold an AuxiliaryForCausalLM, {folder} holds a model of type "
-            f"{old.get('model_type')!r}"
+            f"save_directory must be new or hold an {kind}, {folder} holds a model of type {old.get('model_type')!r}"
         )
-    base, inside = config.base_name_or_path, os.path.realpath(os.path.join(folder, BASE_FOLDER))
+    base, within = config.base_name_or_path, [BASE_FOLDER, *folders]
+    inside = {name: os.path.realpath(os.path.join(folder, name)) for name in within}
     if base and os.path.isdir(base):
         base = os.path.realpath(base)
-        if base == os.path.realpath(folder) or base == inside or base.startswith(inside + os.sep):
+        if base == os.path.realpath(folder) or any(
+            base == one or base.startswith(one + os.sep) for one in inside.values()
+        ):
             raise ValueError(f"save_directory must be apart from the base's own folder {base}, got {folder}")
-    if save_base and os.path.lexists(inside) and not (old or {}).get("base_is_saved"):
+    if save_base and os.path.lexists(inside[BASE_FOLDER]) and not (old or {}).get("base_is_saved"):
         raise ValueError(f"save_directory must have no {BASE_FOLDER}/ of other origin with save_base, got {folder}")
+    for name in folders:
+        if old is None and os.path.lexists(inside[name]):
+            raise ValueError(f"save_directory must have no {name}/ of other origin, got {folder}")
 
 
-def _move_in(new: str, folder: str) -> None:
-    """Replaces a folder's model: while its files are changed it has no configuration, and so does not load."""
+def move_in(new: str, folder: str, folders: tuple[str, ...] = ()) -> None:
+    """Replaces a folder's model: while its files are changed it has no configuration, and so does not load.
+
+    folders   as for `check_target`
+    """
     if not os.path.exists(os.path.join(new, CONFIG_NAME)):
         raise RuntimeError(f"nothing was saved to {folder}: no {CONFIG_NAME} was written")
     old = _old_config(folder)
@@ -284,6 +317,8 @@ def _move_in(new: str, folder: str) -> None:
         os.remove(os.path.join(folder, CONFIG_NAME))
         if old.get("base_is_saved"):
             shutil.rmtree(os.path.join(folder, BASE_FOLDER), ignore_errors=True)
+        for name in folders:
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     for name in os.listdir(folder):
         if name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")):
             os.remove(os.path.join(folder, name))
@@ -296,20 +331,15 @@ def _move_in(new: str, folder: str) -> None:
 
 def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **kwargs):
     """(config, base, aux, other weights) of a saved folder; arguments as for `from_pretrained`."""
-    where, base = hub_options(kwargs), adapters.language_model("base", base)
+    where = hub_options(kwargs)
     if config is None:
         config = AuxiliaryConfig.from_pretrained(folder, **where)
     if not isinstance(config, AuxiliaryConfig):
         raise TypeError(f"config must be an AuxiliaryConfig, got {type(config).__name__}")
     if config.base_config is None or config.aux_config is None:
         raise OSError(f"{folder} must hold the configuration of an AuxiliaryForCausalLM, found none")
+    base, base_model = load_base(folder, config, base, base_kwargs, check_base, kwargs)
     model_kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_FOLDER}
-    base_model = _base_of(folder, config, base, {**model_kwargs, **(base_kwargs or {})}, where, base_kwargs)
-    if check_base and config.base_fingerprint is None:
-        raise ValueError(f"{folder} must say which base it was saved with: pass check_base=False for any")
-    if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
-        advice = base_pointer.advice_on(config.base_config, base_model, "base")
-        raise ValueError(f"base must be the model that the auxiliary was saved with, {advice}")
     weights = weights_of(folder, where)
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
     if type(config.aux_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -332,8 +362,24 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     if config.aux_adapters:
         adapters.put_in(aux, {**unread, **own}, config.aux_adapters)
     _keep_dtypes(aux, own, kwargs)
-    _point_to(config, base, base_model, check_base, base_kwargs)
+    point_to(config, base, base_model, check_base, base_kwargs)
     return config, base_model, aux, weights
+
+
+def load_base(folder, config, base, base_kwargs: dict | None, check_base: bool, kwargs: dict):
+    """(base as it was given, the model): of a folder's pointer, or given. Arguments as for `from_pretrained`.
+
+    config   the folder's; kwargs: those of all models
+    """
+    where, base = hub_options(kwargs), adapters.language_model("base", base)
+    model_kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_FOLDER}
+    base_model = _base_of(folder, config, base, {**model_kwargs, **(base_kwargs or {})}, where, base_kwargs)
+    if check_base and config.base_fingerprint is None:
+        raise ValueError(f"{folder} must say which base it was saved with: pass check_base=False for any")
+    if check_base and not is_same_base(config.base_fingerprint, fingerprint(base_model)):
+        advice = base_pointer.advice_on(config.base_config, base_model, "base")
+        raise ValueError(f"base must be the model that the auxiliary was saved with, {advice}")
+    return base, base_model
 
 
 def _unread_weights(config: AuxiliaryConfig) -> dict[str, Tensor]:
@@ -359,7 +405,7 @@ def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
             parameter.data = weights[name].to(parameter.device)
 
 
-def _point_to(config: AuxiliaryConfig, base, base_model, check_base: bool, base_kwargs: dict | None) -> None:
+def point_to(config: PretrainedConfig, base, base_model, check_base: bool, base_kwargs: dict | None) -> None:
     """Makes the pointer that of a base given by name, or of an unchecked model, which may be another one."""
     if isinstance(base, PreTrainedModel) and not check_base:
         config.base_name_or_path, config.base_revision = pointer(base.config.name_or_path), None
@@ -371,7 +417,7 @@ def _point_to(config: AuxiliaryConfig, base, base_model, check_base: bool, base_
         config.base_options = base_pointer.weight_options(base_model, kwargs)
 
 
-def _loading_options(config: AuxiliaryConfig, kind: str, kwargs: dict) -> dict:
+def _loading_options(config: PretrainedConfig, kind: str, kwargs: dict) -> dict:
     base = {"name": config.base_name_or_path, "config": config.base_config}
     return base_pointer.loading_options(config.base_options, kind, kwargs, argument="base", **base)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ..sources import row_scale
 from .causal_lm import is_dead
 from .heads import OutputHead, untie_output_head, without_wrappers
 from .modules import is_called_whole, is_plain
@@ -68,15 +67,6 @@ def check_hidden_states(base: nn.Module | None, aux: nn.Module) -> None:
             raise ValueError(
                 f"{name} must be a transformers model without hooks, or with head='own': only its logits are known"
             )
-
-
-def added(h_base: Tensor, projected: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """h_base + scale * projected, [*, D]: summed in float32 at least and rounded once, to the dtype of the base's head.
-
-    scale   number, 0-d, or one for each row
-    """
-    wide = torch.promote_types(torch.promote_types(h_base.dtype, projected.dtype), torch.float32)
-    return (h_base.to(wide) + row_scale(scale, wide) * projected.to(wide)).to(dtype)
 
 
 # -- matrices that nothing reads ---------------------------------------------------------------------------------------

@@ -162,6 +162,18 @@ def test_checkpoint_holds_the_auxiliary_and_resumes_to_the_same_weights(base_fol
     assert_same_network(loaded.state_dict(), half.state_dict())
 
 
+@pytest.mark.parametrize("head", ["shared", "own"])
+def test_weights_that_nothing_reads_are_not_missed(base_folder, tmp_path, head):
+    from safetensors.torch import load_file
+
+    model = new_pair(base_folder, head=head, trunk_layer=1)
+    model.save_pretrained(tmp_path / "saved")
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(weight.numel() for weight in weights.values())
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    assert set(missing) == set(model._keys_to_ignore_on_save)  # else Trainer warns when it resumes
+
+
 def test_label_smoothing_of_trainer_is_an_error_that_names_the_models_own(base_folder, tmp_path):
     run = trainer(new_pair(base_folder), tmp_path, label_smoothing_factor=0.1)
     for call in (run.train, run.evaluate):

@@ -8,6 +8,8 @@ transformers = pytest.importorskip("transformers")
 import planner_models  # noqa: E402
 from tiny import VOCAB_SIZE, tiny_model, tiny_pair  # noqa: E402
 
+from auxkernels.models import AuxiliaryForCausalLM  # noqa: E402
+
 NEW = 6
 PREFIX = torch.tensor([[7, 9, 11], [0, 21, 23], [31, 33, 35]])
 PREFIX_MASK = (PREFIX != 0).long()
@@ -43,6 +45,21 @@ def test_the_unconditional_branch_has_the_arguments_of_the_call(own, negative, t
     want = guided_loop(model, tokens, unconditional, 2.5, **kwargs)
     assert generate(model, tokens, guidance_scale=2.5, **given, **kwargs).equal(want)
     assert not generate(model, tokens, guidance_scale=2.5, **given).equal(want)
+
+
+@torch.no_grad()
+def test_columns_that_do_not_count_are_not_guided(tokens):
+    models = tiny_model("llama", vocab_size=64, seed=1), tiny_model("gpt2", seed=2)
+    model = AuxiliaryForCausalLM.from_base_and_aux(*models, zero_init=False, vocab_policy="pad")
+    text, negative = tokens, tokens[:, -1:]
+    for _ in range(NEW):
+        scores, unconditional = (
+            model(ids, use_cache=False).logits[:, -1, :VOCAB_SIZE].log_softmax(-1) for ids in (text, negative)
+        )
+        best = (unconditional + 2.5 * (scores - unconditional)).argmax(-1, keepdim=True)
+        text, negative = torch.cat([text, best], dim=1), torch.cat([negative, best], dim=1)
+    got = model.generate(tokens, max_new_tokens=NEW, do_sample=False, eos_token_id=65, guidance_scale=2.5)
+    assert got.equal(text)
 
 
 @torch.no_grad()

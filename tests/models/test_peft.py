@@ -113,6 +113,18 @@ def test_a_head_with_adapters_is_not_replaced_by_zeros():
             AuxiliaryForCausalLM.from_base_and_aux(tiny_model("llama"), wrapped)
 
 
+def test_an_auxiliary_with_adapters_and_tied_embeddings_loads(tmp_path, tokens):
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "base")
+    aux = tiny_model("gpt2", seed=2)
+    model = AuxiliaryForCausalLM.from_base_and_aux(str(tmp_path / "base"), aux, zero_init=False).eval()
+    assert aux.get_input_embeddings().weight is aux.get_output_embeddings().weight
+    model.aux = lora(model.aux, target_modules=["c_attn"])
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
+    assert loaded.aux.get_input_embeddings().weight is loaded.aux.get_output_embeddings().weight
+
+
 # -- one folder --------------------------------------------------------------------------------------------------------
 
 

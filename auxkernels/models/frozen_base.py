@@ -1,0 +1,243 @@
+"""A frozen base and what is added to its logits: what one auxiliary and an ensemble of them have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from . import adapters, base_pointer
+from . import auxiliary_inputs as reading
+from .causal_lm import are_packed, router_loss, wants_router_logits
+from .composite_generation import GenerationOfComposites
+from .heads import kept_positions
+from .modules import features, run
+from .sums import AuxiliaryCausalLMOutput, Scale, Sum, Term
+from .token_statistics import OwnTokenStatistics, check_no_further_loss
+
+_GROWING = (None, "dynamic", "dynamic_full")
+
+
+@dataclass
+class Call:
+    """What `forward` is given of the text and of what is asked for, as documented there."""
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    past_key_values: Cache | None
+    labels: Tensor | None
+    use_cache: bool | None
+    logits_to_keep: int | Tensor
+    skip_logits: bool | None
+    num_items_in_batch: int | Tensor | None
+    output_hidden_states: bool | None
+
+
+@dataclass
+class Given:
+    """What a call gives one auxiliary: its scale, a number, 0-d or [batch], and its prefix with a mask."""
+
+    scale: Scale
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfComposites):
+    """Mixed in before `PreTrainedModel` and transformers' generation.
+
+    base           the frozen model
+    _auxiliaries   the `AuxiliaryForCausalLM`s whose auxiliaries are added: a composite of one is that itself
+    """
+
+    @property
+    def _auxiliaries(self) -> list:
+        raise NotImplementedError
+
+    # -- the base stays frozen -----------------------------------------------------------------------------------------
+
+    def init_weights(self):
+        """Nothing: all models come with their weights."""
+
+    def _freeze_base(self) -> None:
+        self.base.requires_grad_(False)
+        self.base.eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True):
+        super().requires_grad_(requires_grad)
+        self.base.requires_grad_(False)
+        return self
+
+    def get_output_embeddings(self):
+        return None  # no single layer makes the sum
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("resize_token_embeddings must be called on base and aux before they are joined")
+
+    def _check_pointer(self) -> None:
+        """Says at the first step what would otherwise be found at the first checkpoint, or after it."""
+        if not self._is_pointer_checked and not torch.compiler.is_compiling():
+            self._is_pointer_checked = True
+            base_pointer.warn_of_pointer(self)
+
+    # -- caches --------------------------------------------------------------------------------------------------------
+
+    def new_cache(self) -> Cache:
+        raise NotImplementedError
+
+    def _check_cache(self, cache: Cache) -> None:
+        reading.check_cache(cache)
+
+    def _pairs(self, cache: Cache) -> list:
+        """The `PairedCache` of each auxiliary."""
+        return [cache]
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is not None:
+            self._check_cache(model_kwargs["past_key_values"])
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in _GROWING:
+            raise ValueError(
+                f"cache_implementation must be 'dynamic' for two models, got {generation_config.cache_implementation!r}"
+            )
+        if not self._has_cache:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+        return None
+
+    def _cache_of(self, call: Call, has_target: bool) -> tuple[Cache | None, bool]:
+        """The cache of a call, which may be new, and whether it is returned."""
+        cache, use_cache = call.past_key_values, call.use_cache
+        if use_cache is None:
+            is_new = not has_target and not self.training and not are_packed(call.attention_mask, call.position_ids)
+            use_cache = cache is not None or (self.config.use_cache and is_new)
+        if use_cache and cache is None and self._has_cache:
+            cache = self.new_cache()
+        return cache, bool(use_cache) and cache is not None
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def _called(
+        self,
+        call: Call,
+        given: list[Given],
+        kwargs: dict,
+        base_scale: Scale = 1.0,
+        base_floor: float | None = None,
+    ):
+        """What `forward` returns. given: of each auxiliary; base_floor: of the logits, as for `Sum.logits`."""
+        # not in the signature, where Trainer would take it for a second label that every batch must have
+        shift_labels, token_statistics = kwargs.pop("shift_labels", None), kwargs.pop("token_statistics", None)
+        target = reading.shifted(call.labels) if shift_labels is None else shift_labels
+        reading.check_inputs(call.input_ids, target, call.num_items_in_batch, kwargs)
+        if call.past_key_values is not None:
+            self._check_cache(call.past_key_values)
+        if self.training and target is not None:
+            self._check_pointer()
+            if torch.is_grad_enabled():
+                for one in self._auxiliaries:
+                    one._check_trainable()
+        cache, use_cache = self._cache_of(call, target is not None)
+        balanced = None if target is None else kwargs.pop("output_router_logits", None)
+        wants_balance = [target is not None and wants_router_logits(one.aux, balanced) for one in self._auxiliaries]
+        total, states, router = self._run(call, given, cache, use_cache, wants_balance, kwargs, base_scale)
+
+        if token_statistics is not None:
+            check_no_further_loss(self, any(wants_balance))
+            base, aux = total.sources()
+            is_shifted, width = shift_labels is not None, self.config.num_valid_tokens
+            return token_statistics(base, aux or [], target, is_shifted, width, call.num_items_in_batch)
+        numbers = {}
+        if target is not None:
+            label_smoothing = self.config.label_smoothing if self.training else 0.0
+            numbers = total.loss(target, label_smoothing, call.num_items_in_batch, self.training)
+        if router is not None:
+            numbers |= {"loss": numbers["loss"] + router.to(numbers["loss"].device), "router_loss": router}
+        skip_logits = call.skip_logits
+        if skip_logits is None:
+            skip_logits = target is not None and (self.training or self.config.skip_logits_in_evaluation)
+        logits = None
+        if not skip_logits:
+            logits = total.at(kept_positions(call.logits_to_keep)).logits(self.config.vocab_size, base_floor)
+        return AuxiliaryCausalLMOutput(
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=states if call.output_hidden_states else None,
+            **numbers,
+        )
+
+    def _run(
+        self,
+        call: Call,
+        given: list[Given],
+        cache: Cache | None,
+        use_cache: bool,
+        wants_balance: list[bool],
+        kwargs: dict,
+        base_scale: Scale,
+    ) -> tuple[Sum, tuple[Tensor, ...] | None, Tensor | None]:
+        """Runs the base once and each auxiliary once: (sum, the base's hidden states if wanted, balancing loss)."""
+        past = 0 if cache is None else cache.get_seq_length()
+        pairs = [None] * len(given) if cache is None else self._pairs(cache)
+        texts = [reading.Text(call.input_ids, call.attention_mask, call.position_ids, pair, past) for pair in pairs]
+        scales = [reading.row_scale(one.scale, call.input_ids.shape) for one in given]
+        base_scale = reading.row_scale(base_scale, call.input_ids.shape, "base_scale")
+        behind = [self._aux_text(i, text, one) for i, (text, one) in enumerate(zip(texts, given, strict=True))]
+        if cache is not None:
+            cache.is_complete = False
+        h_base, states = self._run_base(texts[0], use_cache, call.output_hidden_states, kwargs)
+        terms, router = [], None
+        for one, text, own, scale, is_balanced in zip(
+            self._auxiliaries, texts, behind, scales, wants_balance, strict=True
+        ):
+            aux_kwargs = kwargs | ({"output_router_logits": True} if is_balanced else {})
+            output = self._run_one(one, text, own, use_cache, states, aux_kwargs)
+            terms.append(Term(one, own.of_text(features(output)), scale))
+            balance = router_loss(one.aux, output, own.attention_mask) if is_balanced else None
+            if balance is not None:
+                router = balance if router is None else router + balance.to(router.device)
+            if text.cache is not None:
+                text.cache.prefix_mask, text.cache.arranged_mask = own.prefix_mask, own.arranged_mask
+        if cache is not None:
+            cache.is_complete = True
+        return Sum(self.base, h_base, terms, self.config.num_valid_tokens, base_scale), states, router
+
+    def _aux_text(self, index: int, text: reading.Text, given: Given) -> reading.AuxText:
+        """What the auxiliary of an index reads; raises before anything has run."""
+        one = self._auxiliaries[index]
+        reader = one.aux if one.config.trunk_layer is None else self.base
+        pad_token_id = getattr(reader.config.get_text_config(), "pad_token_id", None)
+        return reading.aux_text(text, given.input_ids, given.attention_mask, pad_token_id, *one._keep_states)
+
+    def _run_base(self, text: reading.Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict):
+        """`features` [batch, new, D] and, where they are wanted, all of them."""
+        wants_states = bool(output_hidden_states) or any(
+            one.config.trunk_layer is not None for one in self._auxiliaries
+        )
+        if self.base.training:  # it may be shared
+            self.base.eval()
+        with torch.no_grad():
+            output = run(
+                self.base,
+                input_ids=text.input_ids,
+                attention_mask=text.attention_mask,
+                position_ids=text.position_ids,
+                past_key_values=None if text.cache is None else text.cache.base,
+                use_cache=use_cache,
+                output_hidden_states=wants_states,
+                **kwargs,
+            )
+        return features(output), output.hidden_states if wants_states else None
+
+    def _run_one(self, one, text: reading.Text, own: reading.AuxText, use_cache: bool, states, kwargs: dict):
+        return one._run_aux(text, own, use_cache, states, kwargs)
