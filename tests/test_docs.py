@@ -13,7 +13,7 @@ PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCKS.search(page.read_t
 
 
 def test_there_are_pages():
-    assert {"peft", "trl"} <= {page.stem for page in PAGES}
+    assert {"caches", "memory", "peft", "saving", "tokenizers", "trainer", "trl"} <= {page.stem for page in PAGES}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
