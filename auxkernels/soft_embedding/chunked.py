@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, native
+from ..heads.operands import Buffers, Context, bytes_per_row, padded, plain_operand_of
 from ..heads.products import WeightGradient, multiply, plan_of
 from ..heads.rows import Rows, chunks_of, settings
-from ..heads.sides import Buffers, Setting, bytes_per_row, padded, plain_side_of
 from ..sources import Leaves
 from .request import OUTPUTS, ROW_FIELDS, Kernels, Request, SoftRows, State, Upstream
 
@@ -46,9 +46,9 @@ class LookupCall:
         is_small = first.device.type == "cpu" and not has_products and settings.num_bytes is None
         bounds = (CPU_BYTES, CPU_MIN_ROWS) if is_small else (settings.budget(first.device),)
         self.chunks = chunks_of(self.rows.num_rows, max(row_bytes, 1), *bounds)
-        setting = Setting(self.rows, self.chunks, None, *shared, in_place, False)
-        self.buffers = Buffers(setting, first)
-        self.scores = plain_side_of(sources, setting, of_source, self.buffers)
+        context = Context(self.rows, self.chunks, None, *shared, in_place, False)
+        self.buffers = Buffers(context, first)
+        self.scores = plain_operand_of(sources, context, of_source, self.buffers)
 
     @functools.cached_property
     def joined_tables(self) -> Tensor:
@@ -58,7 +58,7 @@ class LookupCall:
     def soft_rows(self, start: int, stop: int) -> SoftRows:
         """The chunk as the row kernels take it."""
         request = self.request
-        scores = with_whole_rows(self.scores.operand(start, stop).values[:, : request.num_labels()])
+        scores = with_whole_rows(self.scores.matrix(start, stop).values[:, : request.num_labels()])
         temperature, mask = request.temperature, request.mask
         if temperature is None:
             temperature = 1.0
@@ -247,12 +247,12 @@ def _backward_softmaxed(call, start, stop, fields, upstream, grad, grad_temperat
         joined = grad.transpose(0, 1).reshape(size, -1)
         multiply(joined, call.joined_tables.T, of_probabilities)
     probabilities = call.matrix("probabilities", call.plan.operands, size) if wants_products else None
-    room = call.scores.gradient_buffer(start, stop) if needs_scores else None
-    own = None if room is None else room[:, : request.num_labels()]
+    buffer = call.scores.gradient_buffer(start, stop) if needs_scores else None
+    own = None if buffer is None else buffer[:, : request.num_labels()]
     call.kernels.softmax_backward(rows, fields, of_probabilities, upstream, own, grad_temperature, probabilities)
     if wants_products:
         of_table.add_products(probabilities, grad)
-    _give_back(call, start, stop, room)
+    _give_back(call, start, stop, buffer)
 
 
 def _backward_selected(call, start, stop, fields, upstream, grad, grad_temperature, of_table, labels) -> None:
@@ -264,14 +264,14 @@ def _backward_selected(call, start, stop, fields, upstream, grad, grad_temperatu
         of_weights = torch.empty_like(weights)
         call.kernels.products(call.tables, labels, grad, of_weights, in_double)
     needs_scores, _ = call.scores.needs()
-    room = call.scores.gradient_buffer(start, stop) if needs_scores else None
-    own = None if room is None else room[:, : request.num_labels()]
+    buffer = call.scores.gradient_buffer(start, stop) if needs_scores else None
+    own = None if buffer is None else buffer[:, : request.num_labels()]
     call.kernels.select_backward(rows, fields, labels, weights, of_weights, upstream, own, grad_temperature)
     if of_table is not None and grad is not None:
         if request.hard:
             labels, weights = labels[:, :1].contiguous(), call.weights_of_argmax(fields["max"])
         of_table.scatter(labels, weights, grad)
-    _give_back(call, start, stop, room)
+    _give_back(call, start, stop, buffer)
 
 
 def _give_back(call: LookupCall, start: int, stop: int, grad: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """softmax(scores / temperature) @ table on CPU, without any option: soft_embedding.py's result by less Python.
 
-A small call is nothing but Python: here it takes a fifth of the general road, which every other call goes.
+A small call is nothing but Python: here it takes a fifth of the general path, which every other call takes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 
 from .. import dispatch
 from ..autograd import once
+from ..heads.operands import padded_matrix
 from ..heads.products import WeightGradient, multiply, plan_of
 from ..heads.rows import chunks_of, settings
-from ..heads.sides import padded_matrix
 from ..native import brought_in
 from . import chunked, ops
 from . import native as kernels
@@ -30,7 +30,7 @@ _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for 
 
 
 def serves(scores, table, temperature, seed, backend: str) -> bool:
-    """Whether the arguments are such a call's, and valid: what is not, the general road has an answer or error for."""
+    """Whether the arguments are such a call's, and valid: what is not, the general path has an answer or error for."""
     tensors = (scores, table)
     if backend == "auto":
         backend = "native"
@@ -103,7 +103,7 @@ def _general_backward(scores, table, state, temperature, grad, needs_scores: boo
 
 
 def _is_small(scores: Tensor, table: Tensor, is_forward: bool) -> bool:
-    """Whether one compiled call is the faster road."""
+    """Whether one compiled call is the faster path."""
     if not scores.dtype == table.dtype == torch.float32:
         return False
     num_products = scores.numel() * table.shape[1]
