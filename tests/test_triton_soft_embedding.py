@@ -16,8 +16,7 @@ import torch
 from oracle import assert_close
 from tolerance import OF_A_ROW, assert_alike, unit
 
-from auxkernels import Head, soft_embedding
-from auxkernels.cross_entropy import ops
+from auxkernels import Head, dispatch, soft_embedding
 from auxkernels.soft_embedding import native as on_cpu
 from auxkernels.soft_embedding import noise
 from auxkernels.soft_embedding.request import ROW_FIELDS, SoftRows, Upstream
