@@ -4,7 +4,7 @@
 
 #include "pages.h"
 #include "parallel.h"
-#include "row_kernel.h"
+#include "row.h"
 
 namespace auxk {
 

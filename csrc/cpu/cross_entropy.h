@@ -1,7 +1,7 @@
 // Cross-entropy and row statistics of softmax(base + aux) on CPU. The mathematics is in auxkernels/cross_entropy/ops.py.
 #pragma once
 
-#include "problem.h"
+#include "common/cross_entropy.h"
 
 namespace auxk {
 

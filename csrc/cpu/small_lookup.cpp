@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "block_ops.h"
 #include "parallel.h"
+#include "simd/block_ops.h"
 
 namespace auxk {
 namespace {

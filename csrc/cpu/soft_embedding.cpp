@@ -1,6 +1,6 @@
 #include "soft_embedding.h"
 
-#include "soft_kernel.h"
+#include "soft_row.h"
 
 namespace auxk {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "block_ops.h"
 #include "cross_entropy.h"
+#include "simd/block_ops.h"
 
 namespace auxk {
 

@@ -4,8 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "arguments.h"
-#include "cuda/cross_entropy.h"
+#include "common/arguments.h"
+#include "cross_entropy.h"
 
 namespace py = pybind11;
 

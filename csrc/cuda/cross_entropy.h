@@ -1,8 +1,8 @@
 // Cross-entropy and row statistics of softmax(base + aux) on CUDA devices. The mathematics is in auxkernels/cross_entropy/ops.py.
 #pragma once
 
+#include "common/cross_entropy.h"
 #include "plan.h"
-#include "problem.h"
 
 namespace auxk {
 namespace cuda {

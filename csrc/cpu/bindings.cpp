@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
-#include "cpu/add.h"
-#include "cpu/block_ops.h"
-#include "cpu/cross_entropy.h"
-#include "cpu/pages.h"
+#include "add.h"
+#include "common/arguments.h"
+#include "cross_entropy.h"
+#include "pages.h"
+#include "simd/block_ops.h"
 #include "soft_bindings.h"
 
 namespace py = pybind11;

@@ -359,7 +359,7 @@ static void multiply(void* values, DType dtype, C factor, int64_t n) {
   AUXK_DISPATCH(dtype, T, { multiply_as(static_cast<T*>(values), factor, n); })
 }
 
-#include "softmax_ops.inl"
+#include "softmax.inl"
 
 template <class C>
 static constexpr BlockOps<C> table() {

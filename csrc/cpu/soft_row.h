@@ -6,9 +6,9 @@
 #include <memory>
 #include <vector>
 
-#include "block_ops.h"
 #include "parallel.h"
-#include "row_kernel.h"
+#include "row.h"
+#include "simd/block_ops.h"
 #include "soft_embedding.h"
 
 namespace auxk {

@@ -8,8 +8,8 @@
 #include <array>
 #include <string>
 
-#include "cpu/small_lookup.h"
-#include "cpu/soft_embedding.h"
+#include "small_lookup.h"
+#include "soft_embedding.h"
 
 namespace py = pybind11;
 

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "problem.h"
+#include "cross_entropy.h"
 
 namespace auxk {
 

@@ -6,8 +6,8 @@
 #include <memory>
 #include <utility>
 
-#include "block_ops.h"
 #include "cross_entropy.h"
+#include "simd/block_ops.h"
 
 namespace auxk {
 
