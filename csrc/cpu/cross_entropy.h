@@ -1,4 +1,5 @@
-// Cross-entropy and row statistics of softmax(base + aux) on CPU. The mathematics is in auxkernels/cross_entropy/ops.py.
+// Cross-entropy and row statistics of softmax(base + aux) on CPU. The mathematics is in
+// auxkernels/cross_entropy/request.py.
 #pragma once
 
 #include "common/cross_entropy.h"

@@ -7,7 +7,10 @@
 #include <algorithm>
 #include <array>
 #include <string>
+#include <vector>
 
+#include "common/arguments.h"
+#include "common/names.h"
 #include "small_lookup.h"
 #include "soft_embedding.h"
 
@@ -16,113 +19,176 @@ namespace py = pybind11;
 namespace auxk {
 namespace {
 
-void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); }
+struct MatrixSlot {
+  enum : size_t { kValues, kDType, kRowStride, kCount };
+};
+using MatrixArguments = std::array<int64_t, MatrixSlot::kCount>;
 
-DType dtype_of(int64_t code) {
-  if (code < 0 || code > 3) throw py::value_error("dtype code must be in [0, 3], got " + std::to_string(code));
-  return static_cast<DType>(code);
+Matrix matrix_of(const MatrixArguments& a) {
+  return {pointer(a[MatrixSlot::kValues]), dtype_of(a[MatrixSlot::kDType]), a[MatrixSlot::kRowStride]};
 }
 
-// address, dtype, row stride
-using MatrixArguments = std::array<int64_t, 3>;
+struct SoftProblemSlot {
+  enum : size_t {
+    kScores,
+    kDType,
+    kNumInner,
+    kStrideOuter,
+    kStrideInner,
+    kNumRows,
+    kNumLabels,
+    kFirstRow,
+    kTemperature,
+    kTemperatureStride,
+    kSeed,
+    kMask,
+    kMaskStride,
+    kThreads,
+    kIsDouble,
+    kCount
+  };
+};
+using SoftProblemArguments = std::array<int64_t, SoftProblemSlot::kCount>;
+struct SoftProblemNumber {
+  enum : size_t { kTemperature, kGumbel, kCount };  // temperature: where no pointer is given
+};
+using SoftProblemNumbers = std::array<double, SoftProblemNumber::kCount>;
 
-Matrix matrix_of(const MatrixArguments& a) { return {pointer(a[0]), dtype_of(a[1]), a[2]}; }
+bool is_double(const SoftProblemArguments& a) { return a[SoftProblemSlot::kIsDouble] != 0; }
 
-// scores, dtype, num_inner, stride_outer, stride_inner, num_rows, K, first_row, temperature, temperature stride, seed,
-// mask, mask stride, threads, is_double
-using ProblemArguments = std::array<int64_t, 15>;
-// temperature (where no pointer is given), gumbel
-using ProblemNumbers = std::array<double, 2>;
-
-SoftProblem problem_of(const ProblemArguments& a, const ProblemNumbers& numbers) {
+SoftProblem problem_of(const SoftProblemArguments& a, const SoftProblemNumbers& numbers) {
+  using Slot = SoftProblemSlot;
   SoftProblem p;
-  p.scores.values = pointer(a[0]);
-  p.scores.dtype = dtype_of(a[1]);
-  p.scores.num_inner = a[2], p.scores.stride_outer = a[3], p.scores.stride_inner = a[4];
-  p.num_rows = a[5], p.K = a[6], p.first_row = a[7];
+  p.scores.values = pointer(a[Slot::kScores]);
+  p.scores.dtype = dtype_of(a[Slot::kDType]);
+  p.scores.num_inner = a[Slot::kNumInner];
+  p.scores.stride_outer = a[Slot::kStrideOuter], p.scores.stride_inner = a[Slot::kStrideInner];
+  p.num_rows = a[Slot::kNumRows], p.K = a[Slot::kNumLabels], p.first_row = a[Slot::kFirstRow];
   p.scores.width = p.K;
-  p.temperature = pointer(a[8]), p.temperature_stride = a[9], p.temperature_value = numbers[0];
-  p.gumbel = numbers[1], p.seed = static_cast<uint64_t>(a[10]);
-  p.mask = static_cast<const uint8_t*>(pointer(a[11])), p.mask_stride = a[12];
-  p.threads = static_cast<int>(a[13] < 1 ? 1 : a[13]);
+  p.temperature = pointer(a[Slot::kTemperature]), p.temperature_stride = a[Slot::kTemperatureStride];
+  p.temperature_value = numbers[SoftProblemNumber::kTemperature];
+  p.gumbel = numbers[SoftProblemNumber::kGumbel], p.seed = static_cast<uint64_t>(a[Slot::kSeed]);
+  p.mask = static_cast<const uint8_t*>(pointer(a[Slot::kMask])), p.mask_stride = a[Slot::kMaskStride];
+  p.threads = std::max(static_cast<int>(a[Slot::kThreads]), 1);
   if (p.num_rows < 0 || p.K < 1 || p.scores.num_inner < 1)
     throw py::value_error("there must be at least one label, got K=" + std::to_string(p.K));
   return p;
 }
 
-// max, log_denom, entropy, max_prob, sum_squares, argmax
-using RowsArguments = std::array<int64_t, 6>;
+// auxkernels.soft_embedding.request.ROW_FIELDS
+#define AUXK_SOFT_FIELDS(X)  \
+  X(Max, max)                \
+  X(LogDenom, log_denom)     \
+  X(Entropy, entropy)        \
+  X(MaxProb, max_prob)       \
+  X(SumSquares, sum_squares) \
+  X(Argmax, argmax)
+struct SoftFieldSlot {
+  enum : size_t { AUXK_SOFT_FIELDS(AUXK_ENUMERATOR) kCount };
+};
+using SoftFieldArguments = std::array<int64_t, SoftFieldSlot::kCount>;
 
-SoftRows rows_of(const RowsArguments& a) {
-  return {pointer(a[0]), pointer(a[1]), pointer(a[2]),
-          pointer(a[3]), pointer(a[4]), static_cast<int64_t*>(pointer(a[5]))};
+SoftFields fields_of(const SoftFieldArguments& a) {
+  using Slot = SoftFieldSlot;
+  SoftFields fields;
+  fields.max = pointer(a[Slot::kMax]), fields.log_denom = pointer(a[Slot::kLogDenom]);
+  fields.entropy = pointer(a[Slot::kEntropy]), fields.max_prob = pointer(a[Slot::kMaxProb]);
+  fields.sum_squares = pointer(a[Slot::kSumSquares]);
+  fields.argmax = static_cast<int64_t*>(pointer(a[Slot::kArgmax]));
+  return fields;
 }
 
-// entropy, max_prob, sum_squares, usage
-using UpstreamArguments = std::array<int64_t, 4>;
+// auxkernels.soft_embedding.request.Upstream
+#define AUXK_SOFT_UPSTREAM(X) X(Entropy, entropy) X(MaxProb, max_prob) X(SumSquares, sum_squares) X(Usage, usage)
+struct SoftUpstreamSlot {
+  enum : size_t { AUXK_SOFT_UPSTREAM(AUXK_ENUMERATOR) kCount };
+};
+using SoftUpstreamArguments = std::array<int64_t, SoftUpstreamSlot::kCount>;
 
-SoftUpstream upstream_of(const UpstreamArguments& a) {
-  return {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3])};
+SoftUpstream upstream_of(const SoftUpstreamArguments& a) {
+  using Slot = SoftUpstreamSlot;
+  SoftUpstream upstream;
+  upstream.entropy = pointer(a[Slot::kEntropy]), upstream.max_prob = pointer(a[Slot::kMaxProb]);
+  upstream.sum_squares = pointer(a[Slot::kSumSquares]), upstream.usage = pointer(a[Slot::kUsage]);
+  return upstream;
 }
 
-// k, labels, weights
-using SelectionArguments = std::array<int64_t, 3>;
+struct SelectionSlot {
+  enum : size_t { kNumSelected, kLabels, kWeights, kCount };
+};
+using SelectionArguments = std::array<int64_t, SelectionSlot::kCount>;
 
 Selection selection_of(const SelectionArguments& a) {
-  if (a[0] < 1) throw py::value_error("k must be at least 1, got " + std::to_string(a[0]));
-  return {a[0], static_cast<int64_t*>(pointer(a[1])), pointer(a[2])};
+  using Slot = SelectionSlot;
+  const int64_t k = a[Slot::kNumSelected];
+  if (k < 1) throw py::value_error("k must be at least 1, got " + std::to_string(k));
+  return {k, static_cast<int64_t*>(pointer(a[Slot::kLabels])), pointer(a[Slot::kWeights])};
 }
 
-// tables, dtype, label stride, table stride, num_tables, num_labels, D, stride of the rows from table to table
-using TablesArguments = std::array<int64_t, 8>;
+struct TablesSlot {
+  enum : size_t {
+    kTables,
+    kDType,
+    kStrideLabel,
+    kStrideTable,
+    kNumTables,
+    kNumLabels,
+    kWidth,
+    kStrideRowsTable,
+    kCount
+  };
+};
+using TablesArguments = std::array<int64_t, TablesSlot::kCount>;
 
 Tables tables_of(const TablesArguments& a) {
-  if (*std::min_element(a.begin() + 4, a.begin() + 7) < 0)
-    throw py::value_error("sizes of tables must not be negative");
-  return {{pointer(a[0]), dtype_of(a[1]), a[2]}, a[3], a[4], a[5], a[6], a[7]};
+  using Slot = TablesSlot;
+  Tables t;
+  t.tables = {pointer(a[Slot::kTables]), dtype_of(a[Slot::kDType]), a[Slot::kStrideLabel]};
+  t.stride_table = a[Slot::kStrideTable], t.stride_rows_table = a[Slot::kStrideRowsTable];
+  t.num_tables = a[Slot::kNumTables], t.num_labels = a[Slot::kNumLabels], t.D = a[Slot::kWidth];
+  if (std::min({t.num_tables, t.num_labels, t.D}) < 0) throw py::value_error("sizes of tables must not be negative");
+  return t;
 }
 
-bool is_double(const ProblemArguments& a) { return a[14] != 0; }
-
-void py_rows(const ProblemArguments& args, const ProblemNumbers& numbers, const RowsArguments& rows_args,
+void py_rows(const SoftProblemArguments& args, const SoftProblemNumbers& numbers, const SoftFieldArguments& fields_args,
              const MatrixArguments& probabilities_args) {
   const SoftProblem p = problem_of(args, numbers);
-  const SoftRows rows = rows_of(rows_args);
+  const SoftFields fields = fields_of(fields_args);
   const Matrix probabilities = matrix_of(probabilities_args);
   py::gil_scoped_release release;
-  is_double(args) ? soft_rows<double>(p, rows, probabilities) : soft_rows<float>(p, rows, probabilities);
+  is_double(args) ? soft_rows<double>(p, fields, probabilities) : soft_rows<float>(p, fields, probabilities);
 }
 
-void py_select(const ProblemArguments& args, const ProblemNumbers& numbers, const RowsArguments& rows_args,
-               const SelectionArguments& selection_args) {
+void py_select(const SoftProblemArguments& args, const SoftProblemNumbers& numbers,
+               const SoftFieldArguments& fields_args, const SelectionArguments& selection_args) {
   const SoftProblem p = problem_of(args, numbers);
-  const SoftRows rows = rows_of(rows_args);
+  const SoftFields fields = fields_of(fields_args);
   const Selection selection = selection_of(selection_args);
   if (selection.k > p.K) throw py::value_error("k must be at most K, got " + std::to_string(selection.k));
   py::gil_scoped_release release;
-  is_double(args) ? soft_select<double>(p, rows, selection) : soft_select<float>(p, rows, selection);
+  is_double(args) ? soft_select<double>(p, fields, selection) : soft_select<float>(p, fields, selection);
 }
 
-void py_backward(const ProblemArguments& args, const ProblemNumbers& numbers, const RowsArguments& rows_args,
-                 const MatrixArguments& grad_probabilities_args, const UpstreamArguments& upstream_args,
-                 const MatrixArguments& grad_scores_args, int64_t grad_temperature,
-                 const MatrixArguments& probabilities_args) {
+void py_backward(const SoftProblemArguments& args, const SoftProblemNumbers& numbers,
+                 const SoftFieldArguments& fields_args, const MatrixArguments& grad_probabilities_args,
+                 const SoftUpstreamArguments& upstream_args, const MatrixArguments& grad_scores_args,
+                 int64_t grad_temperature, const MatrixArguments& probabilities_args) {
   const SoftProblem p = problem_of(args, numbers);
-  const SoftRows rows = rows_of(rows_args);
+  const SoftFields fields = fields_of(fields_args);
   const Matrix grad_probabilities = matrix_of(grad_probabilities_args), grad_scores = matrix_of(grad_scores_args);
   const Matrix probabilities = matrix_of(probabilities_args);
   const SoftUpstream upstream = upstream_of(upstream_args);
   py::gil_scoped_release release;
   const auto run = is_double(args) ? soft_backward<double> : soft_backward<float>;
-  run(p, rows, grad_probabilities, upstream, grad_scores, pointer(grad_temperature), probabilities);
+  run(p, fields, grad_probabilities, upstream, grad_scores, pointer(grad_temperature), probabilities);
 }
 
-void py_select_backward(const ProblemArguments& args, const ProblemNumbers& numbers, const RowsArguments& rows_args,
-                        const SelectionArguments& selection_args, int64_t grad_weights,
-                        const UpstreamArguments& upstream_args, const MatrixArguments& grad_scores_args,
-                        int64_t grad_temperature) {
+void py_select_backward(const SoftProblemArguments& args, const SoftProblemNumbers& numbers,
+                        const SoftFieldArguments& fields_args, const SelectionArguments& selection_args,
+                        int64_t grad_weights, const SoftUpstreamArguments& upstream_args,
+                        const MatrixArguments& grad_scores_args, int64_t grad_temperature) {
   const SoftProblem p = problem_of(args, numbers);
-  const SoftRows rows = rows_of(rows_args);
+  const SoftFields fields = fields_of(fields_args);
   const Selection selection = selection_of(selection_args);
   const SoftUpstream upstream = upstream_of(upstream_args);
   const Matrix grad_scores = matrix_of(grad_scores_args);
@@ -130,7 +196,7 @@ void py_select_backward(const ProblemArguments& args, const ProblemNumbers& numb
     if (selection.labels[i] >= p.K) throw py::value_error("a selected label must be below K");
   py::gil_scoped_release release;
   const auto run = is_double(args) ? soft_select_backward<double> : soft_select_backward<float>;
-  run(p, rows, selection, pointer(grad_weights), upstream, grad_scores, pointer(grad_temperature));
+  run(p, fields, selection, pointer(grad_weights), upstream, grad_scores, pointer(grad_temperature));
 }
 
 void py_gather(const TablesArguments& tables_args, const SelectionArguments& selection_args, int64_t num_rows,
@@ -191,6 +257,9 @@ void py_small_backward(int64_t scores, int64_t table, int64_t N, int64_t K, int6
 }  // namespace
 
 void bind_soft_embedding(py::module_& m) {
+  // lists that go by number; Python compares these names with its own
+  m.def("soft_field_names", [] { return std::vector<std::string>{AUXK_SOFT_FIELDS(AUXK_STRING)}; });
+  m.def("soft_upstream_names", [] { return std::vector<std::string>{AUXK_SOFT_UPSTREAM(AUXK_STRING)}; });
   m.def("soft_rows", &py_rows);
   m.def("soft_select", &py_select);
   m.def("soft_backward", &py_backward);
