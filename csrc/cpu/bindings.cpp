@@ -91,9 +91,9 @@ struct ElementsSlot {
 using ElementsArguments = std::array<int64_t, ElementsSlot::kCount>;
 
 Elements elements_of(const ElementsArguments& a) {
-  const DType dtype = dtype_of(a[ElementsSlot::kDType]);
-  if (dtype == DType::kFloat64) throw py::value_error("dtype code must be in [0, 2], got 3");
-  return {pointer(a[ElementsSlot::kAddress]), dtype};
+  const int64_t code = a[ElementsSlot::kDType];
+  if (code < 0 || code > 2) throw py::value_error("dtype code must be in [0, 2], got " + std::to_string(code));
+  return {pointer(a[ElementsSlot::kAddress]), dtype_of(code)};
 }
 
 void py_add(const ElementsArguments& out, const ElementsArguments& a, const ElementsArguments& b, int64_t n,
