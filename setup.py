@@ -36,7 +36,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 MODULES = [
-    Extension("auxkernels.native._cpu", sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))),
+    Extension("auxkernels.native._cpu", sorted(glob("csrc/cpu/**/*.cpp", recursive=True))),
     Extension("auxkernels.native._cuda", glob("csrc/cuda/bindings.cpp") + sorted(glob("csrc/cuda/*.cu"))),
 ]
 # no -ffast-math: linked in, it flips flush-to-zero for the whole process. no -march: kernels choose at run time.

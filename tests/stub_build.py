@@ -40,8 +40,8 @@ def make_tree(folder):
     shutil.copytree(ROOT / "auxkernels", tree / "auxkernels", ignore=not_source)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
-    (tree / "csrc").mkdir()
-    (tree / "csrc/bindings.cpp").write_text(STUB)
+    (tree / "csrc/cpu").mkdir(parents=True)
+    (tree / "csrc/cpu/bindings.cpp").write_text(STUB)
     (tree / "csrc/answer.h").write_text("constexpr int kAnswer = 42;\n")
     (tree / "tests").mkdir()
     (tree / "tests/helper.py").touch()

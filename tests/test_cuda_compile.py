@@ -102,7 +102,7 @@ def test_exponentials_are_one_instruction(architecture):
 
 
 def test_no_float_is_added_atomically(architecture):
-    """A ticket is counted, whose value no result depends on; sums of floats would depend on who comes first."""
+    """What counts blocks is an integer that no result depends on; sums of floats would depend on who comes first."""
     for kernel in cuda_compile.kernels(architecture):
         for mnemonic in kernel.instructions:
             assert not mnemonic.startswith("RED."), (kernel.name, mnemonic)

@@ -512,18 +512,18 @@ def test_no_rows_at_all(machine):
         assert scan_of(base, None, target)[0].shape[1:] == (0,)
 
 
-def test_the_ticket_is_zero_after_every_call(machine, monkeypatch):
-    ticket = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(cuda_cross_entropy, "_ticket", lambda like: ticket)
+def test_the_counter_is_zero_after_every_call(machine, monkeypatch):
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(cuda_cross_entropy, "_counter", lambda like: counter)
     for room in (Room(), Room(3), NO_CLUSTERS, Room(1)):
         machine.use(room)
         for rows, vocab_size in ((0, 5), (1, 5), (2, 12001), (9, 33), (70, 33)):
             base, target = logits(rows, vocab_size), targets(rows, vocab_size=vocab_size)
             for options in ({"mean": True}, {"needs": 0}, {"z_loss": 0.1}):
                 first = loss_of(base, base, target, **options)
-                assert ticket == 0
+                assert counter == 0
                 assert_equal_bits(loss_of(base, base, target, **options), first)
-                assert ticket == 0
+                assert counter == 0
 
 
 # -- rows whose blocks have little to say ------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_source_archive_holds_everything_that_a_build_and_its_tests_need(tree):
         names = {name.partition("/")[2] for name in files.getnames()}
     expected = {
         "setup.py",
-        "csrc/bindings.cpp",
+        "csrc/cpu/bindings.cpp",
         "csrc/answer.h",
         "auxkernels/py.typed",
         "tests/helper.py",

@@ -1,22 +1,29 @@
-"""From tensors to what the compiled functions of cross-entropy take: pointers, sizes, strides; see csrc/arguments.h.
+"""From tensors to what the compiled functions of cross-entropy take: pointers, sizes, strides.
 
-Arguments have been checked, by the public function or by the operator.
+Lists go by number: the enums that comments here name are those of csrc/common/arguments.h. Arguments have been checked,
+by the public function or by the operator.
 """
 
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..layout import as_rows
-from ..native import DTYPE_CODES
+from ..native import DTYPE_CODES, with_orders
 from ..sources import Matrix
-from .request import FIELDS, Coefficients, Gradients, Problem, RowState
+from .request import COEFFICIENTS, FIELDS, Coefficients, Gradients, Problem, RowState
 
-_NO_SOURCE, _NO_NUMBERS = (0, 0, 0, 1, 0, 0, 0, 0), (1.0, 0.0)
+_NO_SOURCE, _NO_NUMBERS = (0,) * 8, (1.0, 0.0)
 NUM_FIELDS = len(FIELDS)
+
+
+def checked(module: ModuleType) -> ModuleType:
+    """The compiled module. Raises RuntimeError unless its fields, coefficients and row state are those of request."""
+    return with_orders(module, field_names=FIELDS, coefficient_names=COEFFICIENTS, state_names=RowState._fields)
 
 
 class Arguments:
@@ -30,7 +37,7 @@ class Arguments:
         self.compute = problem.compute()
         self.alive: list[Tensor] = []
         self.leading = (
-            (
+            (  # ProblemSlot
                 self.shape.numel(),
                 vocab_size,
                 0 if target is None else self._pointer(target),
@@ -65,7 +72,7 @@ class Arguments:
         scale_pointer = scale_stride = 0
         if isinstance(scale, Tensor):
             scale_pointer, scale_stride = self._converted_pointer(scale), int(scale.dim() > 0)
-        return (_address(values), code, width, *rows, scale_pointer, scale_stride)
+        return (_address(values), code, width, *rows, scale_pointer, scale_stride)  # SourceSlot
 
     def row_pointers(self, numbers: RowState | Coefficients) -> list[int]:
         """Of [*] tensors of the compute dtype, contiguous."""
@@ -82,7 +89,7 @@ def _address(tensor: Tensor) -> int:
 
 def _numbers(matrix: Matrix) -> tuple[float, float]:
     scale = matrix.scale
-    return (1.0 if scale is None or isinstance(scale, Tensor) else float(scale)), matrix.softcap or 0.0
+    return (1.0 if scale is None or isinstance(scale, Tensor) else float(scale)), matrix.softcap or 0.0  # SourceNumber
 
 
 @functools.cache
@@ -91,7 +98,7 @@ def _places(wanted: int) -> list[int]:
 
 
 def output_pointers(wanted: int, fields: list[Tensor], grads: Gradients) -> list[int]:
-    """One pointer for each field and gradient of the compiled module's list, 0 where it is not wanted; two dtypes."""
+    """OutputSlot: a pointer for each field and gradient, 0 where it is not wanted, and the dtypes of two gradients."""
     pointers = [0] * (NUM_FIELDS + 6)
     first = 0
     for stacked in fields:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..native import DTYPE_CODES, cuda
-from .compiled_arguments import Arguments, output_pointers
+from .. import native
+from ..native import DTYPE_CODES
+from .compiled_arguments import Arguments, checked, output_pointers
 from .request import Coefficients, Gradients, LossTerms, Problem, RowState, empty_fields
 
 # what the loss is divided by: enum Divisor of csrc/cuda/cross_entropy.h
 BY_ONE, BY_NUMBER, BY_TENSOR, BY_KEPT_ROWS = range(4)
+
+
+@functools.cache
+def cuda() -> ModuleType:
+    return checked(native.cuda())
 
 
 def _on_device_of(tensor: Tensor):
@@ -69,7 +77,7 @@ def loss(
         cuda().loss(
             *arguments.leading,
             output_pointers(wanted, fields, grads),
-            (
+            (  # LossSlot of csrc/cuda/bindings.cpp
                 # an empty tensor has no address, and one of no rows still has a loss
                 row_loss.data_ptr() or value.data_ptr(),
                 value.data_ptr(),

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .. import native
 from ..checks import in_range_message
-from ..native import DTYPE_CODES, cpu
-from .compiled_arguments import Arguments, output_pointers
+from ..native import DTYPE_CODES
+from .compiled_arguments import Arguments, checked, output_pointers
 from .request import Coefficients, Gradients, LossTerms, Problem, RowState, empty_fields
 
 _NO_GRADIENTS = Gradients()
+
+
+@functools.cache
+def cpu() -> ModuleType:
+    return checked(native.cpu())
 
 
 def _run(arguments: Arguments, function: Callable, *rest) -> None:

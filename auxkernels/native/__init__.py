@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +42,21 @@ def cpu() -> ModuleType:
 def cuda() -> ModuleType:
     """The compiled CUDA module, likewise."""
     return _loaded("cuda")
+
+
+def with_orders(module: ModuleType, **orders: Sequence[str]) -> ModuleType:
+    """The module. Raises RuntimeError unless each of its functions so named returns these names in this order.
+
+    Python and C++ pass lists that go by number: a module of other sources would read one number as another.
+    """
+    for function, expected in orders.items():
+        found = list(getattr(module, function, list)())
+        if found != list(expected):
+            raise RuntimeError(
+                f"{module.__name__} was built from other sources than this package: its {function} are {found}, the "
+                f"package has {list(expected)}; rebuild it: pip install ., or python setup.py build_ext --inplace"
+            )
+    return module
 
 
 def missing() -> str | None:

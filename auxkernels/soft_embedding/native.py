@@ -1,17 +1,28 @@
 """Row kernels of soft_embedding on CPU: from tensors to the pointers, sizes and strides that the compiled module takes.
 
-Arguments have been checked by the operator (chunked.py), which works on chunks of rows.
+Lists go by number: the enums that comments here name are those of csrc/cpu/soft_bindings.cpp. Arguments have been
+checked by the operator (chunked.py), which works on chunks of rows.
 """
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from ..native import DTYPE_CODES, cpu
+from .. import native
+from ..native import DTYPE_CODES, with_orders
 from .request import ROW_FIELDS, SoftRows, Upstream
 
 _NO_MATRIX = (0, 0, 0)
+_NO_UPSTREAM = (0,) * len(Upstream._fields)
+
+
+@functools.cache
+def cpu() -> ModuleType:
+    return with_orders(native.cpu(), soft_field_names=ROW_FIELDS, soft_upstream_names=Upstream._fields)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -22,7 +33,45 @@ def _matrix(tensor: Tensor | None) -> tuple[int, int, int]:
     """A [C, X] tensor whose rows are contiguous."""
     if tensor is None:
         return _NO_MATRIX
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride(0)
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride(0)  # MatrixSlot
+
+
+def _leading(
+    scores: int,
+    dtype: torch.dtype,
+    row_stride: int,
+    shape: tuple[int, int],
+    first_row: int,
+    temperature: float,
+    *,
+    temperature_pointer: int = 0,
+    temperature_stride: int = 0,
+    gumbel: float = 0.0,
+    seed: int = 0,
+    mask: int = 0,
+    mask_stride: int = 0,
+    is_double: bool = False,
+) -> tuple[tuple[int, ...], tuple[float, float]]:
+    """The leading arguments of a compiled function, of rows at the address `scores`; those by name may be left out."""
+    return (
+        (  # SoftProblemSlot
+            scores,
+            DTYPE_CODES[dtype],
+            max(shape[0], 1),
+            0,
+            row_stride,
+            *shape,
+            first_row,
+            temperature_pointer,
+            temperature_stride,
+            seed,
+            mask,
+            mask_stride,
+            torch.get_num_threads(),
+            is_double,
+        ),
+        (temperature, gumbel),  # SoftProblemNumber
+    )
 
 
 class _Problem:
@@ -30,28 +79,31 @@ class _Problem:
 
     def __init__(self, rows: SoftRows):
         scores, temperature, mask = rows.scores, rows.temperature, rows.mask
-        self.is_double = rows.compute == torch.float64
         self.alive = []
-        temperature_stride = 0
+        temperature_value, temperature_pointer, temperature_stride = 1.0, 0, 0
         if isinstance(temperature, Tensor):
             temperature_stride = int(temperature.dim() > 0)
-            temperature = self.contiguous(temperature.to(rows.compute))
+            temperature_pointer = _address(self.contiguous(temperature.to(rows.compute)))
+        else:
+            temperature_value = float(temperature)
         mask_stride = 0
         if mask is not None:
             mask = self.contiguous(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
             mask_stride = mask.stride(0) if mask.dim() == 2 else 0
-        seed = 0 if rows.seed is None else int(rows.seed)
-        self.leading = (
-            (
-                *(scores.data_ptr(), DTYPE_CODES[scores.dtype], max(scores.shape[0], 1), 0, scores.stride(0)),
-                *(scores.shape[0], scores.shape[1], rows.first_row),
-                *(_address(temperature) if isinstance(temperature, Tensor) else 0, temperature_stride),
-                *(seed, _address(mask), mask_stride, torch.get_num_threads(), self.is_double),
-            ),
-            (
-                1.0 if isinstance(temperature, Tensor) else float(temperature),
-                0.0 if rows.gumbel is None else float(rows.gumbel),
-            ),
+        self.leading = _leading(
+            scores.data_ptr(),
+            scores.dtype,
+            scores.stride(0),
+            scores.shape,
+            rows.first_row,
+            temperature_value,
+            temperature_pointer=temperature_pointer,
+            temperature_stride=temperature_stride,
+            gumbel=0.0 if rows.gumbel is None else float(rows.gumbel),
+            seed=0 if rows.seed is None else int(rows.seed),
+            mask=_address(mask),
+            mask_stride=mask_stride,
+            is_double=rows.compute == torch.float64,
         )
 
     def contiguous(self, tensor: Tensor) -> Tensor:
@@ -66,12 +118,12 @@ def _fields(state: dict[str, Tensor | None]) -> tuple[int, ...]:
 
 def _upstream(problem: _Problem, upstream: Upstream | None) -> tuple[int, ...]:
     if upstream is None:
-        return (0, 0, 0, 0)
+        return _NO_UPSTREAM
     return tuple(_address(None if t is None else problem.contiguous(t)) for t in upstream)
 
 
 def _selection(labels: Tensor, weights: Tensor | None) -> tuple[int, int, int]:
-    return labels.shape[-1], labels.data_ptr(), _address(weights)
+    return labels.shape[-1], labels.data_ptr(), _address(weights)  # SelectionSlot
 
 
 def softmax(rows: SoftRows, fields: dict[str, Tensor], probabilities: Tensor | None) -> None:
@@ -134,19 +186,21 @@ def select_backward(
 # -- the same for rows of nothing but contiguous scores, from row `start` on, with less around it ----------------------
 
 
+_OTHER_FIELDS = (0,) * (len(ROW_FIELDS) - 2)  # after max and log_denom, which are the first
+
+
 def _plain_leading(scores: Tensor, start: int, num_rows: int, temperature: float) -> tuple:
     num_labels = scores.shape[-1]
     address = scores.data_ptr() + start * num_labels * scores.element_size()
-    shape = (address, DTYPE_CODES[scores.dtype], num_rows, 0, num_labels, num_rows, num_labels, start)
-    return (*shape, 0, 0, 0, 0, 0, torch.get_num_threads(), 0), (temperature, 0.0)
+    return _leading(address, scores.dtype, num_labels, (num_rows, num_labels), start, temperature)
 
 
 def _plain_fields(state: Tensor | None, start: int) -> tuple[int, ...]:
     """state [2, all rows] float32: max and log_denom."""
     if state is None:
-        return (0, 0, 0, 0, 0, 0)
+        return (0,) * len(ROW_FIELDS)
     address = state.data_ptr() + 4 * start
-    return address, address + 4 * state.shape[1], 0, 0, 0, 0
+    return address, address + 4 * state.shape[1], *_OTHER_FIELDS
 
 
 def plain_softmax(scores: Tensor, start: int, temperature: float, state: Tensor | None, probabilities: Tensor) -> None:
@@ -170,9 +224,9 @@ def plain_softmax_backward(
     if grad_scores is not None:
         num_labels = scores.shape[-1]
         address = grad_scores.data_ptr() + start * num_labels * grad_scores.element_size()
-        of_scores = address, DTYPE_CODES[grad_scores.dtype], num_labels
+        of_scores = address, DTYPE_CODES[grad_scores.dtype], num_labels  # MatrixSlot
     leading = _plain_leading(scores, start, num_rows, temperature)
-    matrices = (_matrix(grad_probabilities), (0, 0, 0, 0), of_scores, 0, _matrix(probabilities))
+    matrices = (_matrix(grad_probabilities), _NO_UPSTREAM, of_scores, 0, _matrix(probabilities))
     cpu().soft_backward(*leading, _plain_fields(state, start), *matrices)
 
 
@@ -206,7 +260,7 @@ def small_lookup_backward(
 
 def _tables(tables: Tensor, rows: Tensor) -> tuple[int, ...]:
     num_tables, num_labels, width = tables.shape
-    return (
+    return (  # TablesSlot
         *(tables.data_ptr(), DTYPE_CODES[tables.dtype], tables.stride(1), tables.stride(0)),
         *(num_tables, num_labels, width, rows.stride(0)),
     )

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "block_ops.h"
 #include "parallel.h"
+#include "simd/block_ops.h"
 
 namespace auxk {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "vector_math.h"
+#include "common/dtype.h"
 
 namespace auxk {
 

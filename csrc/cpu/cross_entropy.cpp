@@ -4,7 +4,7 @@
 
 #include "pages.h"
 #include "parallel.h"
-#include "row_kernel.h"
+#include "row.h"
 
 namespace auxk {
 
@@ -35,9 +35,11 @@ void bring_gradients_in(const Problem& p, const Outputs& out) {
 
 ScanWants wants_of(const Outputs& out) {
   ScanWants wants;
-  for (int f : {kMeanSum, kMeanBase, kEntropy, kKlToBase}) wants.moments |= out.fields[f] != nullptr;
-  for (int f : {kMeanBase, kBaseMax, kBaseLogDenom, kBaseNll, kKlToBase, kBaseLogProb, kBaseArgmax})
-    wants.base |= out.fields[f] != nullptr;
+  for (int f = 0; f < kNumFields; ++f) {
+    if (out.fields[f] == nullptr) continue;
+    wants.moments |= is_of_moments(static_cast<Field>(f));
+    wants.base |= is_of_base(static_cast<Field>(f));
+  }
   wants.weighted = out.fields[kWeightedSum] != nullptr;
   return wants;
 }
@@ -151,7 +153,7 @@ void scan(const Problem& p, const Outputs& out) {
   for_each_row(
       kernel, wants, false, [&](int64_t n) { kernel.store_ignored_fields(n, out); },
       [&](int64_t n, const RowState& row, const BlockState* blocks, Buffers<C>& b) {
-        kernel.store_fields(n, out, wants, row, blocks, b);
+        kernel.store_fields(n, out, kernel.numbers_of(row, wants), row, blocks, b);
       },
       [](int64_t, int64_t, const RowState&, double, const C*, Buffers<C>&) {});
 }
@@ -159,14 +161,15 @@ void scan(const Problem& p, const Outputs& out) {
 template <class C>
 double loss(const Problem& p, const LossOptions& options, const Outputs& out, int64_t num_kept) {
   const Kernel<C> kernel(p);
-  const double eps = options.label_smoothing, z_loss = options.z_loss, V = static_cast<double>(p.V);
+  const RowLoss<double> terms = row_loss_of(options.label_smoothing, options.z_loss, p.V);
+  const bool is_smoothed = options.label_smoothing > 0;
   // another thread may write the targets while they are read: what was checked is checked again where it is an index
   const auto weight_at = [&](int64_t v) {
     if (static_cast<uint64_t>(v) >= static_cast<uint64_t>(p.V)) return std::numeric_limits<double>::quiet_NaN();
     return p.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const C*>(p.weight)[v]);
   };
   double total_weight = 0;
-  for (int64_t k = 0; k < kernel.num_blocks && eps > 0; ++k) total_weight += kernel.sum_of_weights(k);
+  for (int64_t k = 0; k < kernel.num_blocks && is_smoothed; ++k) total_weight += kernel.sum_of_weights(k);
   double divisor = options.has_normalizer ? options.normalizer : static_cast<double>(num_kept);
   if (!options.has_normalizer && p.weight != nullptr) {
     divisor = 0;
@@ -176,7 +179,7 @@ double loss(const Problem& p, const LossOptions& options, const Outputs& out, in
   if (!options.mean) divisor = 1;
 
   ScanWants wants = wants_of(out);
-  wants.weighted |= eps > 0;
+  wants.weighted |= is_smoothed;
   const bool wants_dscale = out.grad_base_scale != nullptr || out.grad_aux_scale != nullptr;
   const bool wants_grad = out.grad_base != nullptr || out.grad_aux != nullptr || wants_dscale;
   const bool scaled = !wants_dscale && (out.grad_base == nullptr || p.base.softcap == 0) &&
@@ -188,10 +191,10 @@ double loss(const Problem& p, const LossOptions& options, const Outputs& out, in
   const auto gradient_of = [&](int64_t n, const RowState& row) {
     typename Kernel<C>::Gradient g;
     const double lse = row.max + row.log_denom();
-    const double G = (1 - eps) * weight_at(kernel.target(n)) / divisor;
-    if (eps > 0 || z_loss > 0) g.A = (eps / V * total_weight + 2 * z_loss * lse) / divisor;
+    const double G = terms.G(weight_at(kernel.target(n)), divisor);
+    if (is_smoothed || terms.z_loss > 0) g.A = (terms.A_of_smoothing(total_weight) + terms.A_of_z_loss(lse)) / divisor;
     g.row.p_factor = static_cast<C>(g.A + G);
-    g.row.S = static_cast<C>(-eps / V / divisor);
+    g.row.S = static_cast<C>(terms.S(divisor));
     g.row.max = static_cast<C>(row.max);
     g.row.log_denom = static_cast<C>(row.log_denom());
     g.target_term = -G * (row.rest / row.denom);
@@ -204,12 +207,10 @@ double loss(const Problem& p, const LossOptions& options, const Outputs& out, in
         kernel.zero_row(out, n);
       },
       [&](int64_t n, const RowState& row, const BlockState* blocks, Buffers<C>& b) {
-        double value = (1 - eps) * weight_at(kernel.target(n)) * row.nll();
-        if (eps > 0) value += eps / V * (total_weight * row.log_denom() - row.weighted_sum);
-        const double lse = row.max + row.log_denom();
-        if (z_loss > 0) value += z_loss * lse * lse;
-        row_loss[static_cast<size_t>(n)] = value;
-        kernel.store_fields(n, out, wants, row, blocks, b);
+        const RowNumbers<double> numbers = kernel.numbers_of(row, wants);
+        const double of_target = terms.kept * weight_at(kernel.target(n)) * numbers.nll;
+        row_loss[static_cast<size_t>(n)] = terms.value(of_target, total_weight, numbers);
+        kernel.store_fields(n, out, numbers, row, blocks, b);
       },
       [&](int64_t n, int64_t k, const RowState& row, double block_max, const C* e, Buffers<C>& b) {
         if (!wants_grad) return;

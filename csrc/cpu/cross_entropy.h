@@ -1,7 +1,8 @@
-// Cross-entropy and row statistics of softmax(base + aux) on CPU. The mathematics is in auxkernels/cross_entropy/ops.py.
+// Cross-entropy and row statistics of softmax(base + aux) on CPU. The mathematics is in
+// auxkernels/cross_entropy/request.py.
 #pragma once
 
-#include "problem.h"
+#include "common/cross_entropy.h"
 
 namespace auxk {
 

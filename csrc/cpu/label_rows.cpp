@@ -1,5 +1,5 @@
 // Sums of table rows that labels name, their products and gradients: what hard and selected lookups are made of.
-#include "soft_kernel.h"
+#include "soft_row.h"
 
 namespace auxk {
 namespace {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "block_ops.h"
 #include "parallel.h"
+#include "simd/block_ops.h"
 
 namespace auxk {
 namespace {
@@ -49,10 +49,10 @@ void small_lookup(const SmallLookup& p, float* mixture) {
   if (p.N == 0) return;
   const BlockOps<float>& ops = block_ops<float>();
   const Blocks blocks(p);
-  const int64_t room = blocks.rows * p.K;
-  const std::unique_ptr<float[]> buffers = numbers(blocks.threads * room);
+  const int64_t buffer_size = blocks.rows * p.K;
+  const std::unique_ptr<float[]> buffers = numbers(blocks.threads * buffer_size);
   for_each_block(p.N, blocks.rows, blocks.threads, [&](int64_t first, int64_t count, int thread) {
-    float* probabilities = buffers.get() + thread * room;
+    float* probabilities = buffers.get() + thread * buffer_size;
     SoftmaxRows<float> rows = softmax_of(p, first, count);
     rows.probabilities = {probabilities, DType::kFloat32, p.K};
     ops.softmax_rows(rows, 0, count, nullptr);
@@ -67,7 +67,8 @@ void small_lookup_backward(const SmallLookup& p, const float* grad, float* grad_
   }
   const BlockOps<float>& ops = block_ops<float>();
   const Blocks blocks(p);
-  const int64_t room = blocks.rows * p.K, num_products = grad_scores == nullptr ? 0 : p.K * p.D + blocks.threads * room;
+  const int64_t buffer_size = blocks.rows * p.K,
+                num_products = grad_scores == nullptr ? 0 : p.K * p.D + blocks.threads * buffer_size;
   const std::unique_ptr<float[]> storage = numbers(p.N * p.K + num_products);
   float *probabilities = storage.get(), *transposed = probabilities + p.N * p.K, *buffers = transposed + p.K * p.D;
   if (grad_scores != nullptr) {
@@ -80,7 +81,7 @@ void small_lookup_backward(const SmallLookup& p, const float* grad, float* grad_
     SoftmaxRows<float> rows = softmax_of(p, first, count);
     rows.probabilities = {probabilities + first * p.K, DType::kFloat32, p.K};
     if (grad_scores != nullptr) {
-      float* of_probabilities = buffers + thread * room;
+      float* of_probabilities = buffers + thread * buffer_size;
       ops.multiply_small(grad + first * p.D, p.D, 1, transposed, count, p.K, p.D, of_probabilities);
       rows.grad_probabilities = {of_probabilities, DType::kFloat32, p.K};
       rows.grad_scores = {grad_scores + first * p.K, DType::kFloat32, p.K};

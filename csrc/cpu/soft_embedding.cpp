@@ -1,6 +1,6 @@
 #include "soft_embedding.h"
 
-#include "soft_kernel.h"
+#include "soft_row.h"
 
 namespace auxk {
 namespace {
@@ -44,74 +44,75 @@ void for_plain_rows(const SoftProblem& p, SoftmaxRows<C> rows, const Run& run) {
   }
   const int threads = threads_for(p.num_rows * p.K, p.threads);
   const int64_t at_once = std::max(kWorthAThread / p.K, int64_t{1});
-  const int64_t room = 2 * (p.K + 16);
-  const std::unique_ptr<C[]> scratch(new C[static_cast<size_t>(threads * room)]);
+  const int64_t scratch_size = 2 * (p.K + 16);
+  const std::unique_ptr<C[]> scratch(new C[static_cast<size_t>(threads * scratch_size)]);
   parallel_for((p.num_rows + at_once - 1) / at_once, threads, 0, [&](int64_t i, int thread) {
-    run(rows, i * at_once, std::min((i + 1) * at_once, p.num_rows), scratch.get() + thread * room);
+    run(rows, i * at_once, std::min((i + 1) * at_once, p.num_rows), scratch.get() + thread * scratch_size);
   });
 }
 
 }  // namespace
 
 template <class C>
-void soft_rows(const SoftProblem& p, const SoftRows& rows, const Matrix& probabilities) {
-  const bool has_statistics = rows.entropy != nullptr || rows.max_prob != nullptr || rows.sum_squares != nullptr;
+void soft_rows(const SoftProblem& p, const SoftFields& fields, const Matrix& probabilities) {
+  const bool has_statistics = fields.entropy != nullptr || fields.max_prob != nullptr || fields.sum_squares != nullptr;
   const bool can_be_split = p.num_rows < kFewRows && p.K > kPart;  // not by `threads`: bits shall not depend on it
-  if (has_scores_only(p) && !has_statistics && rows.argmax == nullptr && !can_be_split) {
+  if (has_scores_only(p) && !has_statistics && fields.argmax == nullptr && !can_be_split) {
     SoftmaxRows<C> plain;
-    plain.max = static_cast<C*>(rows.max), plain.log_denom = static_cast<C*>(rows.log_denom);
+    plain.max = static_cast<C*>(fields.max), plain.log_denom = static_cast<C*>(fields.log_denom);
     plain.probabilities = probabilities;
     return for_plain_rows(p, plain, block_ops<C>().softmax_rows);
   }
   const SoftKernel<C> kernel(p);
   for_each_soft_row<C>(
-      p, [&](int64_t n, SoftBuffers<C>& b, int threads) { kernel.forward_row(n, rows, probabilities, b, threads); });
+      p, [&](int64_t n, SoftBuffers<C>& b, int threads) { kernel.forward_row(n, fields, probabilities, b, threads); });
 }
 
 template <class C>
-void soft_select(const SoftProblem& p, const SoftRows& rows, const Selection& selection) {
+void soft_select(const SoftProblem& p, const SoftFields& fields, const Selection& selection) {
   const SoftKernel<C> kernel(p);
   for_each_soft_row<C>(
-      p, [&](int64_t n, SoftBuffers<C>& b, int threads) { kernel.select_row(n, rows, selection, b, threads); });
+      p, [&](int64_t n, SoftBuffers<C>& b, int threads) { kernel.select_row(n, fields, selection, b, threads); });
 }
 
 template <class C>
-void soft_backward(const SoftProblem& p, const SoftRows& rows, const Matrix& grad_probabilities, const SoftUpstream& up,
-                   const Matrix& grad_scores, void* grad_temperature, const Matrix& probabilities) {
+void soft_backward(const SoftProblem& p, const SoftFields& fields, const Matrix& grad_probabilities,
+                   const SoftUpstream& up, const Matrix& grad_scores, void* grad_temperature,
+                   const Matrix& probabilities) {
   const bool has_upstream = up.entropy != nullptr || up.max_prob != nullptr || up.sum_squares != nullptr ||
                             up.usage != nullptr || grad_temperature != nullptr;
   const bool wants_gradient = grad_scores.values != nullptr;
   if (has_scores_only(p) && !has_upstream && wants_gradient == (grad_probabilities.values != nullptr)) {
     SoftmaxRows<C> plain;
-    plain.max = static_cast<C*>(rows.max), plain.log_denom = static_cast<C*>(rows.log_denom);
+    plain.max = static_cast<C*>(fields.max), plain.log_denom = static_cast<C*>(fields.log_denom);
     plain.grad_probabilities = grad_probabilities, plain.grad_scores = grad_scores;
     plain.probabilities = probabilities;
     return for_plain_rows(p, plain, block_ops<C>().softmax_rows_backward);
   }
   const SoftKernel<C> kernel(p);
   for_each_soft_row<C>(p, [&](int64_t n, SoftBuffers<C>& b, int) {
-    kernel.backward_row(n, rows, grad_probabilities, up, grad_scores, grad_temperature, probabilities, b);
+    kernel.backward_row(n, fields, grad_probabilities, up, grad_scores, grad_temperature, probabilities, b);
   });
 }
 
 template <class C>
-void soft_select_backward(const SoftProblem& p, const SoftRows& rows, const Selection& selection,
+void soft_select_backward(const SoftProblem& p, const SoftFields& fields, const Selection& selection,
                           const void* grad_weights, const SoftUpstream& up, const Matrix& grad_scores,
                           void* grad_temperature) {
   const SoftKernel<C> kernel(p);
   for_each_soft_row<C>(p, [&](int64_t n, SoftBuffers<C>& b, int) {
     std::vector<Label<C>> kept;
-    kernel.select_backward_row(n, rows, selection, static_cast<const C*>(grad_weights), up, grad_scores,
+    kernel.select_backward_row(n, fields, selection, static_cast<const C*>(grad_weights), up, grad_scores,
                                grad_temperature, b, kept);
   });
 }
 
-#define AUXK_INSTANTIATE(C)                                                                                 \
-  template void soft_rows<C>(const SoftProblem&, const SoftRows&, const Matrix&);                           \
-  template void soft_select<C>(const SoftProblem&, const SoftRows&, const Selection&);                      \
-  template void soft_backward<C>(const SoftProblem&, const SoftRows&, const Matrix&, const SoftUpstream&,   \
-                                 const Matrix&, void*, const Matrix&);                                      \
-  template void soft_select_backward<C>(const SoftProblem&, const SoftRows&, const Selection&, const void*, \
+#define AUXK_INSTANTIATE(C)                                                                                   \
+  template void soft_rows<C>(const SoftProblem&, const SoftFields&, const Matrix&);                           \
+  template void soft_select<C>(const SoftProblem&, const SoftFields&, const Selection&);                      \
+  template void soft_backward<C>(const SoftProblem&, const SoftFields&, const Matrix&, const SoftUpstream&,   \
+                                 const Matrix&, void*, const Matrix&);                                        \
+  template void soft_select_backward<C>(const SoftProblem&, const SoftFields&, const Selection&, const void*, \
                                         const SoftUpstream&, const Matrix&, void*);
 AUXK_INSTANTIATE(float)
 AUXK_INSTANTIATE(double)

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "block_ops.h"
 #include "cross_entropy.h"
+#include "simd/block_ops.h"
 
 namespace auxk {
 
@@ -24,7 +24,7 @@ struct SoftProblem {
 };
 
 // Each null or one number per row, of the compute dtype. A row without an allowed label has max -inf and zeros.
-struct SoftRows {
+struct SoftFields {
   void* max = nullptr;        // of scores + noise, before the temperature
   void* log_denom = nullptr;  // log sum exp((v - max) / T)
   void* entropy = nullptr;
@@ -52,18 +52,18 @@ struct SoftUpstream {
 
 // the statistics, and the probabilities
 template <class C>
-void soft_rows(const SoftProblem&, const SoftRows&, const Matrix& probabilities);
+void soft_rows(const SoftProblem&, const SoftFields&, const Matrix& probabilities);
 // the statistics of the softmax over the k likeliest labels
 template <class C>
-void soft_select(const SoftProblem&, const SoftRows&, const Selection&);
-// From max, log_denom and argmax of `rows` and the gradient of the probabilities: gradients of the scores and of the
+void soft_select(const SoftProblem&, const SoftFields&, const Selection&);
+// From max, log_denom and argmax of `fields` and the gradient of the probabilities: gradients of the scores and of the
 // temperature (one number per row), and the probabilities again.
 template <class C>
-void soft_backward(const SoftProblem&, const SoftRows& rows, const Matrix& grad_probabilities, const SoftUpstream&,
+void soft_backward(const SoftProblem&, const SoftFields& fields, const Matrix& grad_probabilities, const SoftUpstream&,
                    const Matrix& grad_scores, void* grad_temperature, const Matrix& probabilities);
 // The same over selected labels: grad_weights is [num_rows, k] of the compute dtype, the selection's weights are made.
 template <class C>
-void soft_select_backward(const SoftProblem&, const SoftRows& rows, const Selection&, const void* grad_weights,
+void soft_select_backward(const SoftProblem&, const SoftFields& fields, const Selection&, const void* grad_weights,
                           const SoftUpstream&, const Matrix& grad_scores, void* grad_temperature);
 
 // num_tables tables [num_labels, D] with rows [num_rows, D] for each

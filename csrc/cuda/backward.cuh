@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(C) == 8  ? 1
       continue;
     }
     const SourceRows rows = source_rows<K>(problem, n);
-    Bend<C> base_bend, aux_bend;
+    Transform<C> base_transform, aux_transform;
     if constexpr (kMode == kGeneral) {
-      base_bend = bend_of<C>(problem.base, n);
-      if (has_aux) aux_bend = bend_of<C>(problem.aux, n);
+      base_transform = transform_of<C>(problem.base, n);
+      if (has_aux) aux_transform = transform_of<C>(problem.aux, n);
     }
     RowGradient<C> k = gradient_of_row<C>(p.in, n, at.is_poisoned);
     if constexpr (kMode != kGeneral) k.p_factor = exp_of(-k.log_denom);
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(C) == 8  ? 1
         load_sources<C, K, kGlobalLast>(rows.base.at(tile.first), aux_tile, rows, static_cast<int>(problem.V), lane,
                                         tile.num, v_base, v_aux);
         const int y = (at.y < 0 ? kNowhere : at.y) - tile.first;
-        write_gradient<C, kMode, K>(problem, lane, tile, y, k, base_bend, aux_bend, grads, v_base, v_aux, &scale_sums);
+        write_gradient<C, kMode, K>(problem, lane, tile, y, k, base_transform, aux_transform, grads, v_base, v_aux,
+                                    &scale_sums);
       }
     }
     if constexpr (kMode == kGeneral) {

@@ -4,8 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "arguments.h"
-#include "cuda/cross_entropy.h"
+#include "common/arguments.h"
+#include "cross_entropy.h"
 
 namespace py = pybind11;
 
@@ -18,40 +18,41 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA error, here or of earlier work: ") + error);
 }
 
-Stream stream_of(const ProblemArguments& a) { return {static_cast<int>(a[8]), pointer(a[6])}; }
+Stream stream_of(const ProblemArguments& a) {
+  return {static_cast<int>(a[ProblemSlot::kDevice]), pointer(a[ProblemSlot::kThreadsOrStream])};
+}
 
-Problem checked_problem_of(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
-                           const SourceArguments& aux, const SourceNumbers& aux_numbers) {
+Problem checked_problem_of(const ProblemArguments& args, const Source& base, const Source& aux) {
   constexpr int64_t kWidest = int64_t{1} << 30;  // columns are counted in 32 bits
-  if (args[1] > kWidest)
-    throw std::invalid_argument("vocab_size must be at most 1073741824, got " + std::to_string(args[1]));
-  return problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+  const int64_t V = args[ProblemSlot::kVocabSize];
+  if (V > kWidest) throw std::invalid_argument("vocab_size must be at most 1073741824, got " + std::to_string(V));
+  return problem_of(args, base, aux);
 }
 
 void py_scan(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs) {
-  const Problem p = checked_problem_of(args, base, base_numbers, aux, aux_numbers);
+  const Problem p = checked_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
   py::gil_scoped_release release;
-  check(forward(p, out, LossTerms(), args[7] != 0, stream_of(args)));
+  check(forward(p, out, LossTerms(), is_double(args), stream_of(args)));
 }
 
-// row_loss, loss, ticket, divisor (of enum Divisor), normalizer
-using LossArguments = std::array<int64_t, 5>;
+struct LossSlot {
+  enum : size_t { kRowLoss, kLoss, kCounter, kDivisor, kNormalizer, kCount };  // divisor: of enum Divisor
+};
+using LossArguments = std::array<int64_t, LossSlot::kCount>;
 
 LossTerms terms_of(const Problem& p, const LossArguments& a, double number, double label_smoothing, double z_loss) {
   if (p.target == nullptr && p.num_rows > 0) throw std::invalid_argument("target must be given for a loss, got none");
+  using Slot = LossSlot;
   LossTerms terms;
-  if (label_smoothing != 0) {
-    terms.kept = 1 - label_smoothing;
-    terms.share = label_smoothing / static_cast<double>(p.V);
-  }
-  terms.z_loss = z_loss;
-  terms.row_loss = pointer(a[0]), terms.loss = pointer(a[1]), terms.ticket = static_cast<unsigned*>(pointer(a[2]));
-  if (a[3] < kByOne || a[3] > kByKeptRows)
-    throw std::invalid_argument("divisor must be in [0, 3], got " + std::to_string(a[3]));
-  terms.divisor = static_cast<Divisor>(a[3]);
-  terms.tensor = static_cast<const double*>(pointer(a[4]));
+  terms.row = row_loss_of(label_smoothing, z_loss, p.V);
+  terms.row_loss = pointer(a[Slot::kRowLoss]), terms.loss = pointer(a[Slot::kLoss]);
+  terms.counter = static_cast<unsigned*>(pointer(a[Slot::kCounter]));
+  if (a[Slot::kDivisor] < kByOne || a[Slot::kDivisor] > kByKeptRows)
+    throw std::invalid_argument("divisor must be in [0, 3], got " + std::to_string(a[Slot::kDivisor]));
+  terms.divisor = static_cast<Divisor>(a[Slot::kDivisor]);
+  terms.tensor = static_cast<const double*>(pointer(a[Slot::kNormalizer]));
   terms.number = number;
   return terms;
 }
@@ -59,21 +60,21 @@ LossTerms terms_of(const Problem& p, const LossArguments& a, double number, doub
 void py_loss(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
              const LossArguments& loss, double number, double label_smoothing, double z_loss) {
-  const Problem p = checked_problem_of(args, base, base_numbers, aux, aux_numbers);
+  const Problem p = checked_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
   const LossTerms terms = terms_of(p, loss, number, label_smoothing, z_loss);
   py::gil_scoped_release release;
-  check(forward(p, out, terms, args[7] != 0, stream_of(args)));
+  check(forward(p, out, terms, is_double(args), stream_of(args)));
 }
 
 void py_backward(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
                  const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
                  const StateArguments& state, const CoefficientArguments& coefficients) {
-  const Problem p = checked_problem_of(args, base, base_numbers, aux, aux_numbers);
+  const Problem p = checked_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
   const Outputs out = outputs_of(outputs);
   const BackwardInputs in = backward_inputs_of(state, coefficients);
   py::gil_scoped_release release;
-  check(backward(p, out, in, args[7] != 0, stream_of(args)));
+  check(backward(p, out, in, is_double(args), stream_of(args)));
 }
 
 // factor: a number on the device
@@ -82,8 +83,8 @@ void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_
   RescaleParameters p = {};
   p.problem.num_rows = num_rows, p.problem.V = width, p.problem.target = pointer(target);
   p.problem.target_is_int32 = target_is_int32, p.problem.ignore_index = ignore_index;
-  p.grad = pointer(grad), p.dtype = static_cast<DType>(dtype);
-  p.factor = pointer(factor), p.factor_dtype = static_cast<DType>(factor_dtype);
+  p.grad = pointer(grad), p.dtype = dtype_of(dtype);
+  p.factor = pointer(factor), p.factor_dtype = dtype_of(factor_dtype);
   py::gil_scoped_release release;
   check(rescale(p, {device, pointer(stream)}));
 }
@@ -106,10 +107,12 @@ struct Sketch {
 
   Sketch(int64_t num_rows, int64_t V, int base_dtype, int aux_dtype, bool has_gradient, bool has_statistics) {
     static char somewhere[1];
-    const int64_t at = reinterpret_cast<intptr_t>(somewhere);
-    const SourceArguments base = {at, base_dtype, V, 1, 0, V, 0, 0};
-    const SourceArguments aux = {aux_dtype < 0 ? 0 : at, aux_dtype < 0 ? 0 : aux_dtype, V, 1, 0, V, 0, 0};
-    problem = checked_problem_of({num_rows, V, 0, 0, -100, 0, 0, 0, 0}, base, {1, 0}, aux, {1, 0});
+    Source base, aux;
+    base.values = somewhere, base.dtype = dtype_of(base_dtype), base.width = V;
+    if (aux_dtype >= 0) aux.values = somewhere, aux.dtype = dtype_of(aux_dtype), aux.width = V;
+    ProblemArguments arguments = {};
+    arguments[ProblemSlot::kNumRows] = num_rows, arguments[ProblemSlot::kVocabSize] = V;
+    problem = checked_problem_of(arguments, base, aux);
     out.grad_base = has_gradient ? somewhere : nullptr;
     out.grad_base_dtype = problem.base.dtype;
     out.fields[kEntropy] = has_statistics ? somewhere : nullptr;
@@ -117,12 +120,12 @@ struct Sketch {
   }
 };
 
-// The launch of a call on a device of that room, for tests and for those who tune.
+// The launch of a call on such a device, for tests and for those who tune.
 py::dict py_plan(int64_t num_rows, int64_t V, int base_dtype, int aux_dtype, bool has_gradient, bool has_statistics,
                  int multiprocessors, int64_t shared_bytes, bool has_clusters) {
   const Sketch call(num_rows, V, base_dtype, aux_dtype, has_gradient, has_statistics);
-  const Room room = {multiprocessors, shared_bytes, has_clusters ? kMaxSegments : 0};
-  const Planned planned = plan_of_call(call.problem, call.out, LossTerms(), call.is_double, room);
+  const DeviceProperties device = {multiprocessors, shared_bytes, has_clusters ? kMaxSegments : 0};
+  const Planned planned = plan_of_call(call.problem, call.out, LossTerms(), call.is_double, device);
   return dict_of(planned.cut, planned.plan);
 }
 
@@ -148,6 +151,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     const char* problem = auxk::cuda::driver_problem();
     return problem == nullptr ? py::object(py::none()) : py::object(py::str(problem));
   });
+  m.def("field_names", &auxk::field_names);
+  m.def("coefficient_names", &auxk::coefficient_names);
+  m.def("state_names", &auxk::state_names);
   m.def("scan", &auxk::cuda::py_scan);
   m.def("loss", &auxk::cuda::py_loss);
   m.def("backward", &auxk::cuda::py_backward);

@@ -413,24 +413,24 @@ AUXK_DEVICE void fill_zero(const RowOf& row, int64_t start, int64_t stop, int t,
 
 // scale * softcap(.) of one source in one row
 template <class C>
-struct Bend {
+struct Transform {
   C scale = 1, cap = 0;  // 0: none
 
-  // the logit; `bent` receives softcap(value), `slope` its derivative
-  AUXK_DEVICE C operator()(C value, C* bent, C* slope) const {
+  // the logit; `capped` receives softcap(value), `slope` its derivative
+  AUXK_DEVICE C operator()(C value, C* capped, C* slope) const {
     *slope = C(1);
-    *bent = cap == C(0) ? value : soft_cap(value, cap, slope);
-    return *bent * scale;
+    *capped = cap == C(0) ? value : soft_cap(value, cap, slope);
+    return *capped * scale;
   }
 };
 
 template <class C>
-AUXK_DEVICE Bend<C> bend_of(const Source& source, int64_t n) {
-  Bend<C> bend;
-  bend.scale = source.scale == nullptr ? static_cast<C>(source.scale_value)
-                                       : static_cast<const C*>(source.scale)[n * source.scale_stride];
-  bend.cap = static_cast<C>(source.softcap);
-  return bend;
+AUXK_DEVICE Transform<C> transform_of(const Source& source, int64_t n) {
+  Transform<C> transform;
+  transform.scale = source.scale == nullptr ? static_cast<C>(source.scale_value)
+                                            : static_cast<const C*>(source.scale)[n * source.scale_stride];
+  transform.cap = static_cast<C>(source.softcap);
+  return transform;
 }
 
 }  // namespace auxk

@@ -12,7 +12,7 @@ namespace auxk {
 namespace cuda {
 namespace {
 
-bool is_bent(const Source& source) {
+bool is_transformed(const Source& source) {
   return source.values != nullptr && (source.scale != nullptr || source.scale_value != 1 || source.softcap != 0);
 }
 
@@ -27,13 +27,12 @@ Types types_of(const Problem& p, const Outputs& out, bool is_double) {
 bool sums_row(const Outputs& out) { return out.grad_base_scale != nullptr || out.grad_aux_scale != nullptr; }
 
 Mode mode_of(const Problem& p, const Outputs& out, const LossTerms& terms, Types types) {
-  const bool is_weighted = p.weight != nullptr || terms.share != 0 || terms.z_loss != 0 || terms.kept != 1;
-  if (types == kAnyTypes || types == kWithDoubles || is_bent(p.base) || is_bent(p.aux) || is_weighted ||
+  const bool is_weighted = p.weight != nullptr || terms.row.share != 0 || terms.row.z_loss != 0 || terms.row.kept != 1;
+  if (types == kAnyTypes || types == kWithDoubles || is_transformed(p.base) || is_transformed(p.aux) || is_weighted ||
       sums_row(out) || out.fields[kWeightedSum] != nullptr)
     return kGeneral;
   for (int field = 0; field < kNumFields; ++field) {
-    const bool is_plain = field == kMax || field == kLogDenom || field == kNll || field == kLse || field == kLogProb;
-    if (!is_plain && out.fields[field] != nullptr) return kStatistics;
+    if (!is_plain(static_cast<Field>(field)) && out.fields[field] != nullptr) return kStatistics;
   }
   return kPlain;
 }
@@ -48,7 +47,8 @@ int state_bytes_of(Mode mode, Types types) {
 // What is asked of the driver once for each kernel, device and way to launch it, before the launch: a first launch loads
 // the kernel's code, which a capture need not allow.
 template <class Kernel>
-const char* blocks_at_once(Kernel kernel, const hw::Launch& how, int device, const Room& room, int* found) {
+const char* blocks_at_once(Kernel kernel, const hw::Launch& how, int device, const DeviceProperties& properties,
+                           int* found) {
   using Key = std::tuple<Kernel, int, int, int, int64_t>;
   static std::mutex mutex;
   static std::map<Key, int> known;
@@ -59,16 +59,16 @@ const char* blocks_at_once(Kernel kernel, const hw::Launch& how, int device, con
     *found = it->second;
     return nullptr;
   }
-  const char* error = hw::prepare(kernel, how, room.shared_bytes, room.multiprocessors, found);
+  const char* error = hw::prepare(kernel, how, properties.shared_bytes, properties.multiprocessors, found);
   if (error == nullptr) known[key] = *found;
   return error;
 }
 
-// Kernels of one stream follow each other, so they can share a ticket.
-constexpr size_t kNumTickets = 4096;
-__device__ unsigned tickets[kNumTickets];
+// Kernels of one stream follow each other, so they can share a counter.
+constexpr size_t kNumCounters = 4096;
+__device__ unsigned counters[kNumCounters];
 
-const char* ticket_of(const Stream& stream, unsigned** ticket) {
+const char* counter_of(const Stream& stream, unsigned** counter) {
   static std::mutex mutex;
   static std::map<std::tuple<int, void*>, unsigned*> known;
   static std::map<int, size_t> used;
@@ -76,12 +76,12 @@ const char* ticket_of(const Stream& stream, unsigned** ticket) {
   unsigned*& found = known[{stream.device, stream.handle}];
   if (found == nullptr) {
     size_t& number = used[stream.device];
-    if (number == kNumTickets) return "more streams than there are tickets";
-    unsigned (*first)[kNumTickets] = nullptr;
-    if (const char* error = hw::address_of(tickets, &first)) return error;
+    if (number == kNumCounters) return "more streams than there are counters";
+    unsigned (*first)[kNumCounters] = nullptr;
+    if (const char* error = hw::address_of(counters, &first)) return error;
     found = *first + number++;
   }
-  *ticket = found;
+  *counter = found;
   return nullptr;
 }
 
@@ -91,7 +91,8 @@ struct Choice {
   PlanInputs inputs;
 };
 
-Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Room& room) {
+Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double,
+              const DeviceProperties& properties) {
   Choice choice = {};
   choice.types = types_of(p, out, is_double);
   choice.mode = mode_of(p, out, terms, choice.types);
@@ -103,25 +104,26 @@ Choice choose(const Problem& p, const Outputs& out, const LossTerms& terms, bool
   in.aux_bytes = p.aux.values == nullptr ? 0 : static_cast<int32_t>(size_of(p.aux.dtype));
   in.state_bytes = state_bytes_of(choice.mode, choice.types);
   in.has_gradient = out.grad_base != nullptr || out.grad_aux != nullptr;
-  in.room = room;
+  in.device = properties;
   // a scale's gradient is a sum over the row, which one block then has for itself
-  if (choice.types == kWithDoubles || sums_row(out)) in.room.max_cluster = 0;
+  if (choice.types == kWithDoubles || sums_row(out)) in.device.max_cluster = 0;
   return choice;
 }
 
-const char* room_of(int device, Room* room) {
+const char* properties_of(int device, DeviceProperties* properties) {
   static std::mutex mutex;
-  static std::map<int, Room> known;
+  static std::map<int, DeviceProperties> known;
   const std::lock_guard<std::mutex> guard(mutex);
   const auto it = known.find(device);
   if (it != known.end()) {
-    *room = it->second;
+    *properties = it->second;
     return nullptr;
   }
   bool has_clusters = false;
-  const char* error = hw::describe_device(device, &room->multiprocessors, &room->shared_bytes, &has_clusters);
-  room->max_cluster = has_clusters ? kMaxSegments : 0;
-  if (error == nullptr) known[device] = *room;
+  const char* error =
+      hw::describe_device(device, &properties->multiprocessors, &properties->shared_bytes, &has_clusters);
+  properties->max_cluster = has_clusters ? kMaxSegments : 0;
+  if (error == nullptr) known[device] = *properties;
   return error;
 }
 
@@ -135,10 +137,10 @@ struct Settled {
 
 const char* settle(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Stream& stream,
                    Settled* settled) {
-  Room room = {};
+  DeviceProperties properties = {};
   if (const char* error = hw::use_device(stream.device)) return error;
-  if (const char* error = room_of(stream.device, &room)) return error;
-  Choice choice = choose(p, out, terms, is_double, room);
+  if (const char* error = properties_of(stream.device, &properties)) return error;
+  Choice choice = choose(p, out, terms, is_double, properties);
   const Cut& cut = choice.inputs.cut;
   auto& [planned, kernel, how, at_once] = *settled;
   planned = {cut, plan_of(choice.inputs)};
@@ -146,14 +148,14 @@ const char* settle(const Problem& p, const Outputs& out, const LossTerms& terms,
   while (plan.is_resident) {
     kernel = resident_kernel(choice.mode, choice.types, cut);
     how = {0, plan.cluster, cut.threads + hw::kWarp, plan.layout.bytes, stream.handle};
-    if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
+    if (const char* error = blocks_at_once(kernel, how, stream.device, properties, &at_once)) return error;
     if (at_once > 0) return nullptr;
-    choice.inputs.room.max_cluster = plan.cluster / 2;  // none of this size here
+    choice.inputs.device.max_cluster = plan.cluster / 2;  // none of this size here
     plan = plan_of(choice.inputs);
   }
   kernel = reread_kernel(choice.mode, choice.types, cut);
   how = {0, 0, cut.threads, plan.layout.bytes, stream.handle};
-  if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
+  if (const char* error = blocks_at_once(kernel, how, stream.device, properties, &at_once)) return error;
   return at_once == 0 ? "a block of this kernel does not fit on the device" : nullptr;
 }
 
@@ -163,19 +165,20 @@ template <class Kernel, class Parameters>
 const char* launch_over(int64_t units, Kernel kernel, hw::Launch how, const Stream& stream,
                         const Parameters& parameters) {
   constexpr int64_t kBlocksOfMultiprocessor = 8;
-  Room room = {};
+  DeviceProperties properties = {};
   int at_once = 0;
   if (const char* error = hw::use_device(stream.device)) return error;
-  if (const char* error = room_of(stream.device, &room)) return error;
-  if (const char* error = blocks_at_once(kernel, how, stream.device, room, &at_once)) return error;
-  how.num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * room.multiprocessors));
+  if (const char* error = properties_of(stream.device, &properties)) return error;
+  if (const char* error = blocks_at_once(kernel, how, stream.device, properties, &at_once)) return error;
+  how.num_blocks = static_cast<int>(std::min(units, kBlocksOfMultiprocessor * properties.multiprocessors));
   return hw::launch(kernel, how, parameters);
 }
 
 }  // namespace
 
-Planned plan_of_call(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double, const Room& room) {
-  const PlanInputs inputs = choose(p, out, terms, is_double, room).inputs;
+Planned plan_of_call(const Problem& p, const Outputs& out, const LossTerms& terms, bool is_double,
+                     const DeviceProperties& properties) {
+  const PlanInputs inputs = choose(p, out, terms, is_double, properties).inputs;
   return {inputs.cut, plan_of(inputs)};
 }
 
@@ -201,8 +204,8 @@ const char* forward(const Problem& p, const Outputs& out, const LossTerms& terms
   Parameters parameters = {};
   parameters.problem = p, parameters.out = out, parameters.terms = terms;
   parameters.cut = cut, parameters.layout = plan.layout, parameters.cluster = plan.cluster;
-  if (terms.row_loss != nullptr && terms.ticket == nullptr)
-    if (const char* error = ticket_of(stream, &parameters.terms.ticket)) return error;
+  if (terms.row_loss != nullptr && terms.counter == nullptr)
+    if (const char* error = counter_of(stream, &parameters.terms.counter)) return error;
   return hw::launch(settled.kernel, settled.how, parameters);
 }
 
@@ -211,9 +214,10 @@ const char* backward(const Problem& p, const Outputs& out, const BackwardInputs&
   const bool wants_any = out.grad_base != nullptr || out.grad_aux != nullptr || sums_row(out);
   if (p.num_rows == 0 || !wants_any) return nullptr;
   const Types types = types_of(p, out, is_double);
-  bool is_plain = types != kAnyTypes && types != kWithDoubles && !is_bent(p.base) && !is_bent(p.aux) && !sums_row(out);
-  for (int c = 0; c < kNumCoefficients; ++c) is_plain &= c == kA || c == kG || in.coefficients[c] == nullptr;
-  const Mode mode = is_plain ? kPlain : kGeneral;
+  bool has_plain_form = types != kAnyTypes && types != kWithDoubles && !is_transformed(p.base) &&
+                        !is_transformed(p.aux) && !sums_row(out);
+  for (int c = 0; c < kNumCoefficients; ++c) has_plain_form &= c == kA || c == kG || in.coefficients[c] == nullptr;
+  const Mode mode = has_plain_form ? kPlain : kGeneral;
   BackwardParameters parameters = {};
   parameters.problem = p, parameters.out = out, parameters.in = in;
   parameters.cut = cut_of(p.V, is_narrow(mode, types) ? 8 : 4, kBackwardThreads, false);

@@ -234,7 +234,7 @@ class Worker {
   struct Row {
     int64_t n;
     SourceRows sources;
-    Bend<C> base_bend, aux_bend;
+    Transform<C> base_transform, aux_transform;
     Target<C> target;
     Raw<C> raw_base = 0, raw_aux = 0;
   };
@@ -245,9 +245,9 @@ class Worker {
     C aux = has_aux() ? value_of<C, K::kAux>(row->raw_aux, row->sources.aux.dtype) : C(0);
     row->target.z = base;
     if constexpr (kMode == kGeneral) {
-      C bent, slope;
-      row->target.z = row->base_bend(base, &bent, &slope);
-      aux = has_aux() ? row->aux_bend(aux, &bent, &slope) : C(0);
+      C capped, slope;
+      row->target.z = row->base_transform(base, &capped, &slope);
+      aux = has_aux() ? row->aux_transform(aux, &capped, &slope) : C(0);
     }
     row->target.s = row->target.z + aux;
   }
@@ -258,8 +258,8 @@ class Worker {
     row.sources = source_rows<K>(p.problem, n);
     const RowOf &base_row = row.sources.base, &aux_row = row.sources.aux;
     if constexpr (kMode == kGeneral) {
-      row.base_bend = bend_of<C>(p.problem.base, n);
-      if (has_aux()) row.aux_bend = bend_of<C>(p.problem.aux, n);
+      row.base_transform = transform_of<C>(p.problem.base, n);
+      if (has_aux()) row.aux_transform = transform_of<C>(p.problem.aux, n);
     }
     if (at.y >= 0) {
       row.target.column = at.y;
@@ -289,14 +289,14 @@ class Worker {
     Columns<C> x;
     x.counted = 0;
     const int y = row.target.column - tile.first;
-    const bool is_weighted = kMode == kGeneral && (p.out.fields[kWeightedSum] != nullptr || p.terms.share != 0);
+    const bool is_weighted = kMode == kGeneral && (p.out.fields[kWeightedSum] != nullptr || p.terms.row.share != 0);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       x.z[i] = base[i], x.s[i] = base[i] + aux[i];
       if constexpr (kMode == kGeneral) {
-        C bent, slope;
-        x.z[i] = row.base_bend(base[i], &bent, &slope);
-        x.s[i] = x.z[i] + (has_aux() ? row.aux_bend(aux[i], &bent, &slope) : C(0));
+        C capped, slope;
+        x.z[i] = row.base_transform(base[i], &capped, &slope);
+        x.s[i] = x.z[i] + (has_aux() ? row.aux_transform(aux[i], &capped, &slope) : C(0));
       }
       x.w[i] = is_weighted && lane.column(i) < tile.num ? weight_of<C>(p.problem, tile.first + lane.column(i)) : C(0);
     }
@@ -412,37 +412,33 @@ class Worker {
     if (p.out.fields[field] != nullptr) static_cast<int64_t*>(p.out.fields[field])[n] = column == kNowhere ? 0 : column;
   }
 
+  AUXK_DEVICE RowLoss<C> row_loss() const {
+    const RowLoss<double>& row = p.terms.row;
+    return {static_cast<C>(row.kept), static_cast<C>(row.share), static_cast<C>(row.z_loss)};
+  }
+
   // by one thread: the fields, and the row's loss. A target that names no class makes all but the argmaxes NaN.
   AUXK_DEVICE void store_row(const Row& row, bool is_poisoned, const S& whole, C rest, C base_rest, C weight) const {
     const C bad = is_poisoned ? Limit<C>::kNaN : C(0);
-    const C log_denom = log(whole.denom), lse = whole.max + log_denom;
-    const C nll = row.target.exists() ? nll_of(row.target.s, whole.max, rest, whole.denom) : C(0);
     const int64_t n = row.n;
-    put(kMax, n, whole.max + bad);
-    put(kLogDenom, n, log_denom + bad);
-    put(kNll, n, nll + bad);
-    put(kLse, n, lse + bad);
-    put(kLogProb, n, (C(0) - nll) + bad);
-    C loss = weight * nll;
+    const auto put_number = [&](Field field, C value) { put(field, n, value + bad); };
+    RowNumbers<C> numbers;
+    numbers.max = whole.max, numbers.log_denom = log(whole.denom);
+    if (row.target.exists()) numbers.nll = nll_of_logit(row.target.s, whole.max, rest, whole.denom);
+    numbers.put_plain(put_number);
+    C loss = weight * numbers.nll;
     if constexpr (kMode != kPlain) {
-      const C mean_sum = whole.mean_sum / whole.denom, mean_base = whole.mean_base / whole.denom;
-      const C base_log_denom = log(whole.base_denom);
-      const C base_nll = row.target.exists() ? nll_of(row.target.z, whole.base_max, base_rest, whole.base_denom) : C(0);
-      put(kMeanSum, n, mean_sum + bad);
-      put(kMeanBase, n, mean_base + bad);
-      put(kBaseMax, n, whole.base_max + bad);
-      put(kBaseLogDenom, n, base_log_denom + bad);
-      put(kBaseNll, n, base_nll + bad);
-      put(kWeightedSum, n, whole.weighted_sum + bad);
-      put(kEntropy, n, (log_denom - mean_sum) + bad);
-      put(kKlToBase, n, ((mean_sum - mean_base) + (base_log_denom - log_denom)) + bad);
-      put(kBaseLogProb, n, (C(0) - base_nll) + bad);
+      numbers.mean_sum = whole.mean_sum / whole.denom, numbers.mean_base = whole.mean_base / whole.denom;
+      numbers.base_max = whole.base_max, numbers.base_log_denom = log(whole.base_denom);
+      if (row.target.exists())
+        numbers.base_nll = nll_of_logit(row.target.z, whole.base_max, base_rest, whole.base_denom);
+      numbers.weighted_sum = whole.weighted_sum;
+      numbers.put_statistics(put_number);
       put_column(kArgmax, n, whole.argmax.column);
       put_column(kBaseArgmax, n, whole.base_argmax.column);
       if constexpr (kMode == kGeneral) {
-        loss = static_cast<C>(p.terms.kept) * loss;
-        if (p.terms.share != 0) loss += static_cast<C>(p.terms.share) * (whole.weight * log_denom - whole.weighted_sum);
-        if (p.terms.z_loss != 0) loss += static_cast<C>(p.terms.z_loss) * lse * lse;
+        const RowLoss<C> terms = row_loss();
+        loss = terms.value(terms.kept * loss, whole.weight, numbers);
       }
     }
     if (p.terms.row_loss != nullptr) static_cast<C*>(p.terms.row_loss)[n] = loss + bad;
@@ -455,12 +451,13 @@ class Worker {
     k.G = weight / divisor;
     k.residual = rest / whole.denom;
     if constexpr (kMode == kGeneral) {
-      k.G = static_cast<C>(p.terms.kept) * weight / divisor;
-      if (p.terms.share != 0) {
-        k.A = static_cast<C>(p.terms.share) * whole.weight / divisor;
-        k.S = -static_cast<C>(p.terms.share) / divisor;
+      const RowLoss<C> terms = row_loss();
+      k.G = terms.G(weight, divisor);
+      if (terms.share != 0) {
+        k.A = terms.A_of_smoothing(whole.weight) / divisor;
+        k.S = terms.S(divisor);
       }
-      if (p.terms.z_loss != 0) k.A += C(2) * static_cast<C>(p.terms.z_loss) * (whole.max + log(whole.denom)) / divisor;
+      if (terms.z_loss != 0) k.A += terms.A_of_z_loss(whole.max + log(whole.denom)) / divisor;
     }
     return k;
   }
@@ -487,8 +484,8 @@ class Worker {
         }
         const int y = row.target.column - tile.first;
         if (has_columns)
-          write_gradient<C, kMode, K>(p.problem, lane, tile, y, k, row.base_bend, row.aux_bend, grads, base, aux,
-                                      &scale_sums);
+          write_gradient<C, kMode, K>(p.problem, lane, tile, y, k, row.base_transform, row.aux_transform, grads, base,
+                                      aux, &scale_sums);
       }
     }
     if (kMode == kGeneral && !kResident) store_scale_gradients(row.n, scale_sums);
@@ -527,7 +524,7 @@ class Worker {
   AUXK_DEVICE void reduce(bool has_divisor, double divisor) const {
     if (share.rank != 0) return;
     const unsigned num_clusters = static_cast<unsigned>(share.row_step);
-    if (hw::thread() == 0) *shared.flag() = num_clusters == 1 || hw::is_last(p.terms.ticket, num_clusters);
+    if (hw::thread() == 0) *shared.flag() = num_clusters == 1 || hw::is_last(p.terms.counter, num_clusters);
     hw::sync_group(p.cut.threads);
     if (*shared.flag() == 0) return;
     const C* losses = static_cast<const C*>(p.terms.row_loss);

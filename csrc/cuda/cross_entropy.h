@@ -1,8 +1,9 @@
-// Cross-entropy and row statistics of softmax(base + aux) on CUDA devices. The mathematics is in auxkernels/cross_entropy/ops.py.
+// Cross-entropy and row statistics of softmax(base + aux) on CUDA devices. The mathematics is in
+// auxkernels/cross_entropy/request.py.
 #pragma once
 
+#include "common/row_numbers.h"
 #include "plan.h"
-#include "problem.h"
 
 namespace auxk {
 namespace cuda {
@@ -10,13 +11,13 @@ namespace cuda {
 enum Divisor : int32_t { kByOne, kByNumber, kByTensor, kByKeptRows };
 
 struct LossTerms {
-  double kept = 1, share = 0, z_loss = 0;  // 1 - label_smoothing, label_smoothing / V
+  RowLoss<double> row;
   Divisor divisor = kByOne;
   double number = 1;
   const double* tensor = nullptr;  // on the device
   void* row_loss = nullptr;        // compute dtype, one for each row; null: only fields are wanted
   void* loss = nullptr;            // compute dtype
-  unsigned* ticket = nullptr;      // 0 before and after; null: one that calls on this stream share
+  unsigned* counter = nullptr;     // 0 before and after; null: one that calls on this stream share
 };
 
 // What a kernel over rows is given.
@@ -56,12 +57,12 @@ const char* rescale(const RescaleParameters&, const Stream&);
 // null, or why nothing can be started; touches no device
 const char* driver_problem();
 
-// What `forward` would do on a device of that room.
+// What `forward` would do on such a device.
 struct Planned {
   Cut cut;
   Plan plan;
 };
-Planned plan_of_call(const Problem&, const Outputs&, const LossTerms&, bool is_double, const Room& room);
+Planned plan_of_call(const Problem&, const Outputs&, const LossTerms&, bool is_double, const DeviceProperties&);
 // What it does on this device, and how many blocks run there at once. Starts nothing and waits for nothing.
 const char* plan_on_device(const Problem&, const Outputs&, const LossTerms&, bool is_double, int device,
                            Planned* planned, int* blocks_at_once);

@@ -85,10 +85,10 @@ __device__ inline double max_of_warp(double x) {
 }
 
 // the number of a block, or of another unit of which each calls once: whether it is the last of `count`. What the
-// others have written before is seen by the last. The ticket is 0 before and after.
-__device__ inline bool is_last(unsigned* ticket, unsigned count) {
+// others have written before is seen by the last. The counter is 0 before and after.
+__device__ inline bool is_last(unsigned* counter, unsigned count) {
   __threadfence();
-  const bool last = atomicInc(ticket, count - 1) == count - 1;
+  const bool last = atomicInc(counter, count - 1) == count - 1;
   __threadfence();
   return last;
 }

@@ -43,7 +43,7 @@ inline Cut cut_of(int64_t V, int piece, int most_threads, bool shifts) {
   while (cut.num_segments < kMaxSegments && V >= 2 * cut.num_segments * kWorthASegment) cut.num_segments *= 2;
   const int64_t columns = (V + cut.num_segments - 1) / cut.num_segments;
   cut.segment = static_cast<int32_t>((columns + kLine - 1) / kLine * kLine);
-  // Equal tiles, because a slot of the ring has room for a whole one. Whole warps of misaligned rows write pieces, the
+  // Equal tiles, because a slot of the ring holds a whole one. Whole warps of misaligned rows write pieces, the
   // others their columns one by one.
   const int64_t most = int64_t{kColumnsOfLane} * cut.threads, unit = cut.is_ragged ? kColumnsOfWarp : kLine;
   cut.num_tiles = static_cast<int32_t>((cut.segment + most - 1) / most);
@@ -54,7 +54,7 @@ inline Cut cut_of(int64_t V, int piece, int most_threads, bool shifts) {
 }
 
 // What a device offers.
-struct Room {
+struct DeviceProperties {
   int32_t multiprocessors;
   int64_t shared_bytes;  // of a block, at most
   int32_t max_cluster;   // 0: no clusters
@@ -84,7 +84,7 @@ struct PlanInputs {
   int32_t base_bytes, aux_bytes;  // of a logit; 0: no such source
   int32_t state_bytes;
   bool has_gradient;
-  Room room;
+  DeviceProperties device;
 };
 
 inline int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -108,7 +108,7 @@ inline Layout layout_of(const PlanInputs& in, int cluster, int num_slots) {
 // A block's share of a multiprocessor's shared memory: blocks of few threads are several to a multiprocessor.
 inline int64_t shared_bytes_of(const PlanInputs& in) {
   const int64_t blocks = std::max(kThreadsAtOnce / in.cut.threads, 1);
-  return in.room.shared_bytes / blocks / 128 * 128 - (blocks > 1 ? 1024 : 0);  // the system keeps 1 KiB of each block
+  return in.device.shared_bytes / blocks / 128 * 128 - (blocks > 1 ? 1024 : 0);  // the system keeps 1 KiB of each block
 }
 
 inline int slots_of(const PlanInputs& in, int cluster) {
@@ -118,20 +118,20 @@ inline int slots_of(const PlanInputs& in, int cluster) {
   return static_cast<int>(std::clamp<int64_t>(left / none.slot_bytes, 0, kMaxSlots));
 }
 
-// The smallest cluster whose blocks hold their share of a row, with room to load ahead; a larger one for few rows.
+// The smallest cluster whose blocks hold their share of a row, with slots to load ahead; a larger one for few rows.
 inline Plan plan_of(const PlanInputs& in) {
   constexpr int64_t kAhead = 40 << 10;  // bytes on their way to every multiprocessor hide the memory's latency
   Plan plan = {};
   plan.cluster = 1;
   plan.layout = layout_of(in, 1, 0);
-  const int largest = std::min(in.cut.num_segments, in.room.max_cluster);
+  const int largest = std::min(in.cut.num_segments, in.device.max_cluster);
   for (int cluster = 1; cluster <= largest; cluster *= 2) {
     const int slots = slots_of(in, cluster);
     const int needed = in.has_gradient ? in.cut.num_segments / cluster * in.cut.num_tiles : 1;
     const int64_t ahead = int64_t{slots - needed} * layout_of(in, cluster, 0).slot_bytes;
     if (slots < std::max(needed, 2)) continue;
     const bool is_last_chance = 2 * cluster > largest;
-    const bool leaves_half_idle = 2 * cluster * in.num_rows <= in.room.multiprocessors;
+    const bool leaves_half_idle = 2 * cluster * in.num_rows <= in.device.multiprocessors;
     if (is_last_chance || (ahead >= kAhead && !leaves_half_idle)) return {true, cluster, layout_of(in, cluster, slots)};
   }
   return plan;

@@ -1,5 +1,5 @@
 // Arithmetic of one row: its state while columns are scanned, the one merge of many states, and the numbers that losses
-// and gradients are made of. The mathematics is in auxkernels/cross_entropy/ops.py.
+// and gradients are made of. The mathematics is in auxkernels/cross_entropy/request.py.
 //
 // Lanes each have a running maximum of their own, so that the loop over columns has no reduction across threads. States
 // are merged all at once: the largest maximum first, which is exact in any order, then sums in a tree of fixed shape.
@@ -10,6 +10,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/row_numbers.h"
 #include "hardware.cuh"
 #include "kernels.h"
 
@@ -272,9 +273,8 @@ AUXK_DEVICE void join(FullState<C>& a, const Target<C>& y, C* rest, C* base_rest
 
 // -log p of the target from the sums without it and with it
 template <class C>
-AUXK_DEVICE C nll_of(C logit, C max, C rest, C denom) {
-  const C e = exp_of(logit - finite_or_zero(max));
-  return e > rest ? log1p(rest / e) : log(denom) - (logit - max);
+AUXK_DEVICE C nll_of_logit(C logit, C max, C rest, C denom) {
+  return nll_of(logit - max, exp_of(logit - finite_or_zero(max)), rest, denom);
 }
 
 }  // namespace auxk

@@ -98,7 +98,7 @@ AUXK_DEVICE double divisor_of(const Problem& p, const cuda::LossTerms& terms, do
 
 // -- gradients --------------------------------------------------------------------------------------------------------
 
-// What a row's gradient is made of, see ops.py; p = exp(s - max - log_denom) * p_factor.
+// What a row's gradient is made of, see request.py; p = exp(s - max - log_denom) * p_factor.
 template <class C>
 struct RowGradient {
   C max = 0, log_denom = 0, p_factor = 1;
@@ -153,9 +153,9 @@ AUXK_DEVICE C general_gradient(const RowGradient<C>& k, C s, C z, C w, bool is_t
 // Writes eight columns' gradients. v_base, v_aux: the sources' values; y: the target's column from the tile's first on.
 template <class C, int kMode, class K>
 AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, const Tile& tile, int y,
-                                const RowGradient<C>& k, const Bend<C>& base_bend, const Bend<C>& aux_bend,
-                                const GradientRows& grads, C (&v_base)[kColumns], C (&v_aux)[kColumns],
-                                ScaleSums<C>* scale_sums) {
+                                const RowGradient<C>& k, const Transform<C>& base_transform,
+                                const Transform<C>& aux_transform, const GradientRows& grads, C (&v_base)[kColumns],
+                                C (&v_aux)[kColumns], ScaleSums<C>* scale_sums) {
   if constexpr (kMode != kGeneral) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) v_base[i] += v_aux[i];
@@ -178,18 +178,18 @@ AUXK_DEVICE void write_gradient(const Problem& p, const Lane<K::kPiece>& lane, c
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int column = lane.column(i);
-      C bent_base, bent_aux, slope_base, slope_aux, extra;
-      const C z = base_bend(v_base[i], &bent_base, &slope_base);
-      const C s = z + aux_bend(v_aux[i], &bent_aux, &slope_aux);
+      C capped_base, capped_aux, slope_base, slope_aux, extra;
+      const C z = base_transform(v_base[i], &capped_base, &slope_base);
+      const C s = z + aux_transform(v_aux[i], &capped_aux, &slope_aux);
       const C w = k.S != C(0) && column < tile.num ? weight_of<C>(p, tile.first + column) : C(0);
       const C dz = general_gradient(k, s, z, w, column == y, &extra);
       if (column < tile.num) {
         // a masked class, 0 * (-inf), counts nothing
-        scale_sums->base += (dz + extra) * finite(bent_base);
-        scale_sums->aux += dz * finite(bent_aux);
+        scale_sums->base += (dz + extra) * finite(capped_base);
+        scale_sums->aux += dz * finite(capped_aux);
       }
-      v_base[i] = (dz + extra) * base_bend.scale * slope_base;
-      v_aux[i] = dz * aux_bend.scale * slope_aux;
+      v_base[i] = (dz + extra) * base_transform.scale * slope_base;
+      v_aux[i] = dz * aux_transform.scale * slope_aux;
     }
     if (grads.base.first != nullptr) store_gradient<C, K, K::kBase>(grads.base, tile, grads.is_wide, lane, v_base);
     if (grads.aux.first != nullptr) store_gradient<C, K, K::kAux>(grads.aux, tile, grads.is_wide, lane, v_aux);

@@ -1,4 +1,4 @@
-// The test's side of hardware_on_cpu.h, for Python: linked into the emulated module, called through ctypes.
+// What hardware_on_cpu.h has for tests, for Python: linked into the emulated module, called through ctypes.
 #include "hardware_on_cpu.h"
 
 #define AUXK_CONTROL extern "C" __attribute__((visibility("default")))

@@ -28,7 +28,7 @@
 namespace auxk {
 namespace hw {
 
-// -- the test's side --------------------------------------------------------------------------------------------------
+// -- for tests --------------------------------------------------------------------------------------------------------
 
 // of the launches from here on; without it they differ from each other, but not from one process to the next
 inline void seed(uint64_t value) { model::machine.seed(value); }
@@ -123,12 +123,12 @@ T max_of_warp(T x) {
   return x;
 }
 
-inline bool is_last(unsigned* ticket, unsigned count) {
+inline bool is_last(unsigned* counter, unsigned count) {
   model::machine.publish_stores();
   model::machine.pause();
-  const unsigned before = *ticket;
-  if (before >= count) model::machine.fail("is_last of %u with ticket %u", count, before);
-  *ticket = before == count - 1 ? 0 : before + 1;
+  const unsigned before = *counter;
+  if (before >= count) model::machine.fail("is_last of %u with counter %u", count, before);
+  *counter = before == count - 1 ? 0 : before + 1;
   model::machine.pause();
   return before == count - 1;
 }

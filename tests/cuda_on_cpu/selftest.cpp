@@ -148,7 +148,7 @@ static void test_ring() {
 
 struct Small {
   double* out;
-  unsigned* ticket;
+  unsigned* counter;
   int what;
 };
 
@@ -169,7 +169,7 @@ __global__ void small_kernel(const __grid_constant__ Small p) {
     if (t == 0) p.out[hw::block()] = hw::block() + 1;
     hw::sync_block();
     float* last = reinterpret_cast<float*>(hw::shared_memory());
-    if (t == 0) *last = hw::is_last(p.ticket, static_cast<unsigned>(hw::num_blocks())) ? 1.0f : 0.0f;
+    if (t == 0) *last = hw::is_last(p.counter, static_cast<unsigned>(hw::num_blocks())) ? 1.0f : 0.0f;
     hw::sync_block();
     if (*last == 0.0f) return;
     double sum = 0;
@@ -185,21 +185,21 @@ __global__ void small_kernel(const __grid_constant__ Small p) {
 }
 
 static void test_small() {
-  unsigned ticket = 0;
+  unsigned counter = 0;
   int caught = 0;
   for (uint64_t seed = 0; seed < 50; ++seed) {
     hw::seed(seed);
     std::vector<double> out(101);
-    check(hw::launch(small_kernel, {1, 0, 96, 0, nullptr}, Small{out.data(), &ticket, 0}) == nullptr, "shuffles");
+    check(hw::launch(small_kernel, {1, 0, 96, 0, nullptr}, Small{out.data(), &counter, 0}) == nullptr, "shuffles");
     for (size_t t = 0; t < 96; ++t) check(out[t] == 1, "shuffled values");
     std::fill(out.begin(), out.end(), 0.0);
     for (int launch = 1; launch <= 2; ++launch) {
-      check(hw::launch(small_kernel, {100, 0, 64, 4, nullptr}, Small{out.data(), &ticket, 1}) == nullptr, "is_last");
-      check(ticket == 0 && out[100] == launch * 5050, "one block is last, and sees what all have written");
+      check(hw::launch(small_kernel, {100, 0, 64, 4, nullptr}, Small{out.data(), &counter, 1}) == nullptr, "is_last");
+      check(counter == 0 && out[100] == launch * 5050, "one block is last, and sees what all have written");
     }
     bool right[2] = {true, true};
     for (int wrong = 0; wrong < 2; ++wrong) {
-      check(hw::launch(small_kernel, {1, 1, 96, 96 * 4, nullptr}, Small{out.data(), &ticket, 2 + wrong}) == nullptr,
+      check(hw::launch(small_kernel, {1, 1, 96, 96 * 4, nullptr}, Small{out.data(), &counter, 2 + wrong}) == nullptr,
             "");
       for (size_t t = 0; t < 96; ++t) right[wrong] = right[wrong] && out[t] == static_cast<double>((t + 33) % 96);
     }

@@ -345,7 +345,7 @@ def store_field(ptr, row, x):
 
 @triton.jit
 def log_of_denom(denom, others, is_empty):
-    """log(denom), from the sum without the largest column's 1 where that is all but one: see csrc/cpu/row_kernel.h."""
+    """log(denom), from the sum without the largest column's 1 where that is all but one: see csrc/cpu/row.h."""
     is_confident = (others < 1) & (denom - others < 1.5) & (is_empty == 0)
     return tl.where(is_confident, log1p(tl.where(is_confident, others, 0.0)), tl.log(denom))
 

@@ -35,7 +35,7 @@ struct ScanSums {
   C others = 0, base_others = 0;
 };
 
-// one row's numbers in the backward form of auxkernels/cross_entropy/ops.py
+// one row's numbers in the backward form of auxkernels/cross_entropy/request.py
 template <class C>
 struct RowCoefficients {
   C p_factor = 0;  // A + G

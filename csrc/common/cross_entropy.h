@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dtype.h"
+#include "names.h"
 
 namespace auxk {
 
@@ -17,29 +18,29 @@ struct Source {
   double softcap = 0;        // 0: none
 };
 
-// the order of auxkernels.cross_entropy.ops.FIELDS
-enum Field {
-  kMax,
-  kLogDenom,
-  kNll,
-  kMeanSum,
-  kMeanBase,
-  kBaseMax,
-  kBaseLogDenom,
-  kBaseNll,
-  kWeightedSum,
-  kLse,
-  kEntropy,
-  kKlToBase,
-  kLogProb,
-  kBaseLogProb,
-  kArgmax,
-  kBaseArgmax,
-  kNumFields
-};
+// auxkernels.cross_entropy.request.FIELDS, where each is defined
+#define AUXK_FIELDS(X)            \
+  X(Max, max)                     \
+  X(LogDenom, log_denom)          \
+  X(Nll, nll)                     \
+  X(MeanSum, mean_sum)            \
+  X(MeanBase, mean_base)          \
+  X(BaseMax, base_max)            \
+  X(BaseLogDenom, base_log_denom) \
+  X(BaseNll, base_nll)            \
+  X(WeightedSum, weighted_sum)    \
+  X(Lse, lse)                     \
+  X(Entropy, entropy)             \
+  X(KlToBase, kl_to_base)         \
+  X(LogProb, log_prob)            \
+  X(BaseLogProb, base_log_prob)   \
+  X(Argmax, argmax)               \
+  X(BaseArgmax, base_argmax)
+enum Field { AUXK_FIELDS(AUXK_ENUMERATOR) kNumFields };
 constexpr int kNumFloatFields = kArgmax;
-// the order of auxkernels.cross_entropy.ops.COEFFICIENTS
-enum Coefficient { kA, kC, kD, kQ, kG, kS, kQ_b, kB_b, kNumCoefficients };
+// auxkernels.cross_entropy.request.COEFFICIENTS, of its formula for the gradients
+#define AUXK_COEFFICIENTS(X) X(A, A) X(C, C) X(D, D) X(Q, Q) X(G, G) X(S, S) X(Q_b, Q_b) X(B_b, B_b)
+enum Coefficient { AUXK_COEFFICIENTS(AUXK_ENUMERATOR) kNumCoefficients };
 
 struct Problem {
   Source base, aux;              // aux.values null: none

@@ -6,9 +6,9 @@
 #include <memory>
 #include <vector>
 
-#include "block_ops.h"
 #include "parallel.h"
-#include "row_kernel.h"
+#include "row.h"
+#include "simd/block_ops.h"
 #include "soft_embedding.h"
 
 namespace auxk {
@@ -163,28 +163,29 @@ class SoftKernel {
     ops.store_scaled(x, factor, C(0), nullptr, size, -1, C(0), m.dtype, place, false);
   }
 
-  void store_rows(const SoftRows& rows, int64_t n, double max, double log_denom, double entropy, double max_prob,
-                  double sum_squares, int64_t argmax) const {
-    put<C>(rows.max, n, max);
-    put<C>(rows.log_denom, n, log_denom);
-    put<C>(rows.entropy, n, entropy);
-    put<C>(rows.max_prob, n, max_prob);
-    put<C>(rows.sum_squares, n, sum_squares);
-    if (rows.argmax != nullptr) rows.argmax[n] = argmax;
+  void store_fields(const SoftFields& fields, int64_t n, double max, double log_denom, double entropy, double max_prob,
+                    double sum_squares, int64_t argmax) const {
+    put<C>(fields.max, n, max);
+    put<C>(fields.log_denom, n, log_denom);
+    put<C>(fields.entropy, n, entropy);
+    put<C>(fields.max_prob, n, max_prob);
+    put<C>(fields.sum_squares, n, sum_squares);
+    if (fields.argmax != nullptr) fields.argmax[n] = argmax;
   }
 
-  void forward_row(int64_t n, const SoftRows& rows, const Matrix& probabilities, SoftBuffers<C>& b, int threads) const {
+  void forward_row(int64_t n, const SoftFields& fields, const Matrix& probabilities, SoftBuffers<C>& b,
+                   int threads) const {
     const auto [largest, poisoned] = load_parts(n, b, threads, [](RowPart<C>&, int64_t, int64_t) {});
     const C m = largest, inverse = inverse_of(temperature(n));
     if (m == static_cast<C>(kMinusInf) && !poisoned) {
-      store_rows(rows, n, kMinusInf, 0, 0, 0, 0, -1);
+      store_fields(fields, n, kMinusInf, 0, 0, 0, 0, -1);
       return fill(probabilities, n, 0, b.p);
     }
-    const int64_t best = rows.argmax == nullptr ? 0 : argmax(b.v, m, poisoned);
+    const int64_t best = fields.argmax == nullptr ? 0 : argmax(b.v, m, poisoned);
     for_each_part(b.parts, threads, [&](RowPart<C>& part, int64_t begin, int64_t end) {
       part.denom = part.times_x = part.squares = 0;
       part.others = Others();
-      blocks(begin, end, [&](int64_t first, int64_t size) { add_sums(rows, m, inverse, b.v + first, size, &part); });
+      blocks(begin, end, [&](int64_t first, int64_t size) { add_sums(fields, m, inverse, b.v + first, size, &part); });
     });
     double denom = 0, times_x = 0, squares = 0;
     Others others;
@@ -192,9 +193,9 @@ class SoftKernel {
       denom += part.denom, times_x += part.times_x, squares += part.squares;
       others.sum += part.others.sum, others.num_largest += part.others.num_largest;
     }
-    const double log_denom = log_of_denom(denom, rows.entropy == nullptr ? -1 : others.without_largest());
-    store_rows(rows, n, poisoned ? static_cast<double>(NAN) : static_cast<double>(m), log_denom,
-               log_denom - times_x / denom, 1 / denom, squares / (denom * denom), best);
+    const double log_denom = log_of_denom(denom, fields.entropy == nullptr ? -1 : others.without_largest());
+    store_fields(fields, n, poisoned ? static_cast<double>(NAN) : static_cast<double>(m), log_denom,
+                 log_denom - times_x / denom, 1 / denom, squares / (denom * denom), best);
     if (probabilities.values == nullptr) return;
     for_each_part(b.parts, threads, [&](RowPart<C>&, int64_t begin, int64_t end) {
       blocks(begin, end, [&](int64_t first, int64_t size) {
@@ -204,23 +205,23 @@ class SoftKernel {
   }
 
   // x := exp((x - m) inverse) and the sums that the wanted fields are made of
-  void add_sums(const SoftRows& rows, C m, C inverse, C* x, int64_t size, RowPart<C>* part) const {
+  void add_sums(const SoftFields& fields, C m, C inverse, C* x, int64_t size, RowPart<C>* part) const {
     const Ahead none;
     ops.shift_and_scale(x, m, inverse, size);
-    if (rows.entropy != nullptr) {
+    if (fields.entropy != nullptr) {
       const ScanSums<C> sums = ops.scan_sums(x, nullptr, C(0), C(0), size, true, false, none, none);
       part->denom += static_cast<double>(sums.sum), part->times_x += static_cast<double>(sums.sum_times_s);
       part->others.add(0, 0, 1, static_cast<double>(sums.sum), static_cast<double>(sums.others));
     } else {
       part->denom += static_cast<double>(ops.exp_sum(x, C(0), size, none, none));
     }
-    if (rows.sum_squares != nullptr) part->squares += static_cast<double>(ops.dot(x, x, size));
+    if (fields.sum_squares != nullptr) part->squares += static_cast<double>(ops.dot(x, x, size));
   }
 
-  void backward_row(int64_t n, const SoftRows& rows, const Matrix& grad_probabilities, const SoftUpstream& up,
+  void backward_row(int64_t n, const SoftFields& fields, const Matrix& grad_probabilities, const SoftUpstream& up,
                     const Matrix& grad_scores, void* grad_temperature, const Matrix& probabilities,
                     SoftBuffers<C>& b) const {
-    const C largest = number<C>(rows.max, n), log_denom = number<C>(rows.log_denom, n), T = temperature(n);
+    const C largest = number<C>(fields.max, n), log_denom = number<C>(fields.log_denom, n), T = temperature(n);
     const C inverse = inverse_of(T);
     const bool is_empty = largest == static_cast<C>(kMinusInf);
     if (is_empty || largest != largest) {
@@ -247,8 +248,8 @@ class SoftKernel {
       if (up.usage != nullptr) ops.add_where(g, p_k, static_cast<const C*>(up.usage) + first, C(1), size);
       if (up.sum_squares != nullptr) ops.add_where(g, p_k, p_k, 2 * number<C>(up.sum_squares, n), size);
       if (up.entropy != nullptr) ops.add_where(g, p_k, x, -number<C>(up.entropy, n), size);
-      if (up.max_prob != nullptr && rows.argmax[n] >= first && rows.argmax[n] < first + size)
-        b.g[rows.argmax[n]] += number<C>(up.max_prob, n);
+      if (up.max_prob != nullptr && fields.argmax[n] >= first && fields.argmax[n] < first + size)
+        b.g[fields.argmax[n]] += number<C>(up.max_prob, n);
       mean += static_cast<double>(ops.dot(p_k, g, size));
     });
     double times_log = 0;
@@ -294,7 +295,8 @@ class SoftKernel {
     return kept;
   }
 
-  void select_row(int64_t n, const SoftRows& rows, const Selection& selection, SoftBuffers<C>& b, int threads) const {
+  void select_row(int64_t n, const SoftFields& fields, const Selection& selection, SoftBuffers<C>& b,
+                  int threads) const {
     const int64_t k = selection.k;
     const auto [largest, poisoned] = load_parts(n, b, threads, [&](RowPart<C>& part, int64_t begin, int64_t end) {
       part.kept.clear();
@@ -310,10 +312,10 @@ class SoftKernel {
     if (poisoned) {
       std::fill(labels, labels + k, int64_t{0});
       std::fill(weights, weights + k, static_cast<C>(NAN));
-      return store_rows(rows, n, NAN, NAN, NAN, NAN, NAN, argmax(b.v, largest, true));
+      return store_fields(fields, n, NAN, NAN, NAN, NAN, NAN, argmax(b.v, largest, true));
     }
     const std::vector<Label<C>>& kept = best_of(b.parts, k);
-    if (kept.empty()) return store_rows(rows, n, kMinusInf, 0, 0, 0, 0, -1);
+    if (kept.empty()) return store_fields(fields, n, kMinusInf, 0, 0, 0, 0, -1);
     const double others = weigh(kept, largest, inverse, weights), log_denom = std::log1p(others);
     double entropy = log_denom, squares = 0;
     for (size_t j = 0; j < kept.size(); ++j) {
@@ -323,7 +325,7 @@ class SoftKernel {
       squares += p_j * p_j;
     }
     const double max_prob = 1 / (1 + others);
-    store_rows(rows, n, static_cast<double>(largest), log_denom, entropy, max_prob, squares, kept[0].label);
+    store_fields(fields, n, static_cast<double>(largest), log_denom, entropy, max_prob, squares, kept[0].label);
   }
 
   // weights = softmax of the kept labels; returns the denominator without the 1 of the first, NaN if that is none
@@ -346,13 +348,13 @@ class SoftKernel {
     return v[label - first];
   }
 
-  void select_backward_row(int64_t n, const SoftRows& rows, const Selection& selection, const C* grad_weights,
+  void select_backward_row(int64_t n, const SoftFields& fields, const Selection& selection, const C* grad_weights,
                            const SoftUpstream& up, const Matrix& grad_scores, void* grad_temperature, SoftBuffers<C>& b,
                            std::vector<Label<C>>& kept) const {
     const int64_t k = selection.k;
     const int64_t* labels = selection.labels + n * k;
     C* weights = static_cast<C*>(selection.weights) + n * k;
-    const C largest = number<C>(rows.max, n), T = temperature(n);
+    const C largest = number<C>(fields.max, n), T = temperature(n);
     if (largest != largest) {
       std::fill(weights, weights + k, static_cast<C>(NAN));
       fill(grad_scores, n, NAN, b.p);
@@ -367,7 +369,7 @@ class SoftKernel {
     weigh(kept, largest, inverse, weights);
     double mean = 0, times_log = 0;
     const int64_t size = static_cast<int64_t>(kept.size());
-    const C log_denom = number<C>(rows.log_denom, n);
+    const C log_denom = number<C>(fields.log_denom, n);
     const auto log_p = [&](int64_t j) { return (kept[static_cast<size_t>(j)].value - largest) * inverse - log_denom; };
     for (int64_t j = 0; j < size; ++j) {
       b.g[j] = grad_weights == nullptr ? C(0) : grad_weights[n * k + j];

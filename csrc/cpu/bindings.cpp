@@ -4,15 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <vector>
 
-#include "arguments.h"
-#include "cpu/add.h"
-#include "cpu/block_ops.h"
-#include "cpu/cross_entropy.h"
-#include "cpu/pages.h"
+#include "add.h"
+#include "common/arguments.h"
+#include "cross_entropy.h"
+#include "pages.h"
+#include "simd/block_ops.h"
 #include "soft_bindings.h"
 
 namespace py = pybind11;
@@ -22,7 +23,7 @@ namespace {
 
 Problem threaded_problem_of(const ProblemArguments& a, const Source& base, const Source& aux) {
   Problem p = problem_of(a, base, aux);
-  p.threads = static_cast<int>(a[6] < 1 ? 1 : a[6]);
+  p.threads = std::max(static_cast<int>(a[ProblemSlot::kThreadsOrStream]), 1);
   return p;
 }
 
@@ -40,7 +41,7 @@ void py_scan(const ProblemArguments& args, const SourceArguments& base, const So
   const Outputs out = outputs_of(outputs);
   py::gil_scoped_release release;
   check_targets(p);
-  args[7] != 0 ? scan<double>(p, out) : scan<float>(p, out);
+  is_double(args) ? scan<double>(p, out) : scan<float>(p, out);
 }
 
 void py_loss(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
@@ -56,7 +57,7 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, const So
   options.has_normalizer = has_normalizer, options.normalizer = normalizer;
   py::gil_scoped_release release;
   const int64_t num_kept = check_targets(p);
-  if (args[7] != 0)
+  if (is_double(args))
     *static_cast<double*>(pointer(loss_out)) = loss<double>(p, options, out, num_kept);
   else
     *static_cast<float*>(pointer(loss_out)) = static_cast<float>(loss<float>(p, options, out, num_kept));
@@ -70,7 +71,7 @@ void py_backward(const ProblemArguments& args, const SourceArguments& base, cons
   const BackwardInputs in = backward_inputs_of(state, coefficients);
   py::gil_scoped_release release;
   check_targets(p);
-  args[7] != 0 ? backward<double>(p, in, out) : backward<float>(p, in, out);
+  is_double(args) ? backward<double>(p, in, out) : backward<float>(p, in, out);
 }
 
 void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_t target, bool target_is_int32,
@@ -78,19 +79,21 @@ void py_rescale(int64_t grad, int dtype, int64_t num_rows, int64_t width, int64_
   Problem p;
   p.num_rows = num_rows, p.V = width, p.target = pointer(target), p.target_is_int32 = target_is_int32;
   p.ignore_index = ignore_index, p.threads = threads < 1 ? 1 : threads;
-  if (dtype < 0 || dtype > 3) throw py::value_error("dtype code must be in [0, 3], got " + std::to_string(dtype));
-  const DType type = static_cast<DType>(dtype);
+  const DType type = dtype_of(dtype);
   py::gil_scoped_release release;
   type == DType::kFloat64 ? rescale<double>(p, pointer(grad), type, width, factor)
                           : rescale<float>(p, pointer(grad), type, width, factor);
 }
 
-// address, dtype
-using ElementsArguments = std::array<int64_t, 2>;
+struct ElementsSlot {
+  enum : size_t { kAddress, kDType, kCount };
+};
+using ElementsArguments = std::array<int64_t, ElementsSlot::kCount>;
 
 Elements elements_of(const ElementsArguments& a) {
-  if (a[1] < 0 || a[1] > 2) throw py::value_error("dtype code must be in [0, 2], got " + std::to_string(a[1]));
-  return {pointer(a[0]), static_cast<DType>(a[1])};
+  const int64_t code = a[ElementsSlot::kDType];
+  if (code < 0 || code > 2) throw py::value_error("dtype code must be in [0, 2], got " + std::to_string(code));
+  return {pointer(a[ElementsSlot::kAddress]), dtype_of(code)};
 }
 
 void py_add(const ElementsArguments& out, const ElementsArguments& a, const ElementsArguments& b, int64_t n,
@@ -122,6 +125,9 @@ void set_instruction_set(const std::string& name) {
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of auxkernels; called through auxkernels.native.";
+  m.def("field_names", &auxk::field_names);
+  m.def("coefficient_names", &auxk::coefficient_names);
+  m.def("state_names", &auxk::state_names);
   m.def("scan", &auxk::py_scan);
   m.def("loss", &auxk::py_loss);
   m.def("backward", &auxk::py_backward);

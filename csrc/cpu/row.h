@@ -6,8 +6,9 @@
 #include <memory>
 #include <utility>
 
-#include "block_ops.h"
+#include "common/row_numbers.h"
 #include "cross_entropy.h"
+#include "simd/block_ops.h"
 
 namespace auxk {
 
@@ -46,13 +47,11 @@ struct RowState {
   double mean_sum = 0, mean_base = 0, weighted_sum = 0;
   double target_logit = kMinusInf, base_target_logit = kMinusInf;
 
-  // log(denom) - (z_y - max), which for a confident row would be the difference of two nearly equal numbers
-  static double nll(double denom, double rest, double relative_target) {
-    const double e = std::exp(relative_target);
-    return e > rest ? std::log1p(rest / e) : std::log(denom) - relative_target;
+  double nll() const { return nll_of(target_logit - max, std::exp(target_logit - max), rest, denom); }
+  double base_nll() const {
+    const double relative = base_target_logit - base_max;
+    return nll_of(relative, std::exp(relative), base_rest, base_denom);
   }
-  double nll() const { return nll(denom, rest, target_logit - max); }
-  double base_nll() const { return nll(base_denom, base_rest, base_target_logit - base_max); }
   double log_denom() const { return log_of_denom(denom, others); }
   double base_log_denom() const { return log_of_denom(base_denom, base_others); }
 };
@@ -211,29 +210,25 @@ class Kernel {
 
   static double finite_or_zero(double m) { return m == kMinusInf ? 0 : m; }
 
-  void store_fields(int64_t n, const Outputs& out, const ScanWants& wants, const RowState& row,
+  RowNumbers<double> numbers_of(const RowState& row, const ScanWants& wants) const {
+    RowNumbers<double> numbers;
+    numbers.max = row.max, numbers.log_denom = row.log_denom();
+    numbers.mean_sum = row.mean_sum, numbers.mean_base = row.mean_base;
+    numbers.weighted_sum = row.weighted_sum;
+    numbers.base_max = row.base_max;
+    if (wants.base) numbers.base_log_denom = row.base_log_denom();
+    if (p.target != nullptr) numbers.nll = row.nll();
+    if (wants.base && p.target != nullptr) numbers.base_nll = row.base_nll();
+    return numbers;
+  }
+
+  void store_fields(int64_t n, const Outputs& out, const RowNumbers<double>& numbers, const RowState& row,
                     const BlockState* blocks, const Buffers<C>& b) const {
-    const double log_denom = row.log_denom(), base_log_denom = wants.base ? row.base_log_denom() : 0;
-    const double nll = p.target == nullptr ? 0 : row.nll();
-    const double base_nll = wants.base && p.target != nullptr ? row.base_nll() : 0;
-    const double values[kNumFloatFields] = {
-        row.max,
-        log_denom,
-        nll,
-        row.mean_sum,
-        row.mean_base,
-        row.base_max,
-        base_log_denom,
-        base_nll,
-        row.weighted_sum,
-        row.max + log_denom,
-        log_denom - row.mean_sum,
-        (row.mean_sum - row.mean_base) + (base_log_denom - log_denom),
-        0 - nll,
-        0 - base_nll,
+    const auto put = [&](Field field, double value) {
+      if (out.fields[field] != nullptr) static_cast<C*>(out.fields[field])[n] = static_cast<C>(value);
     };
-    for (int f = 0; f < kNumFloatFields; ++f)
-      if (out.fields[f] != nullptr) static_cast<C*>(out.fields[f])[n] = static_cast<C>(values[f]);
+    numbers.put_plain(put);
+    numbers.put_statistics(put);
     if (out.fields[kArgmax] != nullptr)
       static_cast<int64_t*>(out.fields[kArgmax])[n] = argmax(n, false, row.max, row.denom, blocks, b);
     if (out.fields[kBaseArgmax] != nullptr)

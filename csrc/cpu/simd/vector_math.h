@@ -7,7 +7,7 @@
 #include <cstring>
 #include <limits>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 #define AUXK_INLINE inline __attribute__((always_inline))
 
