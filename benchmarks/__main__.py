@@ -14,7 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import chart, cross_entropy, cross_entropy_heads, harness, machine, report, soft_embedding
+from benchmarks import chart
+from benchmarks.cross_entropy import cases as cross_entropy
+from benchmarks.heads import cases as cross_entropy_heads
+from benchmarks.soft_embedding import cases as soft_embedding
+from benchmarks.timing import environment as machine
+from benchmarks.timing import harness, report
 
 OPS = {op.OP: op for op in (cross_entropy, cross_entropy_heads, soft_embedding)}
 BASELINES = tuple(dict.fromkeys(level for op in OPS.values() for level in op.BASELINES))

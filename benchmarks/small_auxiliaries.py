@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auxkernels.models import AuxiliaryForCausalLM
-
-from . import demo_data, machine
+from benchmarks.timing import environment as machine
+from benchmarks.training import text as demo_data
 
 METHODS = {
     "own head": {"head": "own"},
