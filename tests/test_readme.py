@@ -22,5 +22,5 @@ def test_the_examples_run_in_their_order():
 def test_what_is_said_of_gpus_is_what_the_rows_say():
     """Not where the package is tested as installed: the benchmarks are not part of it."""
     pytest.importorskip("rich")
-    readme = pytest.importorskip("benchmarks.gpu.readme_sections")
-    assert readme.main(["--check"]) == 0, "python -m benchmarks.gpu.readme_sections"
+    readme_sections = pytest.importorskip("benchmarks.gpu.readme_sections")
+    assert readme_sections.main(["--check"]) == 0, "python -m benchmarks.gpu.readme_sections"

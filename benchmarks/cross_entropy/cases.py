@@ -1,4 +1,4 @@
-"""Cases and implementations of aux_cross_entropy and logit_stats: what is timed, against what, and the bars."""
+"""Cases and implementations of aux_cross_entropy and logit_stats: what is timed, against what, and the thresholds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from benchmarks.cross_entropy.baselines import COMPOSITES
 from benchmarks.cross_entropy.oracle import CHUNK_ELEMENTS, Oracle
 from benchmarks.timing.harness import Accuracy, Case, Implementation, Outputs, Unavailable, copy_floor, launch_floor
-from benchmarks.timing.report import Bar
-from benchmarks.timing.thresholds import Measure, at_least, at_most
+from benchmarks.timing.thresholds import Measure, Threshold, at_least, at_most
 
 OP = "cross_entropy"
 PASSES = ("forward", "training", "both", "stats", "stats_training", "overhead")
@@ -395,7 +394,7 @@ def _allowed_bytes(row: dict) -> int:
     return gradient_bytes + 32 * num_rows + (4 * num_columns + (256 << 10)) * row["threads"]
 
 
-def _cpu_bars() -> list[Bar]:
+def _cpu_bars() -> list[Threshold]:
     main, overhead = Measure(OP, (MAIN_SHAPE,)), Measure(OP, (OVERHEAD_SHAPE,))
     speed_up, share, cost, memory = main.speed_up, main.share_of_floor, main.extra_cost, main.peak_share
     own, kernel, time_us = "auxkernels", "auxkernels kernel alone", overhead.time_us
@@ -435,24 +434,24 @@ def _over_best_composite(name: str, rows: list[dict]) -> float | None:
     return measure.speed_up("training", "bf16", ("eager", "eager upcast", "compile upcast", *COMPOSITES), rows)
 
 
-def _cuda_bars() -> list[Bar]:
+def _cuda_bars() -> list[Threshold]:
     """Of each implementation by its name: which of them "auto" is changes with what has been measured."""
     return [bar for name in OWN_BACKENDS for bar in _cuda_bars_of(name)]
 
 
-def _cuda_bars_of(name: str) -> list[Bar]:
+def _cuda_bars_of(name: str) -> list[Threshold]:
     main, decode = Measure(OP, (GPU_SHAPE,)), Measure(OP, GPU_DECODE_SHAPES)
     title, plain = name.removeprefix("auxkernels "), f"{name} {LOSS_ALONE}"
     composite = f"{title} bf16 training, times faster than the best composite of existing kernels"
 
-    def share(shape: tuple[int, int], bar: float) -> Bar:
+    def share(shape: tuple[int, int], bar: float) -> Threshold:
         text = f"{title} bf16 training {shape[0]} x {shape[1]}, share of floor"
         return at_least(text, bar, "%", Measure(OP, (shape,)).share_of_floor, "training", "bf16", name)
 
-    def statistics(text: str, pass_name: str) -> Bar:
+    def statistics(text: str, pass_name: str) -> Threshold:
         return at_most(f"{title} {text}", 5, "%", main.extra_cost, pass_name, "bf16", name, plain)
 
-    def of_decode(dtype: str) -> Bar:
+    def of_decode(dtype: str) -> Threshold:
         # where a call is a few launches there is no model to take a bar from: the first measurement sets it
         text = f"{title} {dtype} decode, 1 to 64 rows, of the floor's time"
         return at_most(text, None, "x", decode.of_floor, "forward", dtype, name)
@@ -467,4 +466,4 @@ def _cuda_bars_of(name: str) -> list[Bar]:
     ]
 
 
-BARS = {"cpu": _cpu_bars(), "cuda": _cuda_bars()}
+THRESHOLDS = {"cpu": _cpu_bars(), "cuda": _cuda_bars()}

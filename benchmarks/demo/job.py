@@ -10,9 +10,11 @@ import torch
 from benchmarks.demo import train as demo_train
 from benchmarks.demo.loss_step import measure_loss_step
 from benchmarks.demo.model import parameter_count
-from benchmarks.demo.report import Terminal, make_table, write_results
-from benchmarks.timing import environment as machine
-from benchmarks.training.text import load_corpus, load_tokenizer, make_windows
+from benchmarks.demo.report import make_table, write_results
+from benchmarks.timing import machine_info
+from benchmarks.training.standard_library import load_corpus
+from benchmarks.training.terminal import Terminal
+from benchmarks.training.text import load_tokenizer, make_windows
 
 # Two equal trainings part by rounding alone: 160 steps at the default sizes against the same steps with the loss in
 # float64 by 1.4e-6 nats in float32, and by 3.5e-3 in bfloat16, because eager rounds the sum of the logits to 8 bits.
@@ -147,7 +149,7 @@ def train_and_measure(arguments, scale, terminal):
         }
     loss_steps = measure_loss_steps(base, auxiliary, held_out, scale.repeats, terminal)
     with terminal.stage("measuring the machine"):
-        described_machine = machine.describe(torch.device("cpu"))
+        described_machine = machine_info.describe(torch.device("cpu"))
     return {
         "machine": described_machine,
         "dtype": arguments.dtype,

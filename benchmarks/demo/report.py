@@ -1,43 +1,17 @@
-"""What the demo shows and keeps: progress bars, one table, a PNG of the curves, a JSON file with every number."""
+"""What the demo shows and keeps: one table, a PNG of the curves, a JSON file with every number."""
 
-import contextlib
-import io
 import json
 import math
-import time
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks import files
 from benchmarks.demo.loss_step import STORED
 from benchmarks.timing.harness import shape_text
-from benchmarks.timing.report import write_atomically
+from benchmarks.training.results import figure_png
 
 COLORS = {"auxkernels": "#1f77b4", "eager": "#ff7f0e", "base": "#555555", "distance": "#9467bd"}
-
-
-class Terminal:
-    """Lines that stay, and one progress bar at a time; no bar where the output is not a terminal."""
-
-    def __init__(self):
-        self.console = Console(highlight=False)
-
-    def say(self, text):
-        self.console.print(text)
-
-    @contextlib.contextmanager
-    def stage(self, name, total=None):
-        """Bar of a stage; yields advance(text). The stage's line with its duration is printed when it ends."""
-        columns = [TextColumn("{task.description}"), BarColumn()]
-        if total is not None:
-            columns += [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
-        start = time.perf_counter()
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(name, total=total, text="")
-            yield lambda text: progress.update(task, advance=1, text=text)
-        self.say(f"{name}: {time.perf_counter() - start:.1f} s")
 
 
 def with_perplexity(loss):
@@ -133,14 +107,10 @@ def plot_curves(results):
     lower.set(xlabel="step", ylabel="distance (nats)")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def write_results(results, folder):
     """Write demo.png and demo.json under `folder`, each whole or not at all; returns their paths."""
-    contents = {"demo.png": plot_curves(results), "demo.json": (json.dumps(results, indent=1) + "\n").encode()}
-    for name, content in contents.items():
-        write_atomically(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
-    return [folder / name for name in contents]
+    contents = {"demo.png": plot_curves(results), "demo.json": json.dumps(results, indent=1) + "\n"}
+    return files.write_results(folder, contents)

@@ -26,7 +26,7 @@ from torch import Tensor
 import auxkernels as ak
 from auxkernels import dispatch, native
 from auxkernels.cross_entropy import cuda as cuda_cross_entropy
-from benchmarks.timing import environment as machine
+from benchmarks.timing import machine_info
 
 NUM_ROWS = 37
 NUM_REPEATS = 250
@@ -104,7 +104,7 @@ def describe(device: torch.device) -> dict:
     """The machine, why an implementation cannot be used there, and which file the compiled CUDA module is."""
     cannot = unusable(device)
     plans = None if cannot["native"] else _plans_text()
-    return machine.describe(device) | {"unusable": cannot, "module": _module_text(), "plans": plans}
+    return machine_info.describe(device) | {"unusable": cannot, "module": _module_text(), "plans": plans}
 
 
 def _plans_text() -> str:

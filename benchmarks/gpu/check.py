@@ -49,13 +49,12 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.files import RESULTS
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu.processes import Log
 from benchmarks.gpu.steps import Outcome, Place
-from benchmarks.timing import environment as machine
-from benchmarks.timing import report
+from benchmarks.timing import machine_info, report
 
-RESULTS = Path(__file__).parents[1] / "results"
 RUN_SECONDS = 330.0
 # of a run, what is left for Python itself to begin and to end
 MARGIN_SECONDS = 8.0
@@ -202,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.commit:
         os.environ["AUXKERNELS_COMMIT"] = options.commit
-    if machine.git_commit()[0] is None:
+    if machine_info.git_commit()[0] is None:
         console.print("no commit is known, and nothing can be said of none: give --commit or AUXKERNELS_COMMIT")
         return 2
     known = {step.name: step for steps in RUNS.values() for step in steps}

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.files import ROOT
+
 # of its limit, what a process that is interrupted has left to say what it found
 GRACE_SECONDS = 5.0
 # for output that a process's own children still hold open

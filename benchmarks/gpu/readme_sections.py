@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 from benchmarks.chart import shown_cases
 from benchmarks.cross_entropy.cases import OWN_BACKENDS
+from benchmarks.files import RESULTS, ROOT, write_atomically
 from benchmarks.timing.harness import shape_text
-from benchmarks.timing.report import floor_text, read_rows, write_atomically
+from benchmarks.timing.report import floor_text, read_rows
 
 COMMAND = "python -m benchmarks.gpu.readme_sections"
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results"
 # what is compared in a case: its statistics where it is about these
 OWN = {"stats": "auxkernels logit_stats", "stats_training": "auxkernels return_stats"}
 

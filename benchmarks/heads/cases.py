@@ -1,4 +1,4 @@
-"""Cases and implementations of aux_cross_entropy on `Head` sources: what is timed, against what, and the bars."""
+"""Cases and implementations of aux_cross_entropy on `Head` sources: what is timed, against what, and the thresholds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from benchmarks.heads.baselines import FUSED_LOSSES, TORCH_CHUNKED, TORCH_PLAIN,
 from benchmarks.heads.inputs import Heads, make_heads, with_half_ignored
 from benchmarks.heads.oracle import HeadsOracle
 from benchmarks.timing.harness import Case, Implementation, Outputs, Unavailable
-from benchmarks.timing.report import Bar
-from benchmarks.timing.thresholds import Measure, at_least, at_most
+from benchmarks.timing.thresholds import Measure, Threshold, at_least, at_most
 
 OP = "cross_entropy_heads"
 PASSES = ("forward", "training", "both", "stats", "half_ignored", "lora")
@@ -286,7 +285,7 @@ def _one_logit_tensor(row: dict) -> int:
     return row["shape"][0] * row["shape"][1] * DTYPES[row["dtype"]].itemsize
 
 
-def _cpu_bars() -> list[Bar]:
+def _cpu_bars() -> list[Threshold]:
     main, large = Measure(OP, (MAIN_SHAPE,)), Measure(OP, (MEMORY_SHAPE,))
     speed_up, share, own = main.speed_up, main.share_of_floor, "auxkernels"
     upcast, half = ("eager upcast",), ("half_ignored", "bf16", own, "auxkernels, no row ignored")
@@ -303,7 +302,7 @@ def _cpu_bars() -> list[Bar]:
     ]
 
 
-def _cuda_bars() -> list[Bar]:
+def _cuda_bars() -> list[Threshold]:
     """Of each implementation by its name: which of them "auto" is changes with what has been measured."""
     bars = []
     for name in OWN_BACKENDS:
@@ -314,4 +313,4 @@ def _cuda_bars() -> list[Bar]:
     return bars
 
 
-BARS = {"cpu": _cpu_bars(), "cuda": _cuda_bars()}
+THRESHOLDS = {"cpu": _cpu_bars(), "cuda": _cuda_bars()}

@@ -14,12 +14,13 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.reproductions.report import Terminal, write_results
-from benchmarks.timing import environment as machine
+from benchmarks.files import write_results
+from benchmarks.timing import machine_info
 from benchmarks.training.loop import Recipe, settings_key, train
+from benchmarks.training.terminal import Terminal
 
 
-class ReproJob:
+class ReproductionJob:
     """A scale on a device, and the folder of its checkpoints and measurements; `resume=False` empties that folder."""
 
     checkpoint_steps = 100
@@ -75,7 +76,7 @@ class ReproJob:
     def describe(self) -> dict:
         """What every result says of where it comes from."""
         return {
-            "machine": {**machine.describe(self.device), "transformers": transformers.__version__},
+            "machine": {**machine_info.describe(self.device), "transformers": transformers.__version__},
             "scale": dataclasses.asdict(self.scale),
             "seconds": sum(self.seconds.values()),
         }
@@ -87,7 +88,7 @@ def check_unchanged(base: nn.Module, original: dict[str, torch.Tensor]) -> None:
         raise RuntimeError("the base's weights must be the same after training beside it, but they changed")
 
 
-def run(arguments, new_job: Callable, train_and_measure: Callable, results_table: Callable, files: Callable) -> int:
+def run_job(arguments, new_job: Callable, train_and_measure: Callable, results_table: Callable, files: Callable) -> int:
     """Runs a reproduction and writes its results; returns the exit status.
 
     new_job(device, terminal) -> job, train_and_measure(job) -> results, results_table(results) for the terminal,

@@ -1,4 +1,4 @@
-"""Cases and implementations of soft_embedding: what is timed, against what, and the bars."""
+"""Cases and implementations of soft_embedding: what is timed, against what, and the thresholds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from benchmarks.cross_entropy.cases import DTYPES, OWN_BACKENDS, compiled, ours_
 from benchmarks.soft_embedding.inputs import MODES, SEED, TEMPERATURE, TOP_K, Inputs, Mode, make_inputs
 from benchmarks.soft_embedding.oracle import LookupOracle
 from benchmarks.timing.harness import Case, Implementation, Unavailable, copy_floor
-from benchmarks.timing.report import Bar
-from benchmarks.timing.thresholds import Measure, at_least, at_most, worst_speed_up
+from benchmarks.timing.thresholds import Measure, Threshold, at_least, at_most, worst_speed_up
 
 OP = "soft_embedding"
 PASSES = tuple(MODES)
@@ -287,7 +286,7 @@ def bare_products(inputs: Inputs, mode: Mode) -> Implementation:
 # -- bars --------------------------------------------------------------------------------------------------------------
 
 
-def _cpu_bars() -> list[Bar]:
+def _cpu_bars() -> list[Threshold]:
     main, planner = Measure(OP, (MAIN_SHAPE,)).speed_up, Measure(OP, (PLANNER_SHAPE,)).speed_up
     token, segment = ("eager, each token",), ("eager, each segment",)
     return [
@@ -301,7 +300,7 @@ def _cpu_bars() -> list[Bar]:
     ]
 
 
-def _cuda_bars() -> list[Bar]:
+def _cuda_bars() -> list[Threshold]:
     main, wide = Measure(OP, (GPU_SHAPE,)).speed_up, Measure(OP, GPU_WIDE_SHAPES).speed_up
     decode_us, gumbel = Measure(OP, (GPU_DECODE_SHAPE,)).time_us, ("F.gumbel_softmax",)
     return [
@@ -316,4 +315,4 @@ def _cuda_bars() -> list[Bar]:
     ]
 
 
-BARS = {"cpu": _cpu_bars(), "cuda": _cuda_bars()}
+THRESHOLDS = {"cpu": _cpu_bars(), "cuda": _cuda_bars()}

@@ -1,18 +1,16 @@
-"""What a run leaves behind: JSON lines per device, a table, and the bars met or missed."""
+"""What a run leaves behind: JSON lines per device, and a table of times, floors and errors."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.table import Table
 
+from benchmarks.files import write_atomically
 from benchmarks.timing.harness import shape_text
 
 # what perfect is measured by, in the same rounds as everything else
@@ -27,33 +25,6 @@ def floor_text(row: dict) -> str:
     """What the floor of a row's operator is on its device; rows of GPUs say their compute capability."""
     is_gpu = "capability" in row
     return FLOORS[row["op"]] + (", at least a launch" if is_gpu and row["op"] == "cross_entropy" else "")
-
-
-class Bar(NamedTuple):
-    """A number that an operator promises, None where a first measurement has to set it.
-
-    `measure(rows)` returns it in `unit`, or None where it was not run.
-    """
-
-    text: str
-    comparison: str
-    bar: float | None
-    unit: str
-    measure: Callable[[list[dict]], float | None]
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary file beside `path`, which then takes its place whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def append_rows(path: Path, rows: Iterable[dict]) -> None:
@@ -140,27 +111,3 @@ def case_text(row: dict) -> str:
 
 def _time_text(time_us: float) -> str:
     return f"{time_us:.1f} us" if time_us < 1000 else f"{time_us / 1000:.2f} ms"
-
-
-def bars_table(bars: list[Bar], rows: list[dict], title: str) -> Table | None:
-    """Bar, measured, met or not; a bar whose cases were not run says so. None where that is all of them."""
-    table = Table(title=title)
-    table.add_column("promise", no_wrap=True)
-    for name in ("bar", "measured", "met"):
-        table.add_column(name, justify="right", no_wrap=True)
-    values = [bar.measure(rows) for bar in bars]
-    for bar, value in zip(bars, values, strict=True):
-        bound = "not set" if bar.bar is None else f"{bar.comparison} {bar.bar:g} {bar.unit}"
-        if value is None:
-            table.add_row(f"[dim]{bar.text}", bound, "[dim]not run", "")
-            continue
-        digits = 2 if bar.unit == "x" else 1
-        table.add_row(bar.text, bound, f"{value:.{digits}f} {bar.unit}", _is_met_text(bar, value))
-    return None if all(value is None for value in values) else table
-
-
-def _is_met_text(bar: Bar, value: float) -> str:
-    if bar.bar is None:
-        return ""
-    is_met = value >= bar.bar if bar.comparison == ">=" else value <= bar.bar
-    return "[green]yes" if is_met else "[red]no"

@@ -1,4 +1,4 @@
-"""What a bar is measured by: numbers looked up in the timed rows, of flat and peaked inputs the worse."""
+"""Numbers that an operator promises, of flat and peaked inputs the worse, looked up in timed rows; their table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,32 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
-from benchmarks.timing.report import Bar, case_key
+from rich.table import Table
+
+from benchmarks.timing.report import case_key
 
 
-def at_least(text: str, bar: float | None, unit: str, measure: Callable, *arguments) -> Bar:
-    return Bar(text, ">=", bar, unit, functools.partial(measure, *arguments))
+class Threshold(NamedTuple):
+    """A number that an operator promises, None where a first measurement has to set it.
+
+    `measure(rows)` returns it in `unit`, or None where it was not run.
+    """
+
+    text: str
+    comparison: str
+    bar: float | None
+    unit: str
+    measure: Callable[[list[dict]], float | None]
 
 
-def at_most(text: str, bar: float | None, unit: str, measure: Callable, *arguments) -> Bar:
-    return Bar(text, "<=", bar, unit, functools.partial(measure, *arguments))
+def at_least(text: str, bar: float | None, unit: str, measure: Callable, *arguments) -> Threshold:
+    return Threshold(text, ">=", bar, unit, functools.partial(measure, *arguments))
+
+
+def at_most(text: str, bar: float | None, unit: str, measure: Callable, *arguments) -> Threshold:
+    return Threshold(text, "<=", bar, unit, functools.partial(measure, *arguments))
 
 
 def worst_speed_up(op: str, rows: list[dict]) -> float | None:
@@ -75,3 +91,27 @@ class Measure:
         """Measured peak memory in percent of `allowed_bytes(row)`."""
         found = self.times(pass_name, dtype, "auxkernels", rows).values()
         return max((100 * row["peak_bytes"] / allowed_bytes(row) for row in found if row["peak_bytes"]), default=None)
+
+
+def thresholds_table(bars: list[Threshold], rows: list[dict], title: str) -> Table | None:
+    """Bar, measured, met or not; a bar whose cases were not run says so. None where that is all of them."""
+    table = Table(title=title)
+    table.add_column("promise", no_wrap=True)
+    for name in ("bar", "measured", "met"):
+        table.add_column(name, justify="right", no_wrap=True)
+    values = [bar.measure(rows) for bar in bars]
+    for bar, value in zip(bars, values, strict=True):
+        bound = "not set" if bar.bar is None else f"{bar.comparison} {bar.bar:g} {bar.unit}"
+        if value is None:
+            table.add_row(f"[dim]{bar.text}", bound, "[dim]not run", "")
+            continue
+        digits = 2 if bar.unit == "x" else 1
+        table.add_row(bar.text, bound, f"{value:.{digits}f} {bar.unit}", _is_met_text(bar, value))
+    return None if all(value is None for value in values) else table
+
+
+def _is_met_text(bar: Threshold, value: float) -> str:
+    if bar.bar is None:
+        return ""
+    is_met = value >= bar.bar if bar.comparison == ">=" else value <= bar.bar
+    return "[green]yes" if is_met else "[red]no"

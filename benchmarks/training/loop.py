@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.timing.report import write_atomically
+from benchmarks.files import write_atomically
 from benchmarks.training.text import batch_order
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.training import loop as repro_train
+from benchmarks.training import loop
 
 
 def without_times(value):
@@ -33,7 +33,7 @@ def whole_and_interrupted(main, folder, options: list[str], checkpoints_before: 
     whole = json.loads((results / "results.json").read_text())
 
     calls = []
-    original = repro_train.save_checkpoint
+    original = loop.save_checkpoint
 
     def interrupting(*arguments):
         original(*arguments)
@@ -45,8 +45,8 @@ def whole_and_interrupted(main, folder, options: list[str], checkpoints_before: 
     with pytest.MonkeyPatch.context() as patch:
         if job is not None:
             patch.setattr(job, "checkpoint_steps", steps)
-        patch.setattr(repro_train, "save_checkpoint", interrupting)
+        patch.setattr(loop, "save_checkpoint", interrupting)
         assert main(arguments) == 130
-        patch.setattr(repro_train, "save_checkpoint", original)
+        patch.setattr(loop, "save_checkpoint", original)
         assert main(arguments) == 0
     return whole, json.loads((results / "results.json").read_text()), results

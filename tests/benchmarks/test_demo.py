@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-MODULES = ("demo.__main__", "training.text", "demo.job", "demo.loss_step", "demo.report", "demo.train")
-demo, demo_data, demo_job, demo_loss_step, demo_report, demo_train = (
+MODULES = ("demo.__main__", "demo.job", "demo.loss_step", "demo.report", "demo.train")
+MODULES += ("training.standard_library", "training.text")
+demo, demo_job, demo_loss_step, demo_report, demo_train, standard_library, text = (
     pytest.importorskip(f"benchmarks.{name}") for name in MODULES
 )
 from rich.table import Table  # noqa: E402
@@ -121,7 +122,7 @@ def train_on_random_tokens(monkeypatch, loss_function, dtype=torch.float32):
     scale = dataclasses.replace(demo_job.SCALES["tiny"], vocab_size=211, base_steps=5)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 20, (32, scale.window), generator=generator)
-    windows = demo_data.Windows(tokens, tokens.roll(-1, dims=-1))
+    windows = text.Windows(tokens, tokens.roll(-1, dims=-1))
     base = demo_train.fit_base(scale, windows, 0, lambda text: None)
     runs, evaluated_steps = demo_train.train_auxiliaries(
         base, scale, 20, windows, windows[:8], 0, dtype, lambda text: None
@@ -136,7 +137,7 @@ def loss_of_rounded_sum(base, aux, target, reduction="mean"):
 
 def loss_without_one_row(base, aux, target, reduction="mean"):
     target = target.clone()
-    target[0, 0] = demo_data.IGNORE_INDEX
+    target[0, 0] = text.IGNORE_INDEX
     return demo_train.eager_loss(base, aux, target, reduction)
 
 
@@ -173,7 +174,7 @@ def random_heads(num_windows, length, vocab_size, base_width, aux_width, dtype):
         return Head(hidden.to(dtype), weight.to(dtype))
 
     target = torch.randint(vocab_size, (num_windows, length), generator=generator)
-    target[:, -1] = demo_data.IGNORE_INDEX
+    target[:, -1] = text.IGNORE_INDEX
     return head(base_width), head(aux_width), target
 
 
@@ -240,24 +241,24 @@ def test_a_wrong_gradient_is_a_failure_and_so_is_nan(dtype):
 
 def test_source_splits_into_code_and_docstrings():
     source = '"""Modul-\nüberschrift."""\nx = "no docstring"\ndef f():\n    """Zählt."""\n    return 1\n'
-    code, docstrings = demo_data.split_source(source)
+    code, docstrings = standard_library.split_source(source)
     assert docstrings == ["Modul-\nüberschrift.", "Zählt."]
     assert code == '\nx = "no docstring"\ndef f():\n\n    return 1\n'
 
 
 def test_a_file_is_either_held_out_or_trained_on():
-    corpus = demo_data.load_corpus(max_files=60)
+    corpus = standard_library.load_corpus(max_files=60)
     assert corpus.held_out_docstrings and corpus.train_docstrings
     assert not set(corpus.held_out_code) & {text for text in corpus.train_code if len(text) > 1000}
 
 
 def test_targets_are_the_next_tokens_and_window_ends_have_none():
-    tokenizer = demo_data.Tokenizer(demo_data.BPE({"a": 0, "b": 1, demo_data.END_OF_TEXT: 2}, []))
-    windows = demo_data.make_windows(tokenizer, ["ab", "ba", "b"], 5)
+    tokenizer = text.Tokenizer(text.BPE({"a": 0, "b": 1, text.END_OF_TEXT: 2}, []))
+    windows = text.make_windows(tokenizer, ["ab", "ba", "b"], 5)
     assert windows.tokens.tolist() == [[0, 1, 2, 1, 0], [2, 1, 2, 2, 2]]
     assert windows.targets.tolist() == [[1, 2, 1, 0, -100], [1, 2, -100, -100, -100]]
 
 
 def test_every_window_comes_once_before_any_comes_again():
-    order = demo_data.batch_order(window_count=7, batch_size=2, steps=7, seed=3).flatten()
+    order = text.batch_order(window_count=7, batch_size=2, steps=7, seed=3).flatten()
     assert sorted(order[:7].tolist()) == list(range(7)) == sorted(order[7:].tolist())

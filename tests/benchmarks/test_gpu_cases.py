@@ -11,8 +11,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks.cross_entropy import cases as cross_entropy
 from benchmarks.gpu import cases as gpu_cases
-from benchmarks.timing import environment as machine
-from benchmarks.timing import harness, report
+from benchmarks.timing import harness, machine_info, report
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -324,16 +323,16 @@ def test_without_a_compiled_module_none_is_named(monkeypatch):
 def test_a_copy_without_its_history_has_no_commit_of_its_own(monkeypatch, tmp_path):
     monkeypatch.delenv("AUXKERNELS_COMMIT", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.git_commit() == (None, None)
+    assert machine_info.git_commit() == (None, None)
 
 
 def test_the_driver_is_unknown_where_its_tool_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.driver() is None
+    assert machine_info.driver() is None
 
 
 def test_a_copy_without_its_history_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("AUXKERNELS_COMMIT", "0123456789abcdef0123")
-    assert machine.git_commit() == ("0123456789ab", False)
+    assert machine_info.git_commit() == ("0123456789ab", False)
     monkeypatch.setenv("AUXKERNELS_COMMIT", "0123456789ab-dirty")
-    assert machine.git_commit() == ("0123456789ab", True)
+    assert machine_info.git_commit() == ("0123456789ab", True)

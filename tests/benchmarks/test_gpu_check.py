@@ -19,9 +19,7 @@ from benchmarks.gpu import processes
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu.processes import Ended, Log
 from benchmarks.gpu.steps import Outcome
-from benchmarks.timing import baselines as peers
-from benchmarks.timing import environment as machine
-from benchmarks.timing import report
+from benchmarks.timing import baselines, machine_info, report
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "d", "device_slug": "d", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
@@ -49,10 +47,10 @@ def test_the_commands_text_has_every_step_with_its_expected_seconds():
 
 
 def test_all_that_is_shown_in_readme_has_a_step():
-    from benchmarks.gpu import readme_sections as readme
+    from benchmarks.gpu import readme_sections
 
     checks = {*gpu_steps.CHECKS, "memcheck", "synccheck", "racecheck"}
-    assert set(readme.SHOWN) == checks and set(readme.IMPLEMENTATIONS) == set(gpu_steps.CALLED)
+    assert set(readme_sections.SHOWN) == checks and set(readme_sections.IMPLEMENTATIONS) == set(gpu_steps.CALLED)
 
 
 def test_the_lattice_has_every_width_at_several_numbers_of_rows_beside_eager_alone():
@@ -416,7 +414,7 @@ def test_an_interruption_before_anything_is_known_leaves_nothing_claimed(tmp_pat
 
 
 def test_without_a_commit_nothing_begins(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "git_commit", lambda: (None, None))
+    monkeypatch.setattr(machine_info, "git_commit", lambda: (None, None))
     assert gpu_check.main(["--output", str(tmp_path / "out")]) == 2
     assert "AUXKERNELS_COMMIT" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
@@ -436,8 +434,8 @@ def test_the_table_has_a_line_for_each_row(described, tmp_path, steps, capsys):
 
 
 def test_rows_name_every_baseline_with_its_version_or_why_it_is_missing():
-    found = machine.describe(CPU)["peers"]
+    found = machine_info.describe(CPU)["peers"]
     assert list(found) == ["eager", "compile", "F.linear_cross_entropy", "Liger", "Cut Cross Entropy", "QuACK"]
     assert found["eager"] == torch.__version__
-    for name, distribution in peers.DISTRIBUTIONS.items():
+    for name, distribution in baselines.DISTRIBUTIONS.items():
         assert found[name] == f"unavailable: {distribution} is not installed" or found[name][0].isdigit()

@@ -11,8 +11,7 @@ import pytest
 
 from benchmarks.gpu import cases as gpu_cases
 from benchmarks.gpu import check as gpu_check
-from benchmarks.gpu import processes
-from benchmarks.gpu import readme_sections as readme
+from benchmarks.gpu import processes, readme_sections
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.timing import report
 
@@ -113,9 +112,9 @@ def test_the_log_has_every_command_and_what_it_said_line_by_line(found):
 @pytest.mark.slow
 def test_readme_can_be_made_of_what_is_found(found, tmp_path):
     results = kept(found, tmp_path)
-    (parts,) = readme.read_checks(results)
-    assert readme.is_verified(parts, "native") and readme.is_verified(parts, "triton")
-    verified, speed = readme.sections(results, tmp_path / "README.md").values()
+    (parts,) = readme_sections.read_checks(results)
+    assert readme_sections.is_verified(parts, "native") and readme_sections.is_verified(parts, "triton")
+    verified, speed = readme_sections.sections(results, tmp_path / "README.md").values()
     lines = [line for line in verified.splitlines() if "Stand-in GPU (sm_90), driver 580.0 (stand-in)" in line]
     assert len(lines) == 2 and all("verified by its part of `pytest -m gpu` (1 passed" in line for line in lines)
     assert "memcheck, synccheck, racecheck |" in lines[1] and "**not: " not in verified
@@ -135,8 +134,8 @@ def test_what_goes_wrong_with_one_implementation_is_found_and_leaves_the_other_v
     details = {row["part"]: row["detail"] for row in rows}
     assert "2 not: fp32" in details["values-native"] and "illegal memory access" in details["values-native"]
     assert details["tests-native"].startswith("1 failed") and "ERROR SUMMARY: 3 errors" in details["memcheck-native"]
-    (parts,) = readme.read_checks(results)
-    assert readme.is_verified(parts, "triton") and not readme.is_verified(parts, "native")
+    (parts,) = readme_sections.read_checks(results)
+    assert readme_sections.is_verified(parts, "triton") and not readme_sections.is_verified(parts, "native")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from invented_rows import case_rows, check_row, rows_of_tests
 from benchmarks.chart import draw, newest_cases, shown_cases
 from benchmarks.cross_entropy import cases as cross_entropy
 from benchmarks.cross_entropy.cases import Spec
-from benchmarks.gpu import readme_sections as readme
+from benchmarks.gpu import readme_sections
 from benchmarks.timing import report
 
 TEXT = """# title
@@ -33,7 +33,7 @@ def texts(tmp_path, checks=(), rows=()):
         report.append_rows(tmp_path / f"{row['device_slug']}-check.jsonl", [row])
     for row in rows:
         report.append_rows(tmp_path / f"{row['device_slug']}.jsonl", [row])
-    return readme.sections(tmp_path, tmp_path / "README.md").values()
+    return readme_sections.sections(tmp_path, tmp_path / "README.md").values()
 
 
 def lines_with(text, *words):
@@ -48,7 +48,7 @@ def says_of_cuda(verified: str, architectures: str, verdict: str) -> bool:
 def test_without_rows_nothing_is_claimed(tmp_path):
     verified, speed = texts(tmp_path)
     assert speed == "No GPU has been measured."
-    assert verified.count("**has not run on a GPU: unverified**") == len(readme.IMPLEMENTATIONS) == 2
+    assert verified.count("**has not run on a GPU: unverified**") == len(readme_sections.IMPLEMENTATIONS) == 2
     assert "verified by" not in verified and verified.endswith("It has not been run yet.")
     assert "| native (CUDA C++) | sm_80, sm_90a, sm_100 | compiles without spills" in verified
 
@@ -90,7 +90,7 @@ def test_each_implementation_is_verified_by_its_own_part_alone(tmp_path, name, o
     rows = [check_row(f"tests-{name}")]
     rows += [check_row(f"{part}-{other}", status) for part in ("tests", "values", "repeats")] if status else []
     verified, speed = texts(tmp_path, rows, invented.quick_grid())
-    (good, bad) = (readme.IMPLEMENTATIONS[n].title for n in (name, other))
+    (good, bad) = (readme_sections.IMPLEMENTATIONS[n].title for n in (name, other))
     assert lines_with(verified, f"| {good} | Imaginary H100", "verified by its part")
     assert not lines_with(verified, f"| {bad} | Imaginary H100", "verified by")
     assert f"**Tests have not passed there: {bad}.**" in speed
@@ -197,16 +197,17 @@ def test_only_what_is_between_the_markers_changes(tmp_path, capsys):
     path = tmp_path / "README.md"
     path.write_text(TEXT)
     options = ["--readme", str(path), "--results", str(tmp_path)]
-    assert readme.main([*options, "--check"]) == 1 and path.read_text() == TEXT
-    assert readme.main(options) == 0
+    assert readme_sections.main([*options, "--check"]) == 1 and path.read_text() == TEXT
+    assert readme_sections.main(options) == 0
     text = path.read_text()
-    assert readme.main([*options, "--check"]) == 0 and readme.main(options) == 0 and path.read_text() == text
+    assert readme_sections.main([*options, "--check"]) == 0
+    assert readme_sections.main(options) == 0 and path.read_text() == text
     assert "by hand" in text and text.endswith("-->\nthe end\n") and "old" not in text
     report.append_rows(tmp_path / "d-check.jsonl", rows_of_tests())
-    assert readme.main([*options, "--check"]) == 1
+    assert readme_sections.main([*options, "--check"]) == 1
     assert "out of date" in capsys.readouterr().out
 
 
 def test_markers_that_are_missing_are_an_error():
     with pytest.raises(ValueError, match="must have <!-- verified on GPUs"):
-        readme.rewritten("# title", {"verified on GPUs": "x"})
+        readme_sections.rewritten("# title", {"verified on GPUs": "x"})

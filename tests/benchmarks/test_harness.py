@@ -7,10 +7,10 @@ import types
 import pytest
 import torch
 
+from benchmarks import files
 from benchmarks.cross_entropy import cases as cross_entropy
 from benchmarks.cross_entropy.oracle import Oracle
-from benchmarks.timing import environment as machine
-from benchmarks.timing import harness, report
+from benchmarks.timing import harness, machine_info, report
 from benchmarks.timing.harness import Implementation, Settings, Unavailable
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report.write_atomically(path, interrupted)
+        files.write_atomically(path, interrupted)
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
     report.append_rows(path, rows)
@@ -194,8 +194,8 @@ def test_chunks_of_the_inputs_and_of_the_oracle_make_no_difference(monkeypatch):
     """In what they promise: the draws themselves depend on the chunks."""
     losses = []
     for elements in (1 << 21, 1023 * 7, 1):
-        for module in ("cross_entropy", "cross_entropy_oracle"):
-            monkeypatch.setattr(f"benchmarks.{module}.CHUNK_ELEMENTS", {"cpu": elements})
+        for module in ("cases", "oracle"):
+            monkeypatch.setattr(f"benchmarks.cross_entropy.{module}.CHUNK_ELEMENTS", {"cpu": elements})
         base, aux, target = cross_entropy.make_inputs((65, 1023), torch.bfloat16, "peaked", CPU, 0)
         s = base.double() + aux.double()
         index = target[:, None]
@@ -244,7 +244,7 @@ def test_the_longer_of_two_floors_holds():
 
 
 def test_device_slugs_are_short_and_portable():
-    assert machine.slug("Intel(R) Xeon(R) Processor 2 threads") == "intel-xeon-2-threads"
-    assert machine.slug("AMD EPYC 7B13 64-Core Processor 8 threads") == "amd-epyc-7b13-8-threads"
-    assert machine.slug("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz 6 threads") == "intel-core-i7-9750h-6-threads"
-    assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert machine_info.slug("Intel(R) Xeon(R) Processor 2 threads") == "intel-xeon-2-threads"
+    assert machine_info.slug("AMD EPYC 7B13 64-Core Processor 8 threads") == "amd-epyc-7b13-8-threads"
+    assert machine_info.slug("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz 6 threads") == "intel-core-i7-9750h-6-threads"
+    assert machine_info.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

@@ -221,7 +221,7 @@ def test_shapes_choose_their_operator():
 def run_quietly(tmp_path, monkeypatch, *arguments):
     """The command's rows and what it printed, for three cases that take no time."""
     environment = {"device_slug": "d", "date": "today", "commit": "0", "is_dirty": False, "device": "d", "threads": 1}
-    monkeypatch.setattr(command.machine, "describe", lambda device: environment)
+    monkeypatch.setattr(command.machine_info, "describe", lambda device: environment)
     options = command.parse_arguments(["--rounds", "1", "--seconds", "1", "--output", str(tmp_path), *arguments])
     console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
     specs = [(cross_entropy, cross_entropy.Spec("forward", (n, 33), "fp32", "flat", "eager")) for n in (4, 5, 6)]
@@ -268,7 +268,7 @@ def test_every_bar_speaks_of_a_case_of_the_quick_grid(device):
             for spec in op.quick_specs(device)
             for name in asked_for
         ]
-        for bar in op.BARS.get(device.type, []):
+        for bar in op.THRESHOLDS.get(device.type, []):
             assert bar.measure(rows) is not None, bar.text
 
 

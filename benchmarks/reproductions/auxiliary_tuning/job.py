@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.reproductions import job as repro_job
 from benchmarks.reproductions.auxiliary_tuning.methods import PREFIX_LENGTH, AuxiliaryTuning, PlainLM
 from benchmarks.reproductions.auxiliary_tuning.report import make_report, plot_results, results_table
 from benchmarks.reproductions.auxiliary_tuning.task import Task, contains, generated_text, load_task
 from benchmarks.reproductions.gpt2 import END_OF_TEXT_ID, build_gpt2, gpt2_config
-from benchmarks.reproductions.report import Terminal, share_error
+from benchmarks.reproductions.job import ReproductionJob, check_unchanged, run_job
+from benchmarks.training.results import share_error
+from benchmarks.training.terminal import Terminal
 from benchmarks.training.text import IGNORE_INDEX, Windows
 
 EVALUATION_BATCH = 128
@@ -120,7 +121,7 @@ SCALES = {
 }
 
 
-class Job(repro_job.ReproJob):
+class Job(ReproductionJob):
     """One reproduction: its text, its base, and the folder that its checkpoints and measurements are kept in."""
 
     checkpoint_steps = 200
@@ -243,7 +244,7 @@ def train_and_measure(job: Job) -> dict:
             result = job.measured(run_name, lambda method=method: job.measure(method, base))
         runs.append({"method": name, "budget": budget, "learning_rate": rate, **cost, **result})
         job.terminal.say(f"  control {result['control']:.2f}, {result['loss']:.3f} nats")
-    repro_job.check_unchanged(base, original)
+    check_unchanged(base, original)
     windows = {split: {"passages": len(w), "with_keyword": len(job.tuning[split])} for split, w in job.passages.items()}
     return {
         **job.describe(),
@@ -264,4 +265,4 @@ def run(arguments) -> int:
     def files(results):
         return {"curves.png": plot_results(results), "report.md": make_report(results)}
 
-    return repro_job.run(arguments, new_job, train_and_measure, results_table, files)
+    return run_job(arguments, new_job, train_and_measure, results_table, files)

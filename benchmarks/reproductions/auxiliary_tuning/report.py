@@ -6,7 +6,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from benchmarks.reproductions.report import figure_png, markdown_table
+from benchmarks.training.results import figure_png, markdown_table
 
 LABELS = {
     "auxiliary": "auxiliary tuning, shared trunk",

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks.reproductions import bible as repro_data
+from benchmarks.reproductions import bible
 from benchmarks.training.text import END_OF_TEXT, Windows
 
 WORD = re.compile(r"[^\W\d_]+")
@@ -93,16 +93,16 @@ def keyword_of(passage: str, candidates: Iterable[str]) -> str | None:
 
 def load_task(scale, cache_folder: Path) -> Task:
     """Reads and tokenizes the text. `scale` has vocab_size, length (tokens of a window), max_chapters and the band."""
-    splits = repro_data.split_chapters(repro_data.load_verses(), scale.max_chapters)
-    tokenizer = repro_data.train_tokenizer(splits["train"], scale.vocab_size, cache_folder)
+    splits = bible.split_chapters(bible.load_verses(), scale.max_chapters)
+    tokenizer = bible.train_tokenizer(splits["train"], scale.vocab_size, cache_folder)
     verses = [verse for chapter in splits["train"] for verse in chapter]
     candidates = candidate_ids(verses, tokenizer, scale.min_verses, scale.max_verses)
     passages, tuning, keywords, keyword_ids = {}, {}, {}, {}
     for split, chapters in splits.items():
         # END_OF_TEXT before and after a passage: its last token is predicted from the last but one of the window
-        pieces = [[clause for verse in chapter for clause in repro_data.clauses(verse)] for chapter in chapters]
-        texts = repro_data.make_passages(tokenizer, pieces, scale.length - 1)
-        passages[split] = repro_data.text_windows(tokenizer, texts, scale.length)
+        pieces = [[clause for verse in chapter for clause in bible.clauses(verse)] for chapter in chapters]
+        texts = bible.make_passages(tokenizer, pieces, scale.length - 1)
+        passages[split] = bible.text_windows(tokenizer, texts, scale.length)
         drawn = [keyword_of(text, candidates) for text in texts]
         rows = [row for row, keyword in enumerate(drawn) if keyword is not None]
         tuning[split] = passages[split][torch.tensor(rows, dtype=torch.long)]

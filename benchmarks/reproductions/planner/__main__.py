@@ -16,18 +16,18 @@ Source: Cornille et al. 2024, End-to-end Planner Training for Language Modeling.
 import sys
 
 from benchmarks.demo.__main__ import positive
-from benchmarks.reproductions import command_line as repro_cli
+from benchmarks.reproductions import command_line
 
 
 def parse_arguments(argv):
-    parser = repro_cli.argument_parser("planner", __doc__)
+    parser = command_line.argument_parser("planner", __doc__)
     parser.add_argument("--seeds", type=positive, default=3, help="how many: seeds 0, 1, ... (default 3)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Run the reproduction; returns the exit status: 0, 1 for a missing dependency or file, 130 for Ctrl-C."""
-    return repro_cli.main(parse_arguments(argv), "benchmarks.reproductions.planner.job")
+    return command_line.main(parse_arguments(argv), "benchmarks.reproductions.planner.job")
 
 
 if __name__ == "__main__":

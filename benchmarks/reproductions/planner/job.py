@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.reproductions import job as repro_job
 from benchmarks.reproductions.gpt2 import build_gpt2, gpt2_config, lm_loss
+from benchmarks.reproductions.job import ReproductionJob, check_unchanged, run_job
 from benchmarks.reproductions.planner.methods import (
     ARMS,
     Planner,
@@ -23,7 +23,7 @@ from benchmarks.reproductions.planner.methods import (
 )
 from benchmarks.reproductions.planner.report import make_report, plot_results, results_table
 from benchmarks.reproductions.planner.task import Labels, Task, load_labels, load_task
-from benchmarks.reproductions.report import Terminal
+from benchmarks.training.terminal import Terminal
 from benchmarks.training.text import IGNORE_INDEX
 
 EVALUATION_BATCH = 64
@@ -135,7 +135,7 @@ SCALES = {
 }
 
 
-class Job(repro_job.ReproJob):
+class Job(ReproductionJob):
     """One reproduction: its text, labels and base, and the folder that its checkpoints and measurements are kept in."""
 
     def __init__(self, scale: Scale, device: torch.device, checkpoints, terminal: Terminal, resume: bool = True):
@@ -311,7 +311,7 @@ def train_and_measure(job: Job, num_seeds: int) -> dict:
         for name in ARMS:
             runs.append(job.fit_arm(name, planner, seed))
             job.terminal.say(f"  perplexity {math.exp(runs[-1]['loss']):.3f}")
-    repro_job.check_unchanged(job.base, original)
+    check_unchanged(job.base, original)
     return {
         **job.describe(),
         "text": job.describe_text(),
@@ -331,4 +331,4 @@ def run(arguments) -> int:
     def files(results):
         return {"perplexity.png": plot_results(results), "report.md": make_report(results)}
 
-    return repro_job.run(arguments, new_job, lambda job: train_and_measure(job, arguments.seeds), results_table, files)
+    return run_job(arguments, new_job, lambda job: train_and_measure(job, arguments.seeds), results_table, files)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.reproductions.report import figure_png, markdown_table
+from benchmarks.training.results import figure_png, markdown_table
 
 LABELS = {
     "fixed": "fixed label",

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from auxkernels.models.labels import fit_codebook, nearest_labels
+from benchmarks.files import write_atomically
 from benchmarks.reproductions.bible import SPLITS, load_verses, split_chapters, train_tokenizer
-from benchmarks.timing.report import write_atomically
 from benchmarks.training.text import END_OF_TEXT, IGNORE_INDEX
 
 END_OF_VERSE = "\n"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import baselines as peers
+from benchmarks.files import ROOT
+from benchmarks.timing import baselines
 
 
 def describe(device: torch.device) -> dict:
@@ -37,7 +38,7 @@ def describe(device: torch.device) -> dict:
         "torch": torch.__version__,
         "triton": _version("triton"),
         **(_cuda_versions(device) if device.type == "cuda" else {}),
-        "peers": peers.installed(),
+        "peers": baselines.installed(),
         "auxkernels": getattr(_auxkernels(), "__version__", None),
         "commit": commit,
         "is_dirty": is_dirty,
@@ -146,7 +147,7 @@ def git_commit() -> tuple[str | None, bool | None]:
         return given.removesuffix("-dirty")[:12], given.endswith("-dirty")
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
