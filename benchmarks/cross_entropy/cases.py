@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -17,11 +16,11 @@ import torch.nn.functional as F
 from benchmarks.cross_entropy.baselines import COMPOSITES
 from benchmarks.cross_entropy.oracle import CHUNK_ELEMENTS, Oracle
 from benchmarks.timing.harness import Accuracy, Case, Implementation, Outputs, Unavailable, copy_floor, launch_floor
+from benchmarks.timing.implementations import DTYPES, OWN_BACKENDS, compiled, ours_package, unusable_is_unavailable
 from benchmarks.timing.thresholds import Measure, Threshold, at_least, at_most
 
 OP = "cross_entropy"
 PASSES = ("forward", "training", "both", "stats", "stats_training", "overhead")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 INPUTS = ("flat", "peaked")
 # [N, V] tensors that a perfect kernel reads or writes: both sources, and a gradient for each source that wants one
 FLOOR_UNITS = {"forward": 2, "training": 3, "both": 4, "stats": 2, "stats_training": 3, "overhead": 2}
@@ -36,8 +35,6 @@ GPU_DECODE_SHAPES = tuple((rows, columns) for columns in (32000, 128256) for row
 LATTICE = tuple(itertools.product((8192, 1024, 64), (32000, 128256, 50257, 151936)))
 # what is timed beside auxkernels and the copy, each level with those before it; other packages are for GPUs
 BASELINES = ("eager", "compiled", "all")
-# ours on GPUs, beside "auxkernels", which is whichever of them is chosen without a word
-OWN_BACKENDS = {"auxkernels (triton)": "triton", "auxkernels (cuda)": "native"}
 # a pass with statistics and the pass that does the same without them
 PLAIN = {"stats": "forward", "stats_training": "training"}
 LOSS_ALONE = "loss alone"
@@ -182,14 +179,6 @@ def make_inputs(shape, dtype: torch.dtype, inputs: str, device: torch.device, se
     return base, aux, target
 
 
-def ours_package():
-    try:
-        import auxkernels
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
-    return auxkernels
-
-
 def eager(base, aux, target):
     """What torch does with the sum in the inputs' dtype."""
     return F.cross_entropy(base + aux, target)
@@ -217,17 +206,6 @@ def ours_on(backend: str, pass_name: str, base, aux, target):
         return function(base, aux, target, backend=backend, **options)
 
 
-@contextlib.contextmanager
-def unusable_is_unavailable():
-    """A backend that "cannot be used" here is no failure."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "cannot be used" in str(error):
-            raise Unavailable(str(error)) from error
-        raise
-
-
 def reference(base, aux, target):
     return ours_package().aux_cross_entropy(base, aux, target, backend="reference")
 
@@ -250,16 +228,6 @@ def eager_statistics(base, aux, target):
 
 def eager_upcast_statistics(base, aux, target):
     return eager_statistics(base.float(), aux.float(), target)
-
-
-def compiled(function: Callable) -> Callable[[], Callable]:
-    """Compiles for the shapes of its case alone; the reset keeps earlier cases from using up the recompile limit."""
-
-    def prepare():
-        torch.compiler.reset()
-        return torch.compile(function, dynamic=False)
-
-    return prepare
 
 
 def _implementations(spec: Spec, base, aux, target, device, with_reference: bool) -> list[Implementation]:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing.harness import Accuracy, Implementation, Outputs
+from benchmarks.timing.oracle import EPS, nan_to_inf, note
 
-EPS = torch.finfo(torch.float32).eps
 # float64 numbers worked on at once: what a CPU's caches hold, or what keeps a GPU busy (2 GiB with temporaries)
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 SAMPLED_ROWS = 64
@@ -184,13 +184,3 @@ def arithmetic_eps(implementation: Implementation, outputs: Outputs, dtype: torc
     """
     reported = outputs.loss if outputs.loss is not None else getattr(outputs.statistics, "lse", None)
     return torch.finfo(implementation.arithmetic or (dtype if reported is None else reported.dtype)).eps
-
-
-def note(name: str, error: float, excess: float, errors: dict, problems: list) -> None:
-    errors[name] = max(errors.get(name, 0.0), float(f"{error:.3g}"))
-    if not excess <= 1.0:
-        problems.append(f"{name} error {error:.2g} is {excess:.2g} times its bound")
-
-
-def nan_to_inf(value: float) -> float:
-    return math.inf if math.isnan(value) else value

@@ -14,14 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-OPTIONAL_DEPENDENCIES = ("tokenizers", "rich", "matplotlib")
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+from benchmarks.training.command_line import positive, run_job
 
 
 def parse_arguments(argv):
@@ -43,22 +36,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     """Run the demo; returns the exit status: 0, 1 for a failed check or a missing dependency, 130 for Ctrl-C."""
-    arguments = parse_arguments(argv)
-    try:
-        # imported here so that Ctrl-C in the seconds of the import, and a package missing from it, end in one line
-        from benchmarks.demo.job import run
-
-        return run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; no half-written file is left", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL_DEPENDENCIES:
-            raise
-        print(f"the demo needs {error.name}: pip install '.[bench]'", file=sys.stderr)
-    except OSError as error:
-        print(f"the demo cannot go on: {error}", file=sys.stderr)
-    return 1
+    return run_job(parse_arguments(argv), "benchmarks.demo.job", "the demo", "no half-written file is left")
 
 
 if __name__ == "__main__":

@@ -47,35 +47,33 @@ class Scale:
     repeats: int
 
 
+SMALL = Scale(
+    max_files=None,
+    vocab_size=16384,
+    window=128,
+    batch=8,
+    base_width=192,
+    base_layers=3,
+    base_steps=80,
+    aux_width=128,
+    aux_layers=1,
+    aux_steps=60,
+    held_out_windows=16,
+    repeats=3,
+)
 SCALES = {
-    "tiny": Scale(
+    "tiny": dataclasses.replace(
+        SMALL,
         max_files=60,
         vocab_size=1024,
         window=64,
-        batch=8,
         base_width=64,
         base_layers=1,
         base_steps=30,
         aux_width=32,
-        aux_layers=1,
         aux_steps=30,
-        held_out_windows=16,
-        repeats=3,
     ),
-    "small": Scale(
-        max_files=None,
-        vocab_size=16384,
-        window=128,
-        batch=8,
-        base_width=192,
-        base_layers=3,
-        base_steps=80,
-        aux_width=128,
-        aux_layers=1,
-        aux_steps=60,
-        held_out_windows=16,
-        repeats=3,
-    ),
+    "small": SMALL,
 }
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from auxkernels import Head, aux_cross_entropy, logit_stats
 from benchmarks.demo.model import Auxiliary, BaseModel
-from benchmarks.training.text import IGNORE_INDEX, batch_order
+from benchmarks.training.schedule import batch_order, warm_up_and_decay
+from benchmarks.training.text import IGNORE_INDEX
 
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 10
@@ -55,7 +56,7 @@ def make_optimizer(model, steps):
     """AdamW with a linear warm-up and a cosine decay to a tenth; returns (optimizer, scheduler)."""
 
     def factor(step):
-        return min((step + 1) / WARMUP_STEPS, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+        return warm_up_and_decay(step, steps, WARMUP_STEPS)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

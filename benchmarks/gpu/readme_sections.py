@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.chart import shown_cases
-from benchmarks.cross_entropy.cases import OWN_BACKENDS
 from benchmarks.files import RESULTS, ROOT, write_atomically
 from benchmarks.timing.harness import shape_text
+from benchmarks.timing.implementations import OWN_BACKENDS
 from benchmarks.timing.report import floor_text, read_rows
 
 COMMAND = "python -m benchmarks.gpu.readme_sections"

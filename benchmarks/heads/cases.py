@@ -10,18 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cross_entropy.cases import (
-    DTYPES,
-    OWN_BACKENDS,
-    compiled,
-    eager_statistics,
-    ours_package,
-    unusable_is_unavailable,
-)
+from benchmarks.cross_entropy.cases import eager_statistics
 from benchmarks.heads.baselines import FUSED_LOSSES, TORCH_CHUNKED, TORCH_PLAIN, joined_call
 from benchmarks.heads.inputs import Heads, make_heads, with_half_ignored
 from benchmarks.heads.oracle import HeadsOracle
 from benchmarks.timing.harness import Case, Implementation, Outputs, Unavailable
+from benchmarks.timing.implementations import DTYPES, OWN_BACKENDS, compiled, ours_package, unusable_is_unavailable
 from benchmarks.timing.thresholds import Measure, Threshold, at_least, at_most
 
 OP = "cross_entropy_heads"

@@ -19,9 +19,10 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.cross_entropy.oracle import SAMPLED_ROWS, check_statistics, nan_to_inf, note, terms
+from benchmarks.cross_entropy.oracle import SAMPLED_ROWS, check_statistics, terms
 from benchmarks.heads.inputs import CHUNK_ELEMENTS, IGNORE_INDEX, Heads
 from benchmarks.timing.harness import Accuracy, Implementation, Outputs
+from benchmarks.timing.oracle import nan_to_inf, note, relative_distance
 
 
 class HeadsOracle:
@@ -73,7 +74,7 @@ class HeadsOracle:
             error = nan_to_inf(abs(outputs.loss.double().item() / self.loss - 1))
             note("loss", error, error / self._allowed("loss", ours), errors, problems)
         for name, gradient in zip(self.wanted if outputs.gradients else (), outputs.gradients, strict=True):
-            error = nan_to_inf(_relative_distance(gradient, self.gradients[name]))
+            error = nan_to_inf(relative_distance([(gradient, self.gradients[name])]))
             note(f"d{name}", error, error / self._allowed(name, ours), errors, problems)
             if ours and name.startswith("h_") and gradient[self.ignored].count_nonzero():
                 problems.append(f"d{name} of an ignored row is not 0")
@@ -118,12 +119,3 @@ class HeadsOracle:
 
 def _float64_zeros(values: Tensor) -> Tensor:
     return torch.zeros(values.shape, dtype=torch.float64, device=values.device)
-
-
-def _relative_distance(values: Tensor, expected: Tensor) -> float:
-    """||values - expected|| / ||expected||, without a second float64 copy of a large tensor."""
-    distance = sum(
-        (part.double() - exact).square().sum().item()
-        for part, exact in zip(values.split(1 << 14), expected.split(1 << 14), strict=True)
-    )
-    return math.sqrt(distance) / torch.linalg.vector_norm(expected).item()

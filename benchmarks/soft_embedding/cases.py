@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.cross_entropy.cases import DTYPES, OWN_BACKENDS, compiled, ours_package, unusable_is_unavailable
 from benchmarks.soft_embedding.inputs import MODES, SEED, TEMPERATURE, TOP_K, Inputs, Mode, make_inputs
 from benchmarks.soft_embedding.oracle import LookupOracle
 from benchmarks.timing.harness import Case, Implementation, Unavailable, copy_floor
+from benchmarks.timing.implementations import DTYPES, OWN_BACKENDS, compiled, ours_package, unusable_is_unavailable
 from benchmarks.timing.thresholds import Measure, Threshold, at_least, at_most, worst_speed_up
 
 OP = "soft_embedding"

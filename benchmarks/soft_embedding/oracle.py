@@ -20,12 +20,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.cross_entropy.oracle import nan_to_inf, note
 from benchmarks.soft_embedding.inputs import SEED, TEMPERATURE, Inputs, Mode
 from benchmarks.timing.harness import Accuracy, Implementation
+from benchmarks.timing.oracle import EPS, nan_to_inf, note, relative_distance
 
 NAMES = ("mixture", "dscores", "dtable")
-EPS = torch.finfo(torch.float32).eps
 CHUNK_ELEMENTS = 1 << 23
 
 
@@ -139,15 +138,3 @@ def _noise(num_rows: int, num_labels: int, device: torch.device) -> Tensor:
     from auxkernels.soft_embedding import noise
 
     return noise.gumbel(num_rows, num_labels, torch.tensor(SEED, device=device), torch.float64)
-
-
-def relative_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """||values - expected|| / ||expected|| over all pairs, without a second float64 copy of a large tensor."""
-    distance = norm = 0.0
-    for values, expected in pairs:
-        for part, exact in zip(values.split(1 << 14), expected.split(1 << 14), strict=True):
-            distance += (part.double() - exact).square_().sum().item()
-            norm += exact.square().sum().item()
-    if norm == 0:
-        return 0.0 if distance == 0 else math.inf
-    return math.sqrt(distance / norm)

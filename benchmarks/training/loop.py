@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.files import write_atomically
-from benchmarks.training.text import batch_order
+from benchmarks.training.schedule import batch_order, warm_up_and_decay
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Recipe:
     checkpoint_steps: int = 100
 
     def rate_at(self, step: int) -> float:
-        cosine = 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
-        return self.learning_rate * min((step + 1) / self.warmup_steps, cosine)
+        return self.learning_rate * warm_up_and_decay(step, self.steps, self.warmup_steps)
 
 
 @dataclass

@@ -14,6 +14,15 @@ def share_error(share: float, count: int) -> float:
     return math.sqrt(share * (1 - share) / count)
 
 
+def machine_text(described: dict) -> str:
+    """What `ReproductionJob.describe` says of the machine, its software and the commit."""
+    threads = f"{described['threads']} thread{'s' if described['threads'] > 1 else ''}"
+    return (
+        f"{described['device']}, {threads}, torch {described['torch']}, transformers {described['transformers']}, "
+        f"commit {described['commit']}{' (changed)' if described['is_dirty'] else ''}"
+    )
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """First column to the left, the others, which hold numbers, to the right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]

@@ -1,9 +1,11 @@
 """Python's standard library as text, split into code and docstrings.
 
-Every machine that runs Python has this text, so nothing is downloaded. A file belongs to the held-out tenth if the
+It comes with Python, so nothing is downloaded. A file belongs to the held-out tenth if the
 SHA-256 of its path (relative to the library, with forward slashes) is 0 modulo 10: code and docstrings of one file
 are therefore on the same side.
 """
+
+from __future__ import annotations
 
 import ast
 import hashlib
@@ -32,11 +34,11 @@ class Corpus:
     held_out_docstrings: list[str]
 
 
-def path_digest(relative_path):
+def path_digest(relative_path: str) -> int:
     return int.from_bytes(hashlib.sha256(relative_path.encode()).digest()[:8], "big")
 
 
-def library_files(max_files=None):
+def library_files(max_files: int | None = None) -> list[tuple[str, Path]]:
     """(relative path, path) of the library's modules in path order; with `max_files` those of the smallest hashes."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
@@ -49,7 +51,7 @@ def library_files(max_files=None):
     return sorted(found)
 
 
-def split_source(text):
+def split_source(text: str) -> tuple[str, list[str]]:
     """Split a module into its code without docstrings and the list of its docstrings, dedented."""
     source = text.encode()
     line_starts = [0]
@@ -70,7 +72,7 @@ def split_source(text):
     return b"".join(code).decode(), docstrings
 
 
-def load_corpus(max_files=None):
+def load_corpus(max_files: int | None = None) -> Corpus:
     """Read and split the running interpreter's standard library; FileNotFoundError where its sources are missing."""
     corpus = Corpus([], [], [], [])
     with warnings.catch_warnings():

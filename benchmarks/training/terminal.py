@@ -1,7 +1,10 @@
 """What a training shows while it runs."""
 
+from __future__ import annotations
+
 import contextlib
 import time
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Terminal:
     """Lines that stay, and one progress bar at a time; no bar where the output is not a terminal."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.console = Console(highlight=False)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         self.console.print(text)
 
     @contextlib.contextmanager
-    def stage(self, name, total=None):
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
         """Bar of a stage; yields advance(text). The stage's line with its duration is printed when it ends."""
         columns = [TextColumn("{task.description}"), BarColumn()]
         if total is not None:

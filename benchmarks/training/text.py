@@ -1,4 +1,6 @@
-"""Text as a model reads it: a byte-level BPE vocabulary, windows of tokens, and the order of batches."""
+"""Text as a model reads it: a byte-level BPE vocabulary, and windows of tokens."""
+
+from __future__ import annotations
 
 import hashlib
 import math
@@ -26,18 +28,18 @@ class Windows:
     tokens: torch.Tensor
     targets: torch.Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index) -> Windows:
         return Windows(self.tokens[index], self.targets[index])
 
-    def spread(self, count):
+    def spread(self, count: int) -> Windows:
         """`count` windows at equal distances, or all of them where there are fewer."""
         return self[torch.linspace(0, len(self) - 1, min(count, len(self))).long()]
 
 
-def load_tokenizer(texts, vocab_size, cache_folder):
+def load_tokenizer(texts: list[str], vocab_size: int, cache_folder: Path) -> Tokenizer:
     """Byte-level BPE trained on the texts, or read from `cache_folder` if it was trained on the same texts before.
 
     Raises FileNotFoundError if the texts are too few for the size, as where only a part of the library is installed.
@@ -66,7 +68,7 @@ def load_tokenizer(texts, vocab_size, cache_folder):
     return tokenizer
 
 
-def make_windows(tokenizer, texts, length):
+def make_windows(tokenizer: Tokenizer, texts: list[str], length: int) -> Windows:
     """Join the texts, each followed by END_OF_TEXT, and cut the token stream into windows of `length` tokens."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     stream = []
@@ -81,11 +83,3 @@ def make_windows(tokenizer, texts, length):
     targets = targets.view(count, length)
     targets[:, -1] = IGNORE_INDEX
     return Windows(tokens.view(count, length), targets)
-
-
-def batch_order(window_count, batch_size, steps, seed):
-    """Window indices [steps, batch_size]: every window once before any comes again, in an order fixed by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = math.ceil(steps * batch_size / window_count)
-    order = torch.cat([torch.randperm(window_count, generator=generator) for _ in range(epochs)])
-    return order[: steps * batch_size].view(steps, batch_size)

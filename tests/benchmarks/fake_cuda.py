@@ -4,7 +4,7 @@ What names a CUDA device gets the CPU's tensors, and both fused implementations 
 capture, replay and the allocator's counts have the same interface; a captured graph computes anew when it is replayed.
 Large problems are small here: inputs of the benchmark keep their names and lose most of their elements.
 
-STANDIN_DEFECT lets an implementation fail: "native:illegal" (an illegal access, after which the device is lost),
+FAKE_CUDA_DEFECT lets an implementation fail: "native:illegal" (an illegal access, after which the device is lost),
 "native:abort" (the process), "triton:hang", "native:missing" (there is no module).
 """
 
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-NAME, CAPABILITY = "Stand-in GPU", (9, 0)
+NAME, CAPABILITY = "Fake GPU", (9, 0)
 # the largest tensor that is made on the device, and what each side of a larger one becomes
 MAX_ELEMENTS, MAX_SIDE, MAX_LENGTH = 1 << 16, 256, 1 << 12
 # of the sixty small calls, every so many-th in a process that has imported them (one that is started has all)
@@ -130,7 +130,7 @@ class Generator(torch.Generator):
 
 
 class Defect:
-    """What goes wrong, as STANDIN_DEFECT says."""
+    """What goes wrong, as FAKE_CUDA_DEFECT says."""
 
     def __init__(self, text: str):
         self.name, _, self.kind = text.partition(":")
@@ -231,8 +231,8 @@ def _of_small_shapes(make: Callable, largest: tuple[int, ...]) -> Callable:
 
 
 def install(patch: Callable = setattr) -> OnCpu:
-    """Puts the stand-in in the place of torch's CUDA, for the rest of the process or of what `patch` undoes."""
-    defect = Defect(os.environ.get("STANDIN_DEFECT", ""))
+    """Puts the fake device in the place of torch's CUDA, for the rest of the process or of what `patch` undoes."""
+    defect = Defect(os.environ.get("FAKE_CUDA_DEFECT", ""))
     _patch_torch(patch, defect)
     _patch_package(patch, defect)
     _patch_benchmarks(patch)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 MODULES = ("demo.__main__", "demo.job", "demo.loss_step", "demo.report", "demo.train")
-MODULES += ("training.standard_library", "training.text")
-demo, demo_job, demo_loss_step, demo_report, demo_train, standard_library, text = (
+MODULES += ("training.schedule", "training.standard_library", "training.text")
+demo, demo_job, demo_loss_step, demo_report, demo_train, schedule, standard_library, text = (
     pytest.importorskip(f"benchmarks.{name}") for name in MODULES
 )
 from rich.table import Table  # noqa: E402
@@ -260,5 +260,5 @@ def test_targets_are_the_next_tokens_and_window_ends_have_none():
 
 
 def test_every_window_comes_once_before_any_comes_again():
-    order = text.batch_order(window_count=7, batch_size=2, steps=7, seed=3).flatten()
+    order = schedule.batch_order(window_count=7, batch_size=2, steps=7, seed=3).flatten()
     assert sorted(order[:7].tolist()) == list(range(7)) == sorted(order[7:].tolist())

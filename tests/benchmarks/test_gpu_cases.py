@@ -1,10 +1,10 @@
-"""The small calls of the GPU check: what is a finding, and every line of theirs on a stand-in for the device."""
+"""The small calls of the GPU check: what is a finding, and every line of theirs on a fake device."""
 
 import json
 import time
 import types
 
-import fake_cuda as standin
+import fake_cuda
 import pytest
 import torch
 
@@ -17,13 +17,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
-def standin_with(monkeypatch):
+def fake_cuda_with(monkeypatch):
     """A function that lets the CPU play torch's CUDA in this process, with a defect."""
     modes = []
 
     def install(defect: str):
-        monkeypatch.setenv("STANDIN_DEFECT", defect)
-        modes.append(standin.install(monkeypatch.setattr))
+        monkeypatch.setenv("FAKE_CUDA_DEFECT", defect)
+        modes.append(fake_cuda.install(monkeypatch.setattr))
 
     yield install
     for mode in modes:
@@ -31,8 +31,8 @@ def standin_with(monkeypatch):
 
 
 @pytest.fixture
-def on_standin(standin_with):
-    standin_with("")
+def on_fake_cuda(fake_cuda_with):
+    fake_cuda_with("")
 
 
 def calls(cases, device=CPU):
@@ -154,22 +154,22 @@ def test_processes_share_the_cases_between_them():
         assert len(names) == len(set(names)) == 60 // thin
 
 
-# -- on the stand-in ---------------------------------------------------------------------------------------------------
+# -- on the fake device ------------------------------------------------------------------------------------------------
 
 
-def test_cuda_kernels_are_found_usable_though_they_serve_one_operator_alone(on_standin):
+def test_cuda_kernels_are_found_usable_though_they_serve_one_operator_alone(on_fake_cuda):
     assert gpu_cases.unusable(CUDA) == {"triton": None, "native": None}
     named = [case.usable(CUDA) for case in gpu_cases.all_cases()]
     assert ("triton", "native") in named and ("auto",) in named
 
 
-def test_a_missing_module_is_unusable_and_says_why(standin_with):
-    standin_with("native:missing")
+def test_a_missing_module_is_unusable_and_says_why(fake_cuda_with):
+    fake_cuda_with("native:missing")
     reason = "backend='native' cannot be used: the CUDA module was not built"
     assert gpu_cases.unusable(CUDA) == {"triton": None, "native": reason}
 
 
-def test_every_check_runs_by_name_on_the_stand_in(on_standin, capsys):
+def test_every_check_runs_by_name_on_the_fake_device(on_fake_cuda, capsys):
     options = ["--device", "cuda", "--repeats", "2", "--check", *gpu_cases.CHECKS]
     assert gpu_cases.main([*options, "--only", "native"]) == 0
     assert gpu_cases.main([*options, "--only", "triton", "auto"]) == 0
@@ -182,21 +182,21 @@ def test_every_check_runs_by_name_on_the_stand_in(on_standin, capsys):
     assert not [line for line in lines if not line.startswith(("ok ", "done "))]
 
 
-def test_the_machine_is_described_on_the_stand_in(on_standin, capsys):
+def test_the_machine_is_described_on_the_fake_device(on_fake_cuda, capsys):
     assert gpu_cases.main(["--device", "cuda", "--describe"]) == 0
     found = json.loads(lines_of(capsys)[-1])
-    assert (found["device"], found["device_slug"], found["capability"]) == (standin.NAME, "stand-in-gpu", "9.0")
+    assert (found["device"], found["device_slug"], found["capability"]) == (fake_cuda.NAME, "fake-gpu", "9.0")
     assert found["unusable"] == {"triton": None, "native": None} and found["copy_gbps"] > 0
     assert "128256: 132 of 1, 20 slots" in found["plans"]
 
 
-def test_a_plan_that_cannot_be_told_stops_no_check(on_standin, monkeypatch):
+def test_a_plan_that_cannot_be_told_stops_no_check(on_fake_cuda, monkeypatch):
     monkeypatch.setattr(gpu_cases.cuda_cross_entropy, "plan", lambda *arguments: {})
     assert gpu_cases.describe(torch.device("cuda"))["plans"] == "no plan was told: KeyError: 'clusters_at_once'"
 
 
-def test_an_illegal_access_is_one_finding_and_ends_its_process(standin_with, capsys):
-    standin_with("native:illegal")
+def test_an_illegal_access_is_one_finding_and_ends_its_process(fake_cuda_with, capsys):
+    fake_cuda_with("native:illegal")
     assert gpu_cases.main(["--device", "cuda", "--only", "native", "--check", "values", "repeats"]) == 1
     lines = lines_of(capsys)
     assert len(lines) == 2 and lines[0].startswith("FAIL values: fp32 loss, mean, V 33 (native): AcceleratorError")
@@ -209,7 +209,7 @@ def replayed_with(call):
     return gpu_cases._works_in_graphs_and_streams(case, "auto", CUDA)
 
 
-def test_a_graph_that_keeps_its_first_inputs_is_a_finding(on_standin):
+def test_a_graph_that_keeps_its_first_inputs_is_a_finding(on_fake_cuda):
     kept = []
 
     def right(t, backend):
@@ -224,7 +224,7 @@ def test_a_graph_that_keeps_its_first_inputs_is_a_finding(on_standin):
     assert replayed_with(stale) == "another result from a replayed graph"
 
 
-def test_another_result_on_a_side_stream_is_a_finding(on_standin):
+def test_another_result_on_a_side_stream_is_a_finding(on_fake_cuda):
     calls = []
 
     def drifting(t, backend):
@@ -234,7 +234,7 @@ def test_another_result_on_a_side_stream_is_a_finding(on_standin):
     assert replayed_with(drifting) == "another result on a side stream"
 
 
-def test_a_large_call_is_timed_by_events_and_a_small_one_by_the_host(on_standin):
+def test_a_large_call_is_timed_by_events_and_a_small_one_by_the_host(on_fake_cuda):
     for calls_per_sample, name in ((1, "elapsed_us"), (3, None)):
         case = types.SimpleNamespace(calls_per_sample=calls_per_sample, device=CUDA)
         time_call = harness._cuda_timer(case)
@@ -242,7 +242,7 @@ def test_a_large_call_is_timed_by_events_and_a_small_one_by_the_host(on_standin)
         assert (name in time_call.__code__.co_freevars) == (name is not None)
 
 
-def test_peak_memory_is_the_allocators_own_count(on_standin):
+def test_peak_memory_is_the_allocators_own_count(on_fake_cuda):
     begun = []
     assert harness.peak_bytes(lambda: begun.append(1), CUDA) == 2 << 20 and begun == [1]
 
@@ -262,19 +262,19 @@ HEADLINE = [
 
 
 def timed(tmp_path, *options):
-    """Exit status and rows of the benchmark on the stand-in: training and forward at one size."""
+    """Exit status and rows of the benchmark on the fake device: training and forward at one size."""
     passes = ["--pass", "training", "forward", "--baselines", "eager", "--rounds", "1", "--no-plot"]
     code = command.main([*HEADLINE, *passes, "--output", str(tmp_path), *options])
-    return code, [row["pass"] for row in report.read_rows(tmp_path / "stand-in-gpu.jsonl")]
+    return code, [row["pass"] for row in report.read_rows(tmp_path / "fake-gpu.jsonl")]
 
 
-def test_after_its_time_the_benchmark_begins_no_case_and_says_so(on_standin, tmp_path, capsys):
+def test_after_its_time_the_benchmark_begins_no_case_and_says_so(on_fake_cuda, tmp_path, capsys):
     code, passes = timed(tmp_path, "--time-limit", "1e-9")
     assert (code, passes) == (2, []) and "time is over: 0 of 2 cases finished" in capsys.readouterr().out
 
 
 def test_a_case_that_does_not_fit_the_device_is_left_out_and_the_next_is_timed(
-    on_standin, tmp_path, monkeypatch, capsys
+    on_fake_cuda, tmp_path, monkeypatch, capsys
 ):
     build = cross_entropy.build
 
@@ -290,7 +290,7 @@ def test_a_case_that_does_not_fit_the_device_is_left_out_and_the_next_is_timed(
 
 
 @pytest.mark.parametrize("at, code", [("training", 130), ("forward", 130)])
-def test_an_interrupted_benchmark_keeps_the_cases_before(on_standin, tmp_path, monkeypatch, capsys, at, code):
+def test_an_interrupted_benchmark_keeps_the_cases_before(on_fake_cuda, tmp_path, monkeypatch, capsys, at, code):
     build = cross_entropy.build
 
     def interrupted(spec, *args):

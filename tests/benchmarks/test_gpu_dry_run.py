@@ -1,4 +1,4 @@
-"""All runs of the GPU check from end to end on a stand-in for the device: real commands, real processes, real files.
+"""All runs of the GPU check from end to end on a fake device: real commands, real processes, real files.
 
 What is smaller than on a device: sizes, numbers of cases and rounds, and of the suite one file.
 """
@@ -17,13 +17,13 @@ from benchmarks.timing import report
 
 HERE = Path(__file__).parent
 TOOLS = HERE / "fake_cuda_tools"
-SLUG = "stand-in-gpu"
+SLUG = "fake-gpu"
 # limits are for a machine that is not shared with other tests
 PATIENCE = 6
 
 
 def play(patch: pytest.MonkeyPatch, **variables: str) -> None:
-    """Every process from here on has the stand-in and its tools, and less to do."""
+    """Every process from here on has the fake device and its tools, and less to do."""
     patch.setenv("PATH", f"{TOOLS}{os.pathsep}{os.environ['PATH']}")
     patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TOOLS, HERE, processes.ROOT))))
     patch.setenv("OMP_NUM_THREADS", "1")
@@ -91,7 +91,7 @@ def test_every_part_of_a_run_passes_and_is_written(found, number):
     assert {row["part"]: (row["status"], row["detail"]) for row in rows if row["status"] != "passed"} == {}
     assert [row["part"] for row in rows] == PARTS[number] and code == 0
     assert {(row["device"], row["commit"], row["is_dirty"], row["run"]) for row in rows} == {
-        ("Stand-in GPU", "0123456789ab", True, number)
+        ("Fake GPU", "0123456789ab", True, number)
     }
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [f"check-{number}.log", f"{SLUG}-check.jsonl", f"{SLUG}.jsonl"]
@@ -115,7 +115,7 @@ def test_readme_can_be_made_of_what_is_found(found, tmp_path):
     (parts,) = readme_sections.read_checks(results)
     assert readme_sections.is_verified(parts, "native") and readme_sections.is_verified(parts, "triton")
     verified, speed = readme_sections.sections(results, tmp_path / "README.md").values()
-    lines = [line for line in verified.splitlines() if "Stand-in GPU (sm_90), driver 580.0 (stand-in)" in line]
+    lines = [line for line in verified.splitlines() if "Fake GPU (sm_90), driver 580.0 (fake)" in line]
     assert len(lines) == 2 and all("verified by its part of `pytest -m gpu` (1 passed" in line for line in lines)
     assert "memcheck, synccheck, racecheck |" in lines[1] and "**not: " not in verified
     assert "training 8192 x 128256 bf16 flat" in speed and "Tests have not passed" not in speed
@@ -125,7 +125,7 @@ def test_readme_can_be_made_of_what_is_found(found, tmp_path):
 def test_what_goes_wrong_with_one_implementation_is_found_and_leaves_the_other_verified(found, tmp_path, monkeypatch):
     results = kept(found, tmp_path)
     monkeypatch.setenv("AUXKERNELS_COMMIT", "")
-    play(monkeypatch, STANDIN_DEFECT="native:illegal", STANDIN_SANITIZER="3")
+    play(monkeypatch, FAKE_CUDA_DEFECT="native:illegal", FAKE_CUDA_SANITIZER="3")
     code, rows = check(results, "--steps", "calls-native", "tests-native", "memcheck-native")
     status = {row["part"]: row["status"] for row in rows}
     assert code == 1 and status.pop("machine") == status.pop("module") == "passed"
@@ -142,7 +142,7 @@ def test_what_goes_wrong_with_one_implementation_is_found_and_leaves_the_other_v
 @pytest.mark.parametrize("defect, status", [("native:abort", "failed"), ("native:hang", "stopped")])
 def test_a_process_that_ends_or_hangs_is_told_from_one_that_is_done(tmp_path, monkeypatch, defect, status):
     monkeypatch.setenv("AUXKERNELS_COMMIT", "")
-    play(monkeypatch, STANDIN_DEFECT=defect)
+    play(monkeypatch, FAKE_CUDA_DEFECT=defect)
     monkeypatch.setattr(gpu_steps, "SHARDS", {"native": 1})
     place = gpu_steps.Place({"unusable": {"native": None}}, gpu_steps.Log(tmp_path / "log"), tmp_path)
     found = gpu_steps.calls("native")(place, 120.0 if status == "failed" else 12.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,34 @@ class Scale:
     max_examples: int
 
 
+SMALL = Scale(
+    vocab_size=2048,
+    length=32,
+    max_chapters=None,
+    min_verses=300,
+    max_verses=2000,
+    width=128,
+    layers=4,
+    dropout=0.0,
+    trunk_layer=2,
+    own_layers=2,
+    batch=16,
+    dtype="float32",
+    base_flops=6e12,
+    plain_rate=3e-3,
+    tuning_rate=3e-3,
+    aux_rate=3e-3,
+    budgets={
+        "auxiliary": (1 / 4, 1 / 2, 1.0),
+        "independent": (1 / 2,),
+        "fine-tuning": (1 / 4, 1 / 2, 1.0),
+        "scratch": (1 / 4, 1 / 2, 1.0),
+    },
+    max_examples=512,
+)
 SCALES = {
-    "tiny": Scale(
+    "tiny": dataclasses.replace(
+        SMALL,
         vocab_size=1024,
         length=48,
         max_chapters=60,
@@ -56,47 +83,19 @@ SCALES = {
         max_verses=200,
         width=32,
         layers=2,
-        dropout=0.0,
         trunk_layer=1,
         own_layers=1,
         batch=8,
-        dtype="float32",
         base_flops=6e9,
-        plain_rate=3e-3,
         tuning_rate=2e-3,
-        aux_rate=3e-3,
         budgets={"auxiliary": (0.25, 0.5), "independent": (0.5,), "fine-tuning": (0.5,), "scratch": (0.5, 1.0)},
         max_examples=16,
     ),
-    "small": Scale(
-        vocab_size=2048,
-        length=32,
-        max_chapters=None,
-        min_verses=300,
-        max_verses=2000,
-        width=128,
-        layers=4,
-        dropout=0.0,
-        trunk_layer=2,
-        own_layers=2,
-        batch=16,
-        dtype="float32",
-        base_flops=6e12,
-        plain_rate=3e-3,
-        tuning_rate=3e-3,
-        aux_rate=3e-3,
-        budgets={
-            "auxiliary": (1 / 4, 1 / 2, 1.0),
-            "independent": (1 / 2,),
-            "fine-tuning": (1 / 4, 1 / 2, 1.0),
-            "scratch": (1 / 4, 1 / 2, 1.0),
-        },
-        max_examples=512,
-    ),
-    "gpu": Scale(
+    "small": SMALL,
+    "gpu": dataclasses.replace(
+        SMALL,
         vocab_size=8192,
         length=64,
-        max_chapters=None,
         min_verses=20,
         max_verses=500,
         width=512,

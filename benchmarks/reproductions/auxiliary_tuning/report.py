@@ -6,7 +6,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from benchmarks.training.results import figure_png, markdown_table
+from benchmarks.training.results import figure_png, machine_text, markdown_table
 
 LABELS = {
     "auxiliary": "auxiliary tuning, shared trunk",
@@ -211,9 +211,7 @@ def _fluency(results: dict) -> str:
 
 
 def _measured_on(results: dict) -> str:
-    described = results["machine"]
     return (
-        f"{described['device']}, {described['threads']} threads, torch {described['torch']}, transformers "
-        f"{described['transformers']}, commit {described['commit']}{' (changed)' if described['is_dirty'] else ''}, "
-        f"seed {results['seed']}. Training and measuring took {results['seconds'] / 60:.1f} minutes in sum.\n"
+        f"{machine_text(results['machine'])}, seed {results['seed']}. Training and measuring took "
+        f"{results['seconds'] / 60:.1f} minutes in sum.\n"
     )

@@ -15,8 +15,8 @@ Source: Cornille et al. 2024, End-to-end Planner Training for Language Modeling.
 
 import sys
 
-from benchmarks.demo.__main__ import positive
 from benchmarks.reproductions import command_line
+from benchmarks.training.command_line import positive
 
 
 def parse_arguments(argv):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.training.results import figure_png, markdown_table
+from benchmarks.training.results import figure_png, machine_text, markdown_table
 
 LABELS = {
     "fixed": "fixed label",
@@ -303,10 +303,7 @@ def _drift(results: dict) -> str:
 
 
 def _measured_on(results: dict) -> str:
-    described = results["machine"]
-    threads = f"{described['threads']} thread{'s' if described['threads'] > 1 else ''}"
     return (
-        f"{described['device']}, {threads}, torch {described['torch']}, transformers "
-        f"{described['transformers']}, commit {described['commit']}{' (changed)' if described['is_dirty'] else ''}. "
-        f"The times of training and measuring add up to {results['seconds'] / 60:.1f} minutes.\n"
+        f"{machine_text(results['machine'])}. The times of training and measuring add up to "
+        f"{results['seconds'] / 60:.1f} minutes.\n"
     )

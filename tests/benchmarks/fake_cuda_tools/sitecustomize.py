@@ -1,4 +1,4 @@
-"""Python imports this before anything else where its folder is on PYTHONPATH: every process then has the stand-in."""
+"""Python imports this before anything else where its folder is on PYTHONPATH: every process has the fake device."""
 
 import fake_cuda
 
