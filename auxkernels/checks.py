@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .sources import Head, Leaves, Logits, Source, by_source
+from .sources import Head, Leaves, Logits, Source, SourceTensors, by_source
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -204,19 +204,26 @@ def flat_sources(leaves, softcaps, num_base: int, autocast: torch.dtype | None, 
         raise ValueError("needs must ask for gradients of what is given")
 
 
+def source_tensors(
+    name: str, given: SourceTensors, shape: torch.Size, device: torch.device, autocast: torch.dtype | None
+) -> tuple[int, torch.dtype]:
+    """`source` for one as the operators take it."""
+    scale = 1.0 if given.scale is None else given.scale
+    if given.weight is None:
+        return source(name, Logits(given.values, scale=scale, softcap=given.softcap), shape, device, autocast)
+    head = Head(given.values, given.weight, bias=given.bias, scale=scale, softcap=given.softcap)
+    return source(name, head, shape, device, autocast)
+
+
 def cross_entropy_request(request) -> None:
     """A request by itself, so that a raw call of an operator is as safe as the public function."""
     if request.first().dim() == 0:
         raise ValueError("source 0 must be [*, V] or [*, D], got a 0-d tensor")
     shape, device = request.shape(), request.first().device
-    widths = []
-    for i, one in enumerate(request.sources):
-        options = {"scale": 1.0 if one.scale is None else one.scale, "softcap": one.softcap}
-        if one.weight is None:
-            given: Source = Logits(one.values, **options)
-        else:
-            given = Head(one.values, one.weight, bias=one.bias, **options)
-        widths.append((f"source {i}", source(f"source {i}", given, shape, device, request.autocast)[0]))
+    widths = [
+        (f"source {i}", source_tensors(f"source {i}", one, shape, device, request.autocast)[0])
+        for i, one in enumerate(request.sources)
+    ]
     common_width(widths, request.vocab_size)
     target_of(shape, device, request.target)
     if request.weight is not None:
@@ -390,21 +397,12 @@ def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.d
 
 
 def lookup(given) -> None:
-    """The leading arguments of the ops of chunked.py."""
-    num_sources = len(given.softcaps)
-    if num_sources == 0 or len(given.parts) != 4 * num_sources or any(part is None for part in given.parts[0::4]):
-        raise ValueError(
-            f"parts must hold four entries for each softcap, the first of them given, got {len(given.parts)}"
-        )
-    if given.autocast is not None and given.autocast not in FLOATING:
-        raise TypeError(f"autocast must be a floating dtype, got {given.autocast}")
+    """A request of soft_embedding by itself."""
     shape, device, K = given.shape(), given.first().device, tables(given.table).shape[-2]
-    widths = []
-    for i, softcap in enumerate(given.softcaps):
-        values, weight, bias, factor = given.parts[4 * i : 4 * i + 4]
-        options = {"scale": 1.0 if factor is None else factor, "softcap": softcap or None}
-        scores = Logits(values, **options) if weight is None else Head(values, weight, bias=bias, **options)
-        widths.append((f"source {i}", source(f"source {i}", scores, shape, device, given.autocast)[0]))
+    widths = [
+        (f"source {i}", source_tensors(f"source {i}", one, shape, device, given.autocast)[0])
+        for i, one in enumerate(given.sources)
+    ]
     table_of(given.table, common_width(widths, None), device)
     if (given.gumbel is None) != (given.seed is None):
         raise ValueError("gumbel and seed must be given together")
@@ -413,18 +411,21 @@ def lookup(given) -> None:
     lookup_options(temperature, given.hard, gumbel, given.seed, given.mask, given.top_k or None, shape, K, device)
 
 
-def lookup_gradients(given, state, labels, grad, upstream, needs) -> None:
-    """What the backward op takes beside the leading arguments. state: max, log_denom, argmax."""
-    dtypes = (given.compute(), given.compute(), torch.int64)
-    for name, values, dtype in zip(("max", "log_denom", "argmax"), state, dtypes, strict=True):
+def lookup_gradients(given, state, grad, upstream, needs) -> None:
+    """What the backward operator takes beside the request."""
+    dtypes = {"max": given.compute(), "log_denom": given.compute(), "argmax": torch.int64}
+    for name, dtype in dtypes.items():
+        values = getattr(state, name)
         row_numbers(name, values, given.shape())
         if values.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {values.dtype}")
+    labels = state.labels
     if labels is not None and labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if len(needs) != len(given.parts) + 2:
-        raise ValueError(f"needs must have {len(given.parts) + 2} entries, got {len(needs)}")
-    there = (*given.parts, given.temperature, given.table)
+    there = [leaf for one in given.sources for leaf in (one.values, one.weight, one.bias, one.scale)]
+    there += [given.temperature, given.table]
+    if len(needs) != len(there):
+        raise ValueError(f"needs must have {len(there)} entries, got {len(needs)}")
     if any(need and part is None for need, part in zip(needs, there, strict=True)):
         raise ValueError("needs must ask for gradients of what is given")
     if grad is not None and tuple(grad.shape) != given.out_shape():

@@ -13,7 +13,8 @@ PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCKS.search(page.read_t
 
 
 def test_there_are_pages():
-    assert {"peft", "several_auxiliaries", "trl"} <= {page.stem for page in PAGES}
+    pages = {"caches", "memory", "peft", "saving", "several_auxiliaries", "tokenizers", "trainer", "trl"}
+    assert pages <= {page.stem for page in PAGES}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

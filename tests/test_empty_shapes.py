@@ -19,8 +19,8 @@ import auxkernels
 from auxkernels.cross_entropy import native as cross_entropy, ops, request
 from auxkernels.cross_entropy.request import Coefficients, Gradients, LossTerms, Problem, RowState
 from auxkernels.native import cpu
-from auxkernels.soft_embedding import chunked as lookups, native as kernels
-from auxkernels.soft_embedding.request import ROW_FIELDS, SoftRows
+from auxkernels.soft_embedding import native as kernels
+from auxkernels.soft_embedding.request import OUTPUTS, ROW_FIELDS, SoftRows
 from auxkernels.soft_embedding.segments import _sum, _to_tokens
 from auxkernels.sources import Matrix
 
@@ -81,7 +81,7 @@ for N, K, D in EMPTY:
         table = torch.zeros(K, D) if L is None else torch.zeros(L, K, D)
         scores, mask, rows = torch.zeros(N, K), torch.zeros(K, dtype=torch.bool), torch.zeros(N)
         leading = ([scores, None, None, None], [0.0], None, table, None, None, None, mask, top_k, hard)
-        attempt(torch.ops.auxkernels.soft_embedding, *leading, (1 << len(lookups.OUTPUTS)) - 1 - 128, "native")
+        attempt(torch.ops.auxkernels.soft_embedding, *leading, (1 << len(OUTPUTS)) - 1 - 128, "native")
         labels = torch.zeros(N, min(top_k, K), dtype=torch.int64) if top_k else None
         grad = torch.zeros(*table.shape[:-2], N, D)
         upstream, needs = [rows, rows, rows, torch.zeros(K)], [True, False, False, False, False, True]

@@ -11,8 +11,8 @@ from tolerance import check_results, check_statistics, check_values, gradients_o
 
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
 from auxkernels.cross_entropy import chunked as loop_module
+from auxkernels.heads import operands as operand_module
 from auxkernels.heads import products as product_module
-from auxkernels.heads import sides as side_module
 
 N, V = 48, 53
 BF16 = torch.bfloat16
@@ -178,7 +178,7 @@ def products(request, monkeypatch):
             is_half = product_module.operand_dtype(dtype, autocast) == torch.float16
             return product_module.Plan(torch.float16, torch.float16, False) if is_half else plan
 
-        monkeypatch.setattr(side_module, "plan_of", plan_of)
+        monkeypatch.setattr(operand_module, "plan_of", plan_of)
         monkeypatch.setattr(loop_module, "plan_of", plan_of)
     return torch.float16 if request.param == "half" else None
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from auxkernels import Head, Logits, soft_embedding
 from auxkernels.soft_embedding import noise
-from auxkernels.soft_embedding.chunked import OUTPUTS, mask_of
+from auxkernels.soft_embedding.request import OUTPUTS, mask_of
 
 BF16, F16 = torch.bfloat16, torch.float16
 MODES = {

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..heads.operands import Buffers, Context, are_one_product, bytes_per_row, operand_of
 from ..heads.products import operand_dtype, plan_of
 from ..heads.rows import Rows, chunks_of, rows_that_count, settings
 from ..heads.shared_weights import as_one, groups_of
-from ..heads.sides import Buffers, Setting, are_one_product, bytes_per_row, side_of
 from ..sources import LAYOUTS, NUMBERS, ROWS, SHARED, Leaves, SourceTensors
 from .request import OF_BASE, Coefficients, Gradients, Kernels, LossTerms, Problem, Request, RowState, empty_rows
 
@@ -22,7 +22,7 @@ _NOTHING = Leaves(False, False, False, False)
 
 
 class ChunkedCall:
-    """One call: its rows, its sides, and what the row kernels are given for each chunk.
+    """One call: its rows, its operands, and what the row kernels are given for each chunk.
 
     is_base_wanted   whether the base counts by itself; otherwise its products and the auxiliary's become one where they
                      can
@@ -37,36 +37,36 @@ class ChunkedCall:
         self.kernels: Kernels = dispatch.implementation("cross_entropy", backend, is_cuda)
         sources, needs = request.sources, needs or [_NOTHING] * len(request.sources)
         groups = groups_of(sources, needs, request.num_base, request.autocast, is_base_wanted)
-        ones = [[as_one([sources[i] for i in group]) for group in side] for side in groups]
+        ones = [[as_one([sources[i] for i in group]) for group in operand] for operand in groups]
         if not is_base_wanted and are_one_product([*ones[0], *ones[1]], request.autocast):
             groups, ones = ([*groups[0], *groups[1]], []), [[*ones[0], *ones[1]], []]  # the auxiliary's onto the base's
-        self.order = [i for side in groups for group in side for i in group]
+        self.order = [i for operand in groups for group in operand for i in group]
         ignored, num_rows = request.ignored(), request.shape().numel()
         self.rows = rows_that_count(request.shape(), ignored, _fewest_to_drop(sources, num_rows))
-        wants = [[any(any(needs[i]) for i in group) for group in side] for side in groups]
+        wants = [[any(any(needs[i]) for i in group) for group in operand] for operand in groups]
         shared = (request.vocab_size, request.compute(), request.autocast)
         row_bytes = bytes_per_row(ones, wants, *shared, self.in_place, self.rows.keeps_all())
         self.chunks = chunks_of(self.rows.num_rows, row_bytes, settings.budget(request.first().device))
         if ignored is not None:
             ignored = None if self.rows.kept is not None else ignored.flatten()
-        setting = Setting(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)
-        buffers = Buffers(setting, request.first())
+        context = Context(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)
+        buffers = Buffers(context, request.first())
         self.base, self.aux = (
-            side_of(_picked(sources, side), setting, _picked(needs, side), buffers) for side in groups
+            operand_of(_picked(sources, operand), context, _picked(needs, operand), buffers) for operand in groups
         )
 
     def problem(self, start: int, stop: int) -> Problem:
         """One chunk of the request, for the row kernels."""
-        base, aux, request = self.base.operand(start, stop), self.aux.operand(start, stop), self.request
+        base, aux, request = self.base.matrix(start, stop), self.aux.matrix(start, stop), self.request
         target = None if request.target is None else self.rows.take(request.target, start, stop)
         return Problem(base, aux, target, request.weight, request.ignore_index, request.vocab_size)
 
-    def room_for_gradients(self, start: int, stop: int) -> Gradients:
+    def buffers_of_gradients(self, start: int, stop: int) -> Gradients:
         """Where the row kernels write the gradients of a chunk, after `problem`."""
         values, scales = [], []
-        for side in (self.base, self.aux):
-            needs_values, needs_scale = side.needs()
-            values.append(side.gradient_buffer(start, stop) if needs_values else None)
+        for operand in (self.base, self.aux):
+            needs_values, needs_scale = operand.needs()
+            values.append(operand.gradient_buffer(start, stop) if needs_values else None)
             like, compute = self.request.first(), self.request.compute()
             scales.append(like.new_empty(stop - start, dtype=compute) if needs_scale else None)
         return Gradients(*values, *scales)
@@ -204,8 +204,8 @@ def scan(request: Request, wanted: int, backend: str) -> list[Tensor]:
 def _scan_without_logits(request: Request, wanted: int) -> list[Tensor] | None:
     """The fields by the kernel that keeps logits in registers; None where it does not fit: for other than one head or
     two, other dtypes than 16-bit ones, other devices."""
-    sides = request.sources[: request.num_base], request.sources[request.num_base :]
-    if max(map(len, sides)) > 1 or any(s.weight is None or s.values.shape[-1] % 16 for s in request.sources):
+    operands = request.sources[: request.num_base], request.sources[request.num_base :]
+    if max(map(len, operands)) > 1 or any(s.weight is None or s.values.shape[-1] % 16 for s in request.sources):
         return None
     from .triton import head_launch  # imports Triton
 
@@ -218,7 +218,7 @@ def _scan_without_logits(request: Request, wanted: int) -> list[Tensor] | None:
         scale = source.scale if source.scale is None or source.scale.dim() == 0 else source.scale.flatten()
         return head_launch.Head(*tensors, scale, source.softcap)
 
-    base, aux = (head_of(side[0]) if side else None for side in sides)
+    base, aux = (head_of(operand[0]) if operand else None for operand in operands)
     if head_launch.fits(base, aux, wanted) is not None:
         return None
     target = None if request.target is None else request.target.flatten()
@@ -239,7 +239,7 @@ def loss(
     fields, losses = call.new_fields(wanted), []
     for start, stop in call.chunks:
         problem = call.problem(start, stop)
-        grads = call.room_for_gradients(start, stop)
+        grads = call.buffers_of_gradients(start, stop)
         value, found = call.kernels.loss(problem, of_chunk, terms, wanted, grads)
         losses.append(value)
         call.put_fields(start, stop, fields, found)
@@ -267,7 +267,7 @@ def backward(
         return type(values)(*(None if v is None else call.rows.take(v, start, stop) for v in values))
 
     for start, stop in call.chunks:
-        problem, grads = call.problem(start, stop), call.room_for_gradients(start, stop)
+        problem, grads = call.problem(start, stop), call.buffers_of_gradients(start, stop)
         rows, upstream = chunk_of(state, start, stop), chunk_of(coefficients, start, stop)
         call.kernels.backward(problem, rows, upstream, grads)
         call.take_gradients(start, stop, grads)

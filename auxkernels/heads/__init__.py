@@ -3,7 +3,7 @@
 rows.py       which rows there are, and how they are cut into chunks
 products.py   the GEMMs of one head: logits of a chunk, gradients of hidden, weight and bias
 sums.py       several sources as one
-sides.py      base, auxiliary or scores as the row kernels take them: one matrix for each chunk
+operands.py   base, auxiliary or scores as the row kernels take them: one matrix for each chunk
 cross_entropy.py, soft_embedding.py   the operators
 """
 

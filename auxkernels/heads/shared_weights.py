@@ -37,18 +37,18 @@ def _are_one_tensor(one: Tensor, other: Tensor) -> bool:
 def groups_of(parts: list[SourceTensors], needs: list[Leaves], num_base: int, autocast, is_base_wanted: bool):
     """The sources of base and auxiliary by number, those that are added before their product in one group.
 
-    Groups span both sides where the base does not count by itself, and then belong to the base.
+    Groups span both where the base does not count by itself, and then belong to the base.
     """
-    sides: tuple[list, list] = ([], [])
+    operands: tuple[list, list] = ([], [])
     for i in range(len(parts)):
-        side = sides[i >= num_base]
-        candidates = side if is_base_wanted else [*sides[0], *(side if i >= num_base else [])]
+        operand = operands[i >= num_base]
+        candidates = operand if is_base_wanted else [*operands[0], *(operand if i >= num_base else [])]
         group = next((group for group in candidates if _joins(i, group, parts, needs, autocast)), None)
         if group is None:
-            side.append([i])
+            operand.append([i])
         else:
             group.append(i)
-    return sides
+    return operands
 
 
 def _joins(i: int, group: list[int], parts: list[SourceTensors], needs: list[Leaves], autocast) -> bool:

@@ -21,7 +21,7 @@ class Term(NamedTuple):
     softcap: float | None
 
 
-def bent(term: Term, out: Tensor) -> Tensor:
+def capped(term: Term, out: Tensor) -> Tensor:
     """out = softcap(values), [C, V]."""
     out.copy_(term.values[:, : out.shape[1]])
     return out if term.softcap is None else out.div_(term.softcap).tanh_().mul_(term.softcap)
@@ -30,7 +30,7 @@ def bent(term: Term, out: Tensor) -> Tensor:
 def sum_of(terms: list[Term], out: Tensor, scratch: Tensor) -> None:
     """out = the sum of the terms, [C, V] in out's dtype."""
     for i, term in enumerate(terms):
-        z = bent(term, scratch if i else out)
+        z = capped(term, scratch if i else out)
         if term.scale is not None:
             z.mul_(row_scale(term.scale, out.dtype))
         if i:
@@ -51,7 +51,7 @@ def value_gradient(term: Term, grad: Tensor, ignored: Tensor | None, out: Tensor
 def scale_gradient(term: Term, grad: Tensor, ignored: Tensor | None, scratch: Tensor) -> Tensor:
     """Gradient of the term's scale, one number for each row, from that of the sum [C, V]."""
     # a probability of zero has gradient zero: a masked class (-inf) must not turn the product into NaN
-    per_row = bent(term, scratch).mul_(grad).masked_fill_(grad == 0, 0.0).sum(-1)
+    per_row = capped(term, scratch).mul_(grad).masked_fill_(grad == 0, 0.0).sum(-1)
     return per_row if ignored is None else per_row.masked_fill(ignored, 0.0)
 
 

@@ -12,12 +12,14 @@ from transformers.utils import can_return_tuple
 
 from . import adapters, base_pointer, saving
 from . import auxiliary_inputs as reading
+from .auxiliary_generation import GenerationWithPairs
 from .causal_lm import check_frozen, check_trunk, has_cache, is_dead, is_stateful, keeps_state, trunk_index
 from .composite_generation import inherited
 from .config_fields import describe_as
 from .configuration import AuxiliaryConfig
 from .frozen_base import Call, Given, OnFrozenBase
 from .heads import CalledHead, check_output_head, output_head, probe, zero_output_head
+from .loading_options import pop_place, with_call_options
 from .modules import device_of, head_width, run
 from .paired_cache import PairedCache
 from .small import check_zero_init, drop_unread_weights, hidden_width, is_frozen_at_zero, new_head, small_model
@@ -25,7 +27,7 @@ from .sums import AuxiliaryCausalLMOutput
 from .vocabulary import check_tokenizers, shared_width
 
 
-class AuxiliaryForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
+class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, GenerationMixin):
     """softmax(base logits + aux_scale * aux logits), the base frozen: `from_base_and_aux` or `from_pretrained`.
 
     base              the frozen model: in eval mode, without gradients and run under no_grad, whatever is called
@@ -96,6 +98,8 @@ class AuxiliaryForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
         zero_init: bool = True,
         vocab_policy: str = "strict",
         aux_scale: float = 1.0,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | int | dict | torch.device | None = None,
         base_kwargs: dict | None = None,
         aux_kwargs: dict | None = None,
     ) -> AuxiliaryForCausalLM:
@@ -121,20 +125,24 @@ class AuxiliaryForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
         vocab_policy   "strict": equally wide heads; "pad": the narrower one's width counts, the rest gets -inf. With
                        two names, tokenizers that give one id two tokens are an error under both
         aux_scale      what the auxiliary's logits are multiplied by, where a call does not say
-        base_kwargs, aux_kwargs   for from_pretrained (from_config) of what is given by name
+        dtype, device_map         as of from_pretrained, for both: which must be given by name, aux or by configuration
+        base_kwargs, aux_kwargs   for from_pretrained (from_config) of what is given by name, over those for both
         Raises         TypeError, ValueError: no causal LM with a linear head, vocabularies, trunk layer
         """
-        base_kwargs, aux_kwargs = dict(base_kwargs or {}), dict(aux_kwargs or {})
         base, aux = adapters.language_model("base", base), adapters.language_model("aux", aux)
+        base_kwargs = with_call_options("base", base, base_kwargs, dtype=dtype, device_map=device_map)
+        aux_kwargs = with_call_options("aux", aux, aux_kwargs, dtype=dtype, device_map=device_map)
         base, aux = (os.fspath(given) if isinstance(given, os.PathLike) else given for given in (base, aux))
         if base_revision is not None and isinstance(base, str):
             base_kwargs["revision"] = base_revision
         is_small = isinstance(aux, str) and aux == "small"
         if isinstance(base, str) and isinstance(aux, str) and not is_small:
             check_tokenizers(base, aux, saving.hub_options(base_kwargs), saving.hub_options(aux_kwargs))
-        base_model = saving.causal_lm("base", base, base_kwargs)
-        aux_model = small_model(base_model, aux_kwargs) if is_small else saving.causal_lm("aux", aux, aux_kwargs)
         is_new = is_small or isinstance(aux, PretrainedConfig)
+        base_model = saving.causal_lm("base", base, base_kwargs)
+        place = pop_place(aux_kwargs, base_model) if is_new else None
+        aux_model = small_model(base_model, aux_kwargs) if is_small else saving.causal_lm("aux", aux, aux_kwargs)
+        aux_model = aux_model if place is None else aux_model.to(place)
         config = AuxiliaryConfig(
             base_config=base_model.config,
             aux_config=aux_model.config,
@@ -241,26 +249,6 @@ class AuxiliaryForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self):
         return self.aux.get_input_embeddings()
-
-    # -- generation ----------------------------------------------------------------------------------------------------
-
-    def generate(self, *args, aux_scale: float | Tensor | None = None, **kwargs):
-        """As of transformers, with the arguments of `forward` for the auxiliary.
-
-        They hold in every branch: under guidance_scale also for the unconditional text, and an assistant_model gets
-        them if it is one of this class. Raises ValueError for ways of generating that would leave them out: guidance
-        with beams or drafts, token healing, early exit, continuous batching, methods that transformers has moved out.
-        """
-        if isinstance(aux_scale, Tensor) and aux_scale.dim() == 0:
-            aux_scale = aux_scale.item()  # beams repeat the rows of every tensor
-        return super().generate(*args, aux_scale=aux_scale, **kwargs)
-
-    def new_cache(self) -> PairedCache:
-        """An empty cache for both models. ValueError where one of them has none that can be paired (`has_cache`)."""
-        if not self._has_cache:
-            names = [type(model).__name__ for model in (self.base, self.aux) if not has_cache(model)]
-            raise ValueError(f"use_cache must be False: {' and '.join(names)} has no cache that can be paired")
-        return PairedCache.of_configs(self.base.config, self.aux.config)
 
     # -- forward -------------------------------------------------------------------------------------------------------
 

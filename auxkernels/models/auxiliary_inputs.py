@@ -79,6 +79,8 @@ def aux_text(
     if text.cache is not None:
         text.cache.check_in_step()
     prefix, mask = prefix_to_read(text, input_ids, mask, pad_token_id)
+    if text.cache is not None:
+        text.cache.check_room(text.input_ids.shape[1], 0 if mask is None else mask.shape[1])
     if prefix is not None and prefix_keeps_state:
         order = _padding_first(mask)
         prefix, mask = prefix.gather(1, order), mask.gather(1, order)

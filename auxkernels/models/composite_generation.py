@@ -8,9 +8,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import Cache, GenerationConfig, LogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from .caches import is_dynamic, is_static
+from .paired_cache import check_takes
 
 # of one model's generation config: asked for by nobody who calls the composite, which some of them would refuse
 _OF_ONE_MODEL = (
@@ -74,21 +77,48 @@ class GenerationOfComposites:
                 processors[i] = _GuidanceOfTheRest(processor)
         return processors
 
-    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+    def _get_candidate_generator(self, generation_config, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        if assistant_model is not None and generation_config.cache_implementation is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.cache_implementation = None  # an assistant is handed its own cache from draft to draft
         if not self._shares_arguments(assistant_model):
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in self._own_arguments}
         return super()._get_candidate_generator(
-            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+            generation_config, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
 
     def _shares_arguments(self, assistant) -> bool:
         """Whether an assistant takes `_own_arguments` for what this model takes them for."""
         return isinstance(assistant, type(self))
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if self._has_cache:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        generation_config.use_cache = model_kwargs["use_cache"] = False  # or one token alone would be read
+    def _cache_of_kind(self, kind: str | None, model_kwargs: dict, **options) -> Cache:
+        """An empty cache for a call of `generate`; options as of `caches.new_cache`."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """The cache that a call asks for; ValueError where a model has none of that kind, or drafts need another."""
+        cache, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if not self._has_cache and is_dynamic(kind):
+            generation_config.use_cache = model_kwargs["use_cache"] = False  # or one token alone would be read
+            return None
+        if cache is None and generation_config.use_cache is not False:
+            options = {}
+            if is_static(kind):
+                options["max_cache_len"] = max(max_cache_length, generation_config.max_cache_len or 0)
+            elif kind == "quantized":
+                options["cache_config"] = generation_config.cache_config
+            cache = model_kwargs["past_key_values"] = self._cache_of_kind(kind, model_kwargs, **options)
+        else:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        is_assistant = bool(generation_config.is_assistant)
+        if isinstance(cache, Cache) and (is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION):
+            check_takes("crop", cache)
+            if is_assistant:
+                cache.activate_past_recording()
         return None
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 from . import adapters, ensemble_saving, saving
 from . import auxiliary_inputs as reading
 from .auxiliary import AuxiliaryForCausalLM
+from .caches import is_dynamic
 from .causal_lm import has_cache
 from .composite_generation import GenerationOfComposites, inherited
 from .config_fields import describe_as
@@ -235,6 +236,11 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
             raise ValueError(f"use_cache must be False: {' and '.join(names)} has no cache that can be paired")
         configs = {name: one.aux.config for name, one in self.members.items()}
         return EnsembleCache.of_configs(self.base.config, configs)
+
+    def _cache_of_kind(self, kind: str | None, model_kwargs: dict, **options) -> EnsembleCache:
+        if not is_dynamic(kind):
+            raise ValueError(f"cache_implementation must be 'dynamic' for several auxiliaries, got {kind!r}")
+        return self.new_cache()
 
     def _check_cache(self, cache) -> None:
         if not isinstance(cache, EnsembleCache):

@@ -17,8 +17,6 @@ from .modules import features, run
 from .sums import AuxiliaryCausalLMOutput, Scale, Sum, Term
 from .token_statistics import OwnTokenStatistics, check_no_further_loss
 
-_GROWING = (None, "dynamic", "dynamic_full")
-
 
 @dataclass
 class Call:
@@ -102,18 +100,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is not None:
             self._check_cache(model_kwargs["past_key_values"])
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.cache_implementation not in _GROWING:
-            raise ValueError(
-                f"cache_implementation must be 'dynamic' for two models, got {generation_config.cache_implementation!r}"
-            )
-        if not self._has_cache:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
-        return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _cache_of(self, call: Call, has_target: bool) -> tuple[Cache | None, bool]:
         """The cache of a call, which may be new, and whether it is returned."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 
 class PairedCache(Cache):
@@ -17,13 +17,16 @@ class PairedCache(Cache):
     arranged_mask [batch, n], of the first n tokens in the auxiliary's cache where they were read in another order than
                   they stand (padding first); None: as they stand.
     is_complete   False from the start of a call to its end: a call that failed leaves some layers behind others.
+    max_lengths   how many tokens base and aux hold, where they are of a fixed size; None: as many as their layers say.
     Lengths and masks are the base's, because generation asks for the text's. What changes the batch or the length
-    (reorder, repeat, select, crop, reset) is done to both, and the prefix stays.
+    (reorder, repeat, select, crop, reset) is done to both, and the prefix stays. Static and quantised caches can be
+    reordered and reset alone, and offloaded ones offload on their own.
     """
 
-    def __init__(self, base: Cache, aux: Cache):
+    def __init__(self, base: Cache, aux: Cache, *, max_lengths: tuple[int | None, int | None] = (None, None)):
         self.base = base
         self.aux = aux
+        self.max_lengths = max_lengths
         self.prefix_mask: Tensor | None = None
         self.arranged_mask: Tensor | None = None
         self.is_complete = True
@@ -59,7 +62,7 @@ class PairedCache(Cache):
         return f"{type(self).__name__}(base={self.base}, aux={self.aux}, prefix_length={self.prefix_length})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.base.get_seq_length(layer_idx)
+        return _number(self.base.get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.base.get_mask_sizes(query_length, layer_idx)
@@ -70,10 +73,11 @@ class PairedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the text's last tokens from both, given what `Cache.crop` of this transformers takes.
 
-        Raises   ValueError where a layer holds a recurrent state, in which the removed tokens would stay.
+        Raises   ValueError where a layer holds a recurrent state, in which the removed tokens would stay, or is static.
         """
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) and not layer.is_croppable for layer in self.layers):
             raise ValueError("past_key_values hold a recurrent state, which cannot take back the tokens it has read")
+        check_takes("crop", self)
         before = self.base.get_seq_length()
         self.base.crop(tokens_to_remove)
         self.aux.crop(self.base.get_seq_length() - before)
@@ -88,22 +92,37 @@ class PairedCache(Cache):
 
     def check_in_step(self) -> None:
         """Raises ValueError unless both caches hold the same text, and the auxiliary's its prefix."""
-        text, aux = self.base.get_seq_length(), self.aux.get_seq_length()
+        text, aux = self.get_seq_length(), _number(self.aux.get_seq_length())
         if not self.is_complete or (aux != text + self.prefix_length and (text or aux)):
             raise ValueError(
                 f"past_key_values must hold one text, got {text} tokens for base and {aux} for aux behind a prefix of "
                 f"{self.prefix_length}: a call with this cache failed, begin again with model.new_cache()"
             )
 
+    def check_room(self, num_new: int, prefix_length: int) -> None:
+        """Raises ValueError where caches of a fixed size are too short for so much more text behind such a prefix."""
+        needed = self.get_seq_length() + num_new
+        caches = (("base", self.base, 0), ("aux", self.aux, prefix_length))
+        for (name, cache, before), given in zip(caches, self.max_lengths, strict=True):
+            sizes = [one.max_cache_len for one in cache.layers if isinstance(one, StaticLayer) and not one.is_sliding]
+            limit = min([*sizes, *([] if given is None else [given])], default=None)
+            if limit is not None and before + needed > limit:
+                raise ValueError(
+                    f"past_key_values must have room for {before + needed} tokens of {name}, got {limit}: make them "
+                    f"with new_cache(..., max_cache_len={needed} or more, prefix_length={prefix_length})"
+                )
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._change_masks(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        check_takes("batch_repeat_interleave", self)
         super().batch_repeat_interleave(repeats)
         self._change_masks(lambda mask: mask.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        check_takes("batch_select_indices", self)
         super().batch_select_indices(indices)
         self._change_masks(lambda mask: mask[indices])
 
@@ -112,6 +131,29 @@ class PairedCache(Cache):
             self.prefix_mask = change(self.prefix_mask)
         if self.arranged_mask is not None:
             self.arranged_mask = change(self.arranged_mask)
+
+
+def check_takes(method: str, cache: Cache) -> None:
+    """ValueError where a cache cannot be changed by a method of that name (crop: to take drafts back), before it is."""
+    parts = (cache.base, cache.aux) if isinstance(cache, PairedCache) else (cache,)
+    kinds = {type(part).__name__ for part in parts if isinstance(part, QuantizedCache)}  # would leave what is quantised
+    kinds |= {type(layer).__name__ for part in parts for layer in part.layers if not _takes(layer, method)}
+    if kinds:
+        raise ValueError(
+            f"past_key_values must be dynamic for {method} (drafts need it): {', '.join(sorted(kinds))} cannot"
+        )
+
+
+def _takes(layer, method: str) -> bool:
+    if isinstance(layer, StaticLayer):
+        return False
+    is_of_states = isinstance(layer, LinearAttentionCacheLayerMixin)  # beside them it may have keys, which do
+    return hasattr(LinearAttentionCacheLayerMixin if is_of_states else layer, method)
+
+
+def _number(length: int | Tensor) -> int:
+    """A length that is the caller's own: static layers give the tensor that they count on in."""
+    return int(length) if isinstance(length, Tensor) else length
 
 
 def _drop_states(layer: CacheLayerMixin) -> None:

@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
 from . import adapters, saving
 from . import planner_loading as loading
+from .caches import new_cache
 from .causal_lm import are_packed, check_frozen, check_layers, has_cache, is_stateful, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
@@ -28,6 +29,7 @@ from .conditioning import (
     token_mask,
 )
 from .heads import check_output_head, kept_positions, output_head, probe
+from .loading_options import with_call_options
 from .modules import device_of, features, run
 from .places import modules_at, width_at
 from .planner_checkpointing import CheckpointingThroughHooks
@@ -134,12 +136,14 @@ class PlannerForCausalLM(
         gumbel_clean_gradient: bool = False,
         fixed_label: int = 0,
         conditioning_init: str = "zero_projection",
+        dtype: torch.dtype | str | None = None,
+        device_map: str | int | dict | torch.device | None = None,
     ) -> PlannerForCausalLM:
         """Condition the decoder layers of a language model on labels.
 
         lm                      a causal LM of transformers, decoder only. It is not copied, and may be shared. It gets
                                 hooks, which go with this model or by `remove_hooks`. Or the name or path of one.
-        lm_kwargs               for from_pretrained of an lm given by name.
+        dtype, device_map       as of from_pretrained, of an lm given by name. lm_kwargs: what else it takes, over them.
         planner                 called as planner(**planner_inputs), returns scores [S, K]; None: scores or labels are
                                 given to each call.
         codebook                [K, E], the first value of every layer's codebook, such as the centroids of
@@ -153,7 +157,9 @@ class PlannerForCausalLM(
             num_labels, label_dim = _codebook_sizes(codebook, num_labels, label_dim)
         if num_labels is None or label_dim is None:
             raise ValueError("num_labels and label_dim must be given where there is no codebook")
-        given, lm = lm, loading.language_model(adapters.language_model("lm", lm), lm_kwargs)
+        given, lm = lm, adapters.language_model("lm", lm)
+        lm_kwargs = with_call_options("lm", lm, lm_kwargs, dtype=dtype, device_map=device_map)
+        lm = loading.language_model(lm, lm_kwargs)
         check_output_head(lm)
         check_layers(lm, list(decoder_layers(lm)), probe(lm))
         config = PlannerConfig(
@@ -401,6 +407,9 @@ class PlannerForCausalLM(
             raise ValueError("planner_loss needs exactly one of planner_inputs and label_scores")
         scores = self._scores(label_scores, planner_inputs)
         return aux_cross_entropy(scores, None, label_ids, normalizer=num_items_in_batch)
+
+    def _cache_of_kind(self, kind: str | None, model_kwargs: dict, **options) -> Cache:
+        return new_cache(self.lm, kind, **options)
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 

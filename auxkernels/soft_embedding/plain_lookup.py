@@ -1,6 +1,6 @@
 """softmax(scores / temperature) @ table on CPU, without any option: soft_embedding.py's result by less Python.
 
-A small call is nothing but Python: here it takes a fifth of the general road, which every other call goes.
+A small call is nothing but Python: here it takes a fifth of the general path, which every other call takes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from torch.autograd import forward_ad
 
 from .. import dispatch
 from ..autograd import once
+from ..heads.operands import padded_matrix
 from ..heads.products import WeightGradient, multiply, plan_of
 from ..heads.rows import chunks_of, settings
-from ..heads.sides import padded_matrix
 from ..native import brought_in
-from . import chunked
+from . import chunked, ops
 from . import native as kernels
+from .request import NO_UPSTREAM, State
 
 # of a chunk's [rows, K] matrices, one forward and two backward: caches keep small ones, products like tall ones
 FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
@@ -29,7 +30,7 @@ _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for 
 
 
 def serves(scores, table, temperature, seed, backend: str) -> bool:
-    """Whether the arguments are such a call's, and valid: what is not, the general road has an answer or error for."""
+    """Whether the arguments are such a call's, and valid: what is not, the general path has an answer or error for."""
     tensors = (scores, table)
     if backend == "auto":
         backend = "native"
@@ -93,15 +94,16 @@ def _general_backward(scores, table, state, temperature, grad, needs_scores: boo
     """By the operator, which what is tracing knows."""
     max, log_denom = state.view(2, *scores.shape[:-1])
     temperature = dispatch.number_tensor(temperature, torch.float32, scores.device)
-    leading = ([scores, None, None, None], [0.0], None, table, temperature, None, None, None, 0, False)
+    options = ops.Options((0.0,), None, 0, False, "native")
+    call = ops.Call((scores, None, None, None), temperature, table, None, None, None, options)
     argmax = torch.empty_like(max, dtype=torch.int64)  # read for straight-through and statistics alone
     needs = [needs_scores, False, False, False, False, needs_table]
-    made = iter(chunked.backward(*leading, max, log_denom, argmax, None, grad, [None] * 4, needs, "native"))
+    made = iter(ops.backward(call, State(max, log_denom, argmax, None), grad, NO_UPSTREAM, needs))
     return [next(made) if need else None for need in (needs_scores, needs_table)]
 
 
 def _is_small(scores: Tensor, table: Tensor, is_forward: bool) -> bool:
-    """Whether one compiled call is the faster road."""
+    """Whether one compiled call is the faster path."""
     if not scores.dtype == table.dtype == torch.float32:
         return False
     num_products = scores.numel() * table.shape[1]

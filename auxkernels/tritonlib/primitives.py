@@ -74,9 +74,9 @@ def soft_cap(z, cap):
     series = series * u + 1.33314422036e-1
     series = series * u - 3.33332819422e-1
     far = (1.0 - e) * r
-    bent = cap * tl.where(size < 0.625, size + size * (u * series), far)
+    capped = cap * tl.where(size < 0.625, size + size * (u * series), far)
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    return (bent.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), 4.0 * e * r * r
+    return (capped.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), 4.0 * e * r * r
 
 
 # -- tiles and lanes ---------------------------------------------------------------------------------------------------

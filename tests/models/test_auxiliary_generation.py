@@ -178,12 +178,6 @@ def test_end_of_text_and_padding_are_the_bases(tokens):
     assert got[0, 10:].eq(0).all() and model.generation_config.pad_token_id == 0
 
 
-@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
-def test_other_caches_are_refused(kind, tokens):
-    with pytest.raises(ValueError, match=f"cache_implementation must be 'dynamic' for two models, got '{kind}'"):
-        tiny_pair().generate(tokens, max_new_tokens=2, cache_implementation=kind)
-
-
 def test_foreign_caches_are_refused(tokens):
     with pytest.raises(TypeError, match="past_key_values must be a PairedCache"):
         tiny_pair().generate(tokens, max_new_tokens=2, past_key_values=transformers.DynamicCache())

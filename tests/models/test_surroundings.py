@@ -80,11 +80,6 @@ def test_a_parts_own_way_of_generating_is_not_the_composites(kind, name, value, 
     assert getattr(lm.generation_config, name) == value
 
 
-def test_a_cache_that_the_call_asks_for_is_still_an_error(tokens):
-    with pytest.raises(ValueError, match="cache_implementation must be 'dynamic' for two models, got 'static'"):
-        tiny_pair().generate(tokens, max_new_tokens=2, cache_implementation="static")
-
-
 # -- defaults of torch -------------------------------------------------------------------------------------------------
 
 

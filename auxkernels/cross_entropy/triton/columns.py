@@ -40,7 +40,7 @@ class Logits(NamedTuple):
     """Some columns of a source, in float32."""
 
     scaled: Any  # scale * softcap(values)
-    bent: Any  # softcap(values)
+    capped: Any  # softcap(values)
     slope: Any  # softcap'(values)
 
 
@@ -99,11 +99,11 @@ def at_row(source, row):
 @triton.jit
 def logits_of(values, source):
     # float32 before any arithmetic: the sum of two bf16 logits would round, and bf16 arithmetic interpreted is garbage
-    bent = values.to(tl.float32)
+    capped = values.to(tl.float32)
     slope = 1.0
     if source.given.softcap is not None:
-        bent, slope = soft_cap(bent, source.given.softcap)
-    return Logits(bent if source.given.scale is None else bent * source.scale, bent, slope)
+        capped, slope = soft_cap(capped, source.given.softcap)
+    return Logits(capped if source.given.scale is None else capped * source.scale, capped, slope)
 
 
 @triton.jit
@@ -284,9 +284,9 @@ def store_gradient(
 
 
 @triton.jit
-def sum_of_products(mask, dz, bent):
+def sum_of_products(mask, dz, capped):
     """Of the gradient and softcap(values), in each lane; a masked class, 0 * (-inf), counts nothing."""
-    return tile_sum(tl.where(mask, dz * finite(bent), 0.0))
+    return tile_sum(tl.where(mask, dz * finite(capped), 0.0))
 
 
 @triton.jit
@@ -329,9 +329,9 @@ def write_gradients(
             store_gradient(grads.base, row, first, mask, dz.base, base, z_base.slope, LANES, WIDTH, EVEN)
             store_gradient(grads.aux, row, first, mask, dz.aux, aux, z_aux.slope, LANES, WIDTH, EVEN)
             if base_lanes is not None:
-                base_lanes += sum_of_products(mask, dz.base, z_base.bent)
+                base_lanes += sum_of_products(mask, dz.base, z_base.capped)
             if aux_lanes is not None:
-                aux_lanes += sum_of_products(mask, dz.aux, z_aux.bent)
+                aux_lanes += sum_of_products(mask, dz.aux, z_aux.capped)
             first += LANES * WIDTH
     if base_lanes is not None:
         tl.store(grads.base_scale + row, lane_sum(base_lanes))

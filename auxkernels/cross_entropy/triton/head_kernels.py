@@ -177,7 +177,7 @@ def tile_products(
     STRIP: tl.constexpr,
     TWO: tl.constexpr,
 ):
-    """Strips of the products of a tile: of each head if TWO, otherwise of their sum, with the base's already bent."""
+    """Strips of the products of a tile: of each head if TWO, otherwise of their sum, with the base's already capped."""
     c = tl.minimum(class_of_column(BLOCK_COLS, PARTS, RUN), V - 1 - start)
     zeros = tl.zeros([r.shape[0], BLOCK_COLS], tl.float32)
     total, aux_strips = add_product(zeros, base, r, start, c, BLOCK_DEPTH, EVEN_DEPTH), ()
@@ -186,11 +186,11 @@ def tile_products(
         aux_strips = strips_of(aux_total, PARTS, RUN, STRIP)
     elif aux.given.hidden is not None:
         if base.given.softcap is not None or base.given.scale is not None:
-            strips, bent = strips_of(total, PARTS, RUN, STRIP), ()
+            strips, capped = strips_of(total, PARTS, RUN, STRIP), ()
             for i in tl.static_range(len(strips)):
                 v = classes_of_strip(start, i, V, BLOCK_COLS // PARTS, PARTS, STRIP)
-                bent += (strip_logits(strips[i], base, v, r.shape[0]),)
-            total = product_of(bent, PARTS, RUN)
+                capped += (strip_logits(strips[i], base, v, r.shape[0]),)
+            total = product_of(capped, PARTS, RUN)
         total = add_product(total, aux, r, start, c, BLOCK_DEPTH, EVEN_DEPTH)
     return strips_of(total, PARTS, RUN, STRIP), aux_strips
 

@@ -63,7 +63,7 @@ class Schedule(NamedTuple):
 def tile_of(architecture: int, is_small: bool) -> Tile:
     """The tile for an NVIDIA architecture (90 is sm_90).
 
-    is_small    the logits of both heads are kept apart, or bent: half of the registers must do for one tile of them.
+    is_small    the logits of both heads are kept apart, or capped: half of the registers must do for one tile of them.
     Threads have 255 registers. Logits take 128 of them; where mma.sync wants its operands in registers too, 64.
     wgmma and mma.sync leave runs of two columns to four threads of a row, mma.sync to those of four warps (of two where
     there are 64 columns), tcgen05 half a row to a thread. If `parts` and `run` said otherwise, threads would exchange
@@ -166,7 +166,7 @@ def _rows_of(head: Head | None) -> HeadRows:
     )
 
 
-def _is_bent(head: Head) -> bool:
+def _is_changed(head: Head) -> bool:
     return head.scale is not None or head.softcap is not None
 
 
@@ -200,8 +200,8 @@ def _scan(base, aux, target, weight, ignore_index, vocab_size, wanted, fields) -
     hidden = base.hidden
     num_rows = hidden.shape[0]
     scanned = with_sources_of_derived(wanted)
-    has_two = aux is not None and (bool(scanned & OF_BASE) or _is_bent(aux))
-    tile = tile_of(architecture_of(hidden.device), has_two or _is_bent(base))
+    has_two = aux is not None and (bool(scanned & OF_BASE) or _is_changed(aux))
+    tile = tile_of(architecture_of(hidden.device), has_two or _is_changed(base))
     multiprocessors = launch.device_of(hidden.device).multiprocessors
     schedule = schedule_of(num_rows, vocab_size, _row_bytes(base, aux), tile, multiprocessors)
     states_per_split = schedule.num_blocks * tile.rows * tile.parts

@@ -61,8 +61,8 @@ class Cut(NamedTuple):
     segment: int  # columns whose sums are formed together
 
 
-def cut_of(vocab_size: int, num_bytes: int, is_bent: bool, device: launch.Device) -> Cut:
-    """The cut of rows of `vocab_size` logits of up to `num_bytes` bytes; `is_bent`: with scales or softcaps.
+def cut_of(vocab_size: int, num_bytes: int, is_scaled: bool, device: launch.Device) -> Cut:
+    """The cut of rows of `vocab_size` logits of up to `num_bytes` bytes; `is_scaled`: with scales or softcaps.
 
     A lane's columns in a tile are one 128-bit load; fewer on AMD, whose scalar registers hold a mask for each column.
     Wide rows get many threads, so that few rows are in flight on a multiprocessor and the second read finds them in L2;
@@ -78,7 +78,7 @@ def cut_of(vocab_size: int, num_bytes: int, is_bent: bool, device: launch.Device
         lanes = 256
     width = 16 // num_bytes
     if device.backend == "hip":
-        width = 2 if is_bent else 4
+        width = 2 if is_scaled else 4
     return Cut(lanes, width, segment)
 
 
@@ -93,13 +93,13 @@ def tiles_at_once(is_plain: bool, even: bool, device: launch.Device) -> int:
     return 4 if even and device.backend != "hip" else 2
 
 
-def options_of(cut: Cut, has_bends: bool, device: launch.Device) -> dict[str, int]:
+def options_of(cut: Cut, has_softcaps: bool, device: launch.Device) -> dict[str, int]:
     """Launch options: warps, and on NVIDIA how many registers a thread may have."""
     num_warps = max(cut.lanes // device.warp_size, 1)
     if device.backend != "cuda":
         return {"num_warps": num_warps}
     # left to itself ptxas spills a register or two for one more resident block
-    return {"num_warps": num_warps, "maxnreg": min(65536 // (32 * num_warps), 255) if has_bends else 128}
+    return {"num_warps": num_warps, "maxnreg": min(65536 // (32 * num_warps), 255) if has_softcaps else 128}
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -154,15 +154,15 @@ class _Launch(NamedTuple):
 
     def options(self, has_statistics: bool, sums_row: bool) -> dict[str, int]:
         """Constants of the kernels over rows, and launch options."""
-        has_bends = sums_row or self.problem.base.softcap is not None or self.problem.aux.softcap is not None
+        has_softcaps = sums_row or self.problem.base.softcap is not None or self.problem.aux.softcap is not None
         is_even = self.problem.vocab_size % 16 == 0  # Triton compiles a kernel for this and one for the rest anyway
         return {
-            "ROWS": tiles_at_once(not (has_statistics or has_bends), is_even, self.device),
+            "ROWS": tiles_at_once(not (has_statistics or has_softcaps), is_even, self.device),
             "LANES": self.cut.lanes,
             "WIDTH": self.cut.width,
             "SEGMENT": self.cut.segment,
             "EVEN": is_even,
-            **options_of(self.cut, has_bends, self.device),
+            **options_of(self.cut, has_softcaps, self.device),
         }
 
 
@@ -172,8 +172,8 @@ def _launch(problem: Problem) -> _Launch:
     check(base.values, None if aux is None else aux.values, V)
     device = launch.device_of(base.values.device)
     num_bytes = max(matrix.values.element_size() for matrix in matrices)
-    is_bent = any(matrix.scale is not None or matrix.softcap is not None for matrix in matrices)
-    cut = cut_of(V, num_bytes, is_bent, device)
+    is_scaled = any(matrix.scale is not None or matrix.softcap is not None for matrix in matrices)
+    cut = cut_of(V, num_bytes, is_scaled, device)
     num_rows = problem.shape().numel()
     arguments = _Arguments(
         source(base),

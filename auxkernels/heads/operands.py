@@ -17,7 +17,7 @@ from .sums import Term, scale_gradient, sum_of, value_gradient, with_tail
 ALIGNMENT = 64  # elements between the rows of a buffer: GEMMs and row kernels load whole vectors
 
 
-class Setting(NamedTuple):
+class Context(NamedTuple):
     """What all sources of a call share."""
 
     rows: Rows
@@ -64,10 +64,10 @@ def are_one_product(parts: list[SourceTensors], autocast: torch.dtype | None) ->
     return len(plans) == 1 and plans.pop().is_exact()
 
 
-def bytes_per_row(sides, wants, vocab_size: int, compute, autocast, in_place: bool, keeps_all: bool = True) -> int:
-    """What the buffers of a chunk take for each of its rows. sides: parts; wants: whether each gets a gradient."""
+def bytes_per_row(operands, wants, vocab_size: int, compute, autocast, in_place: bool, keeps_all: bool = True) -> int:
+    """What the buffers of a chunk take for each of its rows. operands: parts; wants: whether each gets a gradient."""
     total = 0
-    for parts, wanted in zip(sides, wants, strict=True):
+    for parts, wanted in zip(operands, wants, strict=True):
         is_one = are_one_product(parts, autocast)
         heads = [(part, want) for part, want in zip(parts, wanted, strict=True) if part.weight is not None]
         for part, wants_gradient in [(parts[0], any(wanted))] if is_one else heads:
@@ -83,9 +83,9 @@ def bytes_per_row(sides, wants, vocab_size: int, compute, autocast, in_place: bo
 class Buffers:
     """The [rows, V] matrices of a chunk, each made once for a call and used for all of its chunks."""
 
-    def __init__(self, setting: Setting, like: Tensor):
-        self.size = (setting.chunk_size(), padded(setting.vocab_size)) if setting.chunks else None
-        self.like, self.vocab_size = like, setting.vocab_size
+    def __init__(self, context: Context, like: Tensor):
+        self.size = (context.chunk_size(), padded(context.vocab_size)) if context.chunks else None
+        self.like, self.vocab_size = like, context.vocab_size
         self.made: dict = {}
 
     def get(self, key, dtype: torch.dtype, num_rows: int) -> Tensor:
@@ -97,46 +97,46 @@ class Buffers:
 class SourceChunks:
     """One source over the chunks of a call. needs: of values or hidden, weight, bias, scale."""
 
-    def __init__(self, part: SourceTensors, setting: Setting, needs: Leaves, buffers: Buffers):
-        self.part, self.setting, self.buffers = part, setting, buffers
+    def __init__(self, part: SourceTensors, context: Context, needs: Leaves, buffers: Buffers):
+        self.part, self.context, self.buffers = part, context, buffers
         self.needs_values, self.needs_scale = needs.values or needs.weight or needs.bias, needs.scale
-        self.grad_scale = setting.rows.new_output(part.values, (), setting.compute) if needs.scale else None
+        self.grad_scale = context.rows.new_output(part.values, (), context.compute) if needs.scale else None
 
     def scale(self, start: int, stop: int) -> Tensor | None:
         scale = self.part.scale
-        return scale if scale is None or scale.dim() == 0 else self.setting.rows.take(scale, start, stop)
+        return scale if scale is None or scale.dim() == 0 else self.context.rows.take(scale, start, stop)
 
     def put_scale_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
         """One number for each row of the chunk, or None."""
         if grad is not None:
-            self.setting.rows.put(self.grad_scale, start, stop, grad)
+            self.context.rows.put(self.grad_scale, start, stop, grad)
 
     def scale_gradient(self) -> Tensor | None:
-        return None if self.grad_scale is None else self.grad_scale.view(self.setting.rows.shape)
+        return None if self.grad_scale is None else self.grad_scale.view(self.context.rows.shape)
 
 
 class LogitsChunks(SourceChunks):
     """Materialised logits, read where they are and their gradient written where it stays, if rows lie in order."""
 
-    def __init__(self, part: SourceTensors, setting: Setting, needs: Leaves, buffers: Buffers):
-        super().__init__(part, setting, needs, buffers)
+    def __init__(self, part: SourceTensors, context: Context, needs: Leaves, buffers: Buffers):
+        super().__init__(part, context, needs, buffers)
         self.grad_dtype, self.width, self.grad = part.values.dtype, part.values.shape[-1], None
         if needs.values:
-            self.grad = setting.rows.new_output(part.values, (self.width,), self.grad_dtype)
+            self.grad = context.rows.new_output(part.values, (self.width,), self.grad_dtype)
 
     def values(self, start: int, stop: int) -> Tensor:
         """The chunk's logits before softcap and scale, [C, >= V]."""
-        return self.setting.rows.take(self.part.values, start, stop)
+        return self.context.rows.take(self.part.values, start, stop)
 
     def gradient_buffer(self, values: Tensor, start: int, stop: int) -> Tensor:
         """Where the row kernels write the gradient of `values`, the chunk's logits."""
-        if self.setting.rows.keeps_all():
+        if self.context.rows.keeps_all():
             return self.grad[start:stop]
-        return values if self.setting.in_place else torch.empty_like(values)  # `values` are a copy of the rows
+        return values if self.context.in_place else torch.empty_like(values)  # `values` are a copy of the rows
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
         if grad is not None and grad.data_ptr() != self.grad[start:].data_ptr():
-            self.setting.rows.put(self.grad, start, stop, grad)
+            self.context.rows.put(self.grad, start, stop, grad)
 
     def gradients(self) -> list[Leaves]:
         """Of each source."""
@@ -147,16 +147,16 @@ class LogitsChunks(SourceChunks):
 class HeadChunks(SourceChunks):
     """A head: its products into a buffer, the buffer's gradient into its products."""
 
-    def __init__(self, part: SourceTensors, setting: Setting, needs: Leaves, buffers: Buffers):
-        super().__init__(part, setting, needs, buffers)
-        self.plan = plan_of(part.values.dtype, setting.autocast, part.values.device)
-        self.grad_dtype, self.width = self.plan.operands, setting.vocab_size
-        tensors, shared = (part.values, part.weight, part.bias), (setting.rows, len(setting.chunks))
-        self.products = HeadProducts(*tensors, self.plan, self.width, *shared, needs, setting.grad_dtype)
+    def __init__(self, part: SourceTensors, context: Context, needs: Leaves, buffers: Buffers):
+        super().__init__(part, context, needs, buffers)
+        self.plan = plan_of(part.values.dtype, context.autocast, part.values.device)
+        self.grad_dtype, self.width = self.plan.operands, context.vocab_size
+        tensors, shared = (part.values, part.weight, part.bias), (context.rows, len(context.chunks))
+        self.products = HeadProducts(*tensors, self.plan, self.width, *shared, needs, context.grad_dtype)
 
     def add_values(self, start: int, stop: int, out: Tensor, accumulate: bool) -> None:
-        logits = out[:, : self.setting.vocab_size]
-        self.products.logits(start, stop, self.setting.ignored_in(start, stop), logits, accumulate)
+        logits = out[:, : self.context.vocab_size]
+        self.products.logits(start, stop, self.context.ignored_in(start, stop), logits, accumulate)
 
     def values(self, start: int, stop: int) -> Tensor:
         z = self.buffers.get(("logits", id(self)), self.plan.logits, stop - start)
@@ -164,14 +164,14 @@ class HeadChunks(SourceChunks):
         return z
 
     def gradient_buffer(self, values: Tensor, start: int, stop: int) -> Tensor:
-        if self.setting.in_place:
+        if self.context.in_place:
             return values
         return self.buffers.get(("gradient", id(self)), self.plan.operands, stop - start)
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
         if grad is not None:
-            ignored = self.setting.ignored_in(start, stop)
-            self.products.add_gradient(start, stop, ignored, grad[:, : self.setting.vocab_size])
+            ignored = self.context.ignored_in(start, stop)
+            self.products.add_gradient(start, stop, ignored, grad[:, : self.context.vocab_size])
 
     def gradients(self) -> list[Leaves]:
         return [Leaves(*self.products.gradients(), self.scale_gradient())]
@@ -180,11 +180,11 @@ class HeadChunks(SourceChunks):
 class SharedHeadChunks(HeadChunks):
     """Heads of one weight, which are added up before their product: one source without softcap and scale."""
 
-    def __init__(self, parts: list[SourceTensors], setting: Setting, needs: list[Leaves], buffers: Buffers):
-        SourceChunks.__init__(self, as_one(parts), setting, Leaves(any(map(any, needs)), False, False, False), buffers)
-        self.plan = plan_of(parts[0].values.dtype, setting.autocast, parts[0].values.device)
-        self.grad_dtype, self.width = self.plan.operands, setting.vocab_size
-        shared = (setting.rows, len(setting.chunks), needs, setting.grad_dtype, setting.compute)
+    def __init__(self, parts: list[SourceTensors], context: Context, needs: list[Leaves], buffers: Buffers):
+        SourceChunks.__init__(self, as_one(parts), context, Leaves(any(map(any, needs)), False, False, False), buffers)
+        self.plan = plan_of(parts[0].values.dtype, context.autocast, parts[0].values.device)
+        self.grad_dtype, self.width = self.plan.operands, context.vocab_size
+        shared = (context.rows, len(context.chunks), needs, context.grad_dtype, context.compute)
         self.products = SummedHeads(parts, self.plan, self.width, *shared)
 
     def gradients(self) -> list[Leaves]:
@@ -192,25 +192,25 @@ class SharedHeadChunks(HeadChunks):
 
 
 def source_chunks(
-    group: list[SourceTensors], setting: Setting, needs: list[Leaves], buffers: Buffers
+    group: list[SourceTensors], context: Context, needs: list[Leaves], buffers: Buffers
 ) -> LogitsChunks | HeadChunks:
     """Of one source, or of a group of heads that share their weight."""
     if len(group) > 1:
-        return SharedHeadChunks(group, setting, needs, buffers)
-    return (LogitsChunks if group[0].weight is None else HeadChunks)(group[0], setting, needs[0], buffers)
+        return SharedHeadChunks(group, context, needs, buffers)
+    return (LogitsChunks if group[0].weight is None else HeadChunks)(group[0], context, needs[0], buffers)
 
 
-# -- sides: what the row kernels take as base or auxiliary, made of groups of sources (`shared_weights.groups_of`) and
+# -- operands: what the row kernels take as base or auxiliary, of groups of sources (`shared_weights.groups_of`) and
 # what each source needs. needs() is whether they have to give the gradient of the values, and of the scale ------------
 
 
-class NoSide:
+class NoOperand:
     """No auxiliary."""
 
     def needs(self) -> tuple[bool, bool]:
         return False, False
 
-    def operand(self, start: int, stop: int) -> None:
+    def matrix(self, start: int, stop: int) -> None:
         return None
 
     def take_gradient(self, start: int, stop: int, grad: None, grad_scale: None) -> None:
@@ -221,15 +221,15 @@ class NoSide:
 
 
 class OneSource:
-    """A side of one source: the row kernels apply its softcap and scale."""
+    """One source: the row kernels apply its softcap and scale."""
 
-    def __init__(self, groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers):
-        self.source = source_chunks(groups[0], setting, needs[0], buffers)
+    def __init__(self, groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers):
+        self.source = source_chunks(groups[0], context, needs[0], buffers)
 
     def needs(self) -> tuple[bool, bool]:
         return self.source.needs_values, self.source.needs_scale
 
-    def operand(self, start: int, stop: int) -> Matrix:
+    def matrix(self, start: int, stop: int) -> Matrix:
         self.values = self.source.values(start, stop)
         return Matrix(self.values, self.source.scale(start, stop), self.source.part.softcap)
 
@@ -237,7 +237,7 @@ class OneSource:
         return self.source.gradient_buffer(self.values, start, stop)
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
-        """What the row kernels have given for the chunk's operand."""
+        """What the row kernels have given for the chunk's matrix."""
         self.source.take_gradient(start, stop, grad)
         self.source.put_scale_gradient(start, stop, grad_scale)
 
@@ -246,40 +246,40 @@ class OneSource:
 
 
 class SumOfSources:
-    """A side of several sources, summed in the compute dtype."""
+    """Several sources, summed in the compute dtype."""
 
-    def __init__(self, groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers):
-        self.sources = [source_chunks(group, setting, n, buffers) for group, n in zip(groups, needs, strict=True)]
-        self.setting, self.buffers = setting, buffers
-        self.dtype = self.grad_dtype = setting.compute
+    def __init__(self, groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers):
+        self.sources = [source_chunks(group, context, n, buffers) for group, n in zip(groups, needs, strict=True)]
+        self.context, self.buffers = context, buffers
+        self.dtype = self.grad_dtype = context.compute
 
     def needs(self) -> tuple[bool, bool]:
         return any(source.needs_values or source.needs_scale for source in self.sources), False
 
-    def operand(self, start: int, stop: int) -> Matrix:
+    def matrix(self, start: int, stop: int) -> Matrix:
         self.values = self.buffers.get(("sum", id(self)), self.dtype, stop - start)
         self.add_up(start, stop)
         return Matrix(self.values, None, None)
 
     def scratch(self) -> Tensor:
         """Another [C, V] for the chunk."""
-        return self.buffers.get("scratch", self.dtype, len(self.values))[:, : self.setting.vocab_size]
+        return self.buffers.get("scratch", self.dtype, len(self.values))[:, : self.context.vocab_size]
 
     def add_up(self, start: int, stop: int) -> None:
         sources = self.sources
         self.terms = [Term(s.values(start, stop), s.scale(start, stop), s.part.softcap) for s in sources]
-        sum_of(self.terms, self.values[:, : self.setting.vocab_size], self.scratch())
+        sum_of(self.terms, self.values[:, : self.context.vocab_size], self.scratch())
 
     def gradient_buffer(self, start: int, stop: int) -> Tensor:
-        if self.setting.in_place:
+        if self.context.in_place:
             return self.values
         return self.buffers.get(("gradient of sum", id(self)), self.grad_dtype, stop - start)
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: None) -> None:
         if grad is None:
             return
-        ignored, scratch = self.setting.ignored_in(start, stop), self.scratch()
-        grad = grad[:, : self.setting.vocab_size]
+        ignored, scratch = self.context.ignored_in(start, stop), self.scratch()
+        grad = grad[:, : self.context.vocab_size]
         for source, term in zip(self.sources, self.terms, strict=True):
             if source.needs_scale:
                 source.put_scale_gradient(start, stop, scale_gradient(term, grad, ignored, scratch))
@@ -294,8 +294,8 @@ class SumOfSources:
 class SumOfProducts(SumOfSources):
     """Heads whose products are added up in one buffer (`are_one_product`), whose gradient is that of each head."""
 
-    def __init__(self, groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers):
-        super().__init__(groups, setting, needs, buffers)
+    def __init__(self, groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers):
+        super().__init__(groups, context, needs, buffers)
         plan = self.sources[0].plan
         self.dtype, self.grad_dtype = plan.logits, plan.operands
 
@@ -309,21 +309,21 @@ class SumOfProducts(SumOfSources):
                 source.take_gradient(start, stop, grad)
 
 
-Side = NoSide | OneSource | SumOfSources
+Operand = NoOperand | OneSource | SumOfSources
 
 
-def side_of(groups: list[list[SourceTensors]], setting: Setting, needs: list, buffers: Buffers) -> Side:
+def operand_of(groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers) -> Operand:
     if not groups:
-        return NoSide()
+        return NoOperand()
     if len(groups) == 1:
-        return OneSource(groups, setting, needs, buffers)
-    is_one = are_one_product([as_one(group) for group in groups], setting.autocast)
-    return (SumOfProducts if is_one else SumOfSources)(groups, setting, needs, buffers)
+        return OneSource(groups, context, needs, buffers)
+    is_one = are_one_product([as_one(group) for group in groups], context.autocast)
+    return (SumOfProducts if is_one else SumOfSources)(groups, context, needs, buffers)
 
 
-def plain_side_of(parts: list[SourceTensors], setting: Setting, needs: list[Leaves], buffers: Buffers) -> Side:
-    """A side whose operand has neither scale nor softcap: for row kernels that know of none."""
+def plain_operand_of(parts: list[SourceTensors], context: Context, needs: list[Leaves], buffers: Buffers) -> Operand:
+    """One whose matrix has neither scale nor softcap: for row kernels that know of none."""
     groups, of_group = [[part] for part in parts], [[of_part] for of_part in needs]
     if len(parts) == 1 and (parts[0].scale is not None or parts[0].softcap is not None):
-        return SumOfSources(groups, setting, of_group, buffers)
-    return side_of(groups, setting, of_group, buffers)
+        return SumOfSources(groups, context, of_group, buffers)
+    return operand_of(groups, context, of_group, buffers)

@@ -1,0 +1,153 @@
+"""The autograd functions of soft_embedding: row state is saved, probabilities are made again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..autograd import apply, distinct, is_traced_in_transform, once, saveable
+from ..sources import LAYOUTS, NUMBERS
+from . import ops
+from .request import NO_UPSTREAM, State, Upstream, mask_of, outputs_in
+
+_WHO = "soft_embedding"
+_STATE = mask_of("max", "log_denom", "argmax")
+_DIFFERENTIABLE = Upstream._fields
+
+
+def requires_grad(call: ops.Call) -> bool:
+    if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
+        return True
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.differentiable()):
+        return True
+    return is_traced_in_transform()
+
+
+def lookup(call: ops.Call, wanted: int, clean_gradient: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mixture and the wanted outputs by name.
+
+    clean_gradient   straight-through by noise, with the gradient of the softmax without it
+    """
+    if requires_grad(call):
+        numbers = (saveable(None if t is None else t.detach()) for t in (call.gumbel, call.seed, call.mask))
+        function = _CleanStraightThrough if clean_gradient else _SoftEmbedding
+        mixture, *fields = apply(function, _WHO, call.options, wanted, *numbers, *distinct(call.differentiable()))
+    elif clean_gradient:
+        mixture, chosen = ops.forward(_noisy_choice(call), mask_of("argmax"))
+        given = _clean_fields(call, wanted) if wanted else {}
+        fields = [chosen if name == "argmax" else value for name, value in given.items()]
+    else:
+        mixture, *fields = ops.forward(call, wanted)
+    return mixture, dict(zip(outputs_in(wanted), fields, strict=True))
+
+
+def first_column(table: Tensor) -> Tensor:
+    """A table for calls whose mixture nobody reads."""
+    return table.detach().narrow(-1, 0, min(1, table.shape[-1]))
+
+
+def _call_of(options: ops.Options, gumbel, seed, mask, tensors: tuple) -> ops.Call:
+    *leaves, temperature, table = tensors
+    return ops.Call(tuple(leaves), temperature, table, gumbel, seed, mask, options)
+
+
+def _saved(options: ops.Options, wanted: int) -> int:
+    return wanted | _STATE | (mask_of("labels") if options.top_k else 0)
+
+
+def _state_of(fields: dict[str, Tensor]) -> State:
+    return State(*(fields.get(name) for name in State._fields))
+
+
+def _given_out(ctx, fields: dict[str, Tensor], wanted: int) -> list[Tensor]:
+    """The wanted ones, marked; the argmax as a copy: what is saved must not be what its user may write."""
+    given = {name: fields[name].clone() if name == "argmax" else fields[name] for name in outputs_in(wanted)}
+    ctx.mark_non_differentiable(*(t for name, t in given.items() if name not in _DIFFERENTIABLE))
+    return list(given.values())
+
+
+def _upstream(wanted: int, of_fields: tuple) -> Upstream:
+    given = dict(zip(outputs_in(wanted), of_fields, strict=True))
+    return Upstream(*(given.get(name) for name in _DIFFERENTIABLE))
+
+
+def _per_tensor(grads: list[Tensor | None], tensors: tuple) -> list[Tensor | None]:
+    """The numbers for each row of a 0-d scale or temperature, added up."""
+    found = list(grads)
+    num_leaves = len(tensors) - 2
+    for i, (grad, tensor) in enumerate(zip(grads, tensors, strict=True)):
+        is_numbers = i == num_leaves or (i < num_leaves and LAYOUTS[i % len(LAYOUTS)] == NUMBERS)
+        if grad is not None and is_numbers and tensor.dim() == 0:
+            found[i] = grad.sum()
+    return found
+
+
+class _SoftEmbedding(torch.autograd.Function):
+    """Any upstream gradients, as often as wanted."""
+
+    @staticmethod
+    def forward(ctx, options, wanted, gumbel, seed, mask, *tensors):
+        saved = _saved(options, wanted)
+        mixture, *outputs = ops.forward(_call_of(options, gumbel, seed, mask, tensors), saved)
+        fields = dict(zip(outputs_in(saved), outputs, strict=True))
+        ctx.save_for_backward(gumbel, seed, mask, *_state_of(fields), *tensors)
+        ctx.options, ctx.wanted = options, wanted
+        ctx.set_materialize_grads(False)
+        return (mixture, *_given_out(ctx, fields, wanted))
+
+    @staticmethod
+    def backward(ctx, grad, *of_fields):
+        gumbel, seed, mask, max, log_denom, argmax, labels, *tensors = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[-len(tensors) :])
+        grads: list = [None] * len(needs)
+        if grad is not None or any(t is not None for t in of_fields):
+            call, upstream = _call_of(ctx.options, gumbel, seed, mask, tensors), _upstream(ctx.wanted, of_fields)
+            made = iter(ops.backward(call, State(max, log_denom, argmax, labels), grad, upstream, needs))
+            grads = _per_tensor([next(made) if need else None for need in needs], tensors)
+        return (None, None, None, None, None, *once(_WHO, grads, (*tensors, grad, *of_fields)))
+
+
+# -- a noisy choice with the gradient of the softmax without noise -----------------------------------------------------
+
+
+def _noisy_choice(call: ops.Call) -> ops.Call:
+    """The lookup of the chosen labels' rows; the choice is among all labels."""
+    return call._replace(options=call.options._replace(top_k=0))
+
+
+def _clean_fields(call: ops.Call, wanted: int) -> dict[str, Tensor]:
+    """The wanted fields of the softmax without noise."""
+    _, *fields = ops.forward(call._replace(table=first_column(call.table), gumbel=None, seed=None), wanted)
+    return dict(zip(outputs_in(wanted), fields, strict=True))
+
+
+class _CleanStraightThrough(torch.autograd.Function):
+    """Two lookups in one: the noisy one's rows and gradient of the table, the other one's gradient of the rest."""
+
+    @staticmethod
+    def forward(ctx, options, wanted, gumbel, seed, mask, *tensors):
+        call = _call_of(options, gumbel, seed, mask, tensors)
+        mixture, chosen = ops.forward(_noisy_choice(call), mask_of("argmax"))
+        fields = _clean_fields(call, _saved(options, wanted))
+        ctx.save_for_backward(gumbel, seed, mask, chosen, *_state_of(fields), *tensors)
+        ctx.options, ctx.wanted = options, wanted
+        ctx.set_materialize_grads(False)
+        return (mixture, *_given_out(ctx, fields | {"argmax": chosen}, wanted))
+
+    @staticmethod
+    def backward(ctx, grad, *of_fields):
+        gumbel, seed, mask, chosen, max, log_denom, argmax, labels, *tensors = ctx.saved_tensors
+        call, state = _call_of(ctx.options, gumbel, seed, mask, tensors), State(max, log_denom, argmax, labels)
+        *needs_rest, needs_table = ctx.needs_input_grad[-len(tensors) :]
+        grads: list = [None] * len(tensors)
+        if any(needs_rest) and (grad is not None or any(t is not None for t in of_fields)):
+            clean, upstream = call._replace(gumbel=None, seed=None), _upstream(ctx.wanted, of_fields)
+            made = iter(ops.backward(clean, state, grad, upstream, [*needs_rest, False]))
+            grads = _per_tensor([*(next(made) if need else None for need in needs_rest), None], tensors)
+        if needs_table and grad is not None:
+            # of the state it reads the label, and whether the row is a distribution, which noise does not change
+            noisy = state._replace(argmax=chosen, labels=None)
+            of_table = [*(False for _ in needs_rest), True]
+            (grads[-1],) = ops.backward(_noisy_choice(call), noisy, grad, NO_UPSTREAM, of_table)
+        return (None, None, None, None, None, *once(_WHO, grads, (*tensors, grad, *of_fields)))
