@@ -38,9 +38,9 @@ test: build  ## run the tests
 	$(BIN)/python -m pytest -n 2
 
 # $(1): where the package is that the tests shall import; $(2): further variables. Not in the checkout's folder, because
-# there a test's `python -c` would import the checkout.
+# there a test's `python -c` would import the checkout. The benchmarks are not part of the package.
 test_package = cd build && $(2) PYTHONPATH=$(CURDIR)/$(1):$(CURDIR) \
-	$(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml -n 2 $(CURDIR)/tests
+	$(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml -n 2 $(CURDIR)/tests --ignore=$(CURDIR)/tests/benchmarks
 
 test-wheel: venv  ## run the tests on an installed wheel
 	rm -rf build/wheel

@@ -1,1 +1,1 @@
-"""Benchmarks of auxkernels: ``python -m benchmarks --help``, and ``pytest benchmarks`` for the regression cases."""
+"""Benchmarks of auxkernels: ``python -m benchmarks --help``; the regression cases are in tests/benchmarks."""

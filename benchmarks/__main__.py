@@ -14,12 +14,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import chart, cross_entropy, cross_entropy_heads, harness, machine, report, soft_embedding
+from benchmarks import chart
+from benchmarks.cross_entropy import cases as cross_entropy
+from benchmarks.files import RESULTS
+from benchmarks.heads import cases as cross_entropy_heads
+from benchmarks.soft_embedding import cases as soft_embedding
+from benchmarks.timing import harness, machine_info, report, thresholds
 
 OPS = {op.OP: op for op in (cross_entropy, cross_entropy_heads, soft_embedding)}
 BASELINES = tuple(dict.fromkeys(level for op in OPS.values() for level in op.BASELINES))
 PASSES = tuple(dict.fromkeys(name for op in OPS.values() for name in op.PASSES))
-RESULTS = Path(__file__).parent / "results"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -106,7 +110,7 @@ def run(specs: list, options: argparse.Namespace, device: torch.device, console:
         task = progress.add_task("measuring copy bandwidth and GEMM rate", total=len(specs))
         settings.on_step = lambda text, share: progress.update(task, completed=num_done + share, description=text)
         try:
-            environment = machine.describe(device)
+            environment = machine_info.describe(device)
             path = options.output / f"{environment['device_slug']}.jsonl"
             for op, spec in specs:
                 if time.perf_counter() > deadline:
@@ -166,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     measured_on = {"cpu": "two cores with AVX-512", "cuda": "one H100"}[device.type]
     for op in ops:
         title = f"{op.OP} on {measured_on}; of flat and peaked the worse counts"
-        table = report.bars_table(op.BARS.get(device.type, []), rows, title)
+        table = thresholds.thresholds_table(op.THRESHOLDS.get(device.type, []), rows, title)
         console.print(table or f"{op.OP}: none of the cases that promises speak of was run")
     path = options.output / f"{first['device_slug']}.jsonl"
     console.print(f"rows: {_shown(path)}")

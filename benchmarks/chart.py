@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 
-from . import cross_entropy, cross_entropy_heads, soft_embedding
-from .harness import shape_text
-from .report import case_key, floor_text, write_atomically
+from benchmarks.cross_entropy import cases as cross_entropy
+from benchmarks.files import write_atomically
+from benchmarks.heads import cases as cross_entropy_heads
+from benchmarks.soft_embedding import cases as soft_embedding
+from benchmarks.timing.harness import shape_text
+from benchmarks.timing.report import case_key, floor_text
 
 # colours of Okabe and Ito, told apart by colour-blind readers too; a marker of its own where a colour comes twice
 STYLES = {

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auxkernels.models import AuxiliaryForCausalLM
-
-from . import demo_data, machine
+from benchmarks.timing import machine_info
+from benchmarks.training import standard_library
 
 METHODS = {
     "own head": {"head": "own"},
@@ -80,7 +80,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     files = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
     base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **files)
     base = base.to(device)
-    tokenizer, corpus = AutoTokenizer.from_pretrained(arguments.model, **files), demo_data.load_corpus()
+    tokenizer, corpus = AutoTokenizer.from_pretrained(arguments.model, **files), standard_library.load_corpus()
     steps, rows, length = arguments.steps, arguments.rows, arguments.length
     train = windows(tokenizer, corpus.train_docstrings, length, steps * rows, arguments.seed).to(device)
     held_out = windows(tokenizer, corpus.held_out_docstrings, length, 2 * arguments.held_out * rows, arguments.seed)
@@ -141,7 +141,7 @@ def main() -> None:
     if arguments.output is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with arguments.output.open("a") as file:
-            file.write(json.dumps({**machine.describe(device), **found}) + "\n")
+            file.write(json.dumps({**machine_info.describe(device), **found}) + "\n")
 
 
 if __name__ == "__main__":

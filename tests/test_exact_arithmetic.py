@@ -11,7 +11,7 @@ from oracle import Case, Rows, expected
 from test_statistics import expected_statistics
 
 from auxkernels import aux_cross_entropy, logit_stats, soft_embedding
-from benchmarks.cross_entropy_oracle import _expected_statistics, terms
+from benchmarks.cross_entropy.oracle import _expected_statistics, terms
 
 F64, EPS = torch.float64, 2.0**-52
 GAPS = [0.5, 5.0, 20.0, 36.7, 100.0, 300.0, 690.0]  # 1 - p from a half to 1e-299

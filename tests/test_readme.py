@@ -52,5 +52,5 @@ def test_it_calls_unverified_on_gpus_what_the_results_do(implementation):
 def test_what_is_said_of_gpus_is_what_the_rows_say():
     """Not where the package is tested as installed: the benchmarks are not part of it."""
     pytest.importorskip("rich")
-    readme = pytest.importorskip("benchmarks.readme")
-    assert readme.main(["--check"]) == 0, "python -m benchmarks.readme"
+    results_page = pytest.importorskip("benchmarks.gpu.results_page")
+    assert results_page.main(["--check"]) == 0, "python -m benchmarks.gpu.results_page"

@@ -1,0 +1,1 @@
+"""The package's main job on real text: ``python -m benchmarks.demo``."""

@@ -1,0 +1,1 @@
+"""Zeldes et al. 2020: ``python -m benchmarks.reproductions.auxiliary_tuning``."""

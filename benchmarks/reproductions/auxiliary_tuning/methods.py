@@ -1,0 +1,101 @@
+"""The compared ways to a model that is conditioned on a keyword, behind one interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from auxkernels.models import AuxiliaryForCausalLM
+from benchmarks.reproductions.gpt2 import END_OF_TEXT_ID, build_gpt2, forward_flops, gpt2_config, lm_loss
+from benchmarks.training.text import Windows
+
+PREFIX_LENGTH = 1  # a keyword is one token
+
+
+class PlainLM:
+    """A language model; with `is_conditional` it reads a keyword in front of a passage, without one it ignores it."""
+
+    def __init__(self, model: GPT2LMHeadModel, is_conditional: bool):
+        self.model, self.is_conditional = model, is_conditional
+
+    def loss(self, windows: Windows, keyword_ids: Tensor | None, reduction: str = "mean") -> Tensor:
+        """Nats over the passages' tokens [batch, length], given keywords [batch, 1] or (None) without any."""
+        return lm_loss(self.model, self._inputs(windows.tokens, keyword_ids), windows.targets, reduction)
+
+    def _inputs(self, tokens: Tensor, keyword_ids: Tensor | None) -> Tensor:
+        if keyword_ids is None or not self.is_conditional:
+            return tokens
+        return torch.cat([keyword_ids, tokens], dim=1)
+
+    def generate(self, start: Tensor, keyword_ids: Tensor, length: int) -> Tensor:
+        """Continuations [batch, <= length] of `start` [batch, 1], sampled at temperature 1 from all tokens."""
+        inputs = self._inputs(start, keyword_ids)
+        return _sample(self.model, inputs, length)[:, inputs.shape[1] :]
+
+    def training_flops(self, length: int) -> int:
+        """Of one passage of `length` tokens; both passes over what is trained: three times the forward pass."""
+        prefix = PREFIX_LENGTH if self.is_conditional else 0
+        return 3 * forward_flops(self.model, prefix + length, predicted=length)
+
+
+class AuxiliaryTuning:
+    """The frozen base and an auxiliary that alone reads the keyword; untrained it is the base.
+
+    With a trunk layer the auxiliary begins as a copy of the base's layers above it and of its head, and reads the
+    base's hidden states below them, as they are; its last norm is zero, and so are its logits. Without one it is a
+    random model with a head of zeros and embeddings of its own.
+    """
+
+    def __init__(self, base: GPT2LMHeadModel, trunk_layer: int | None, layers: int, dropout: float, seed: int):
+        width = base.config.n_embd
+        layers = layers if trunk_layer is None else base.config.n_layer - trunk_layer
+        aux = build_gpt2(gpt2_config(base.config.vocab_size, base.config.n_positions, width, layers, dropout), seed)
+        aux.to(base.device)
+        if trunk_layer is None:
+            self.model = AuxiliaryForCausalLM.from_base_and_aux(base, aux)
+        else:
+            copy_upper_half(base, aux, trunk_layer)
+            self.model = AuxiliaryForCausalLM.from_base_and_aux(base, aux, trunk_layer=trunk_layer, zero_init=False)
+            torch.nn.init.eye_(self.model.trunk_projection.weight)
+            torch.nn.init.zeros_(self.model.trunk_projection.bias)
+
+    def loss(self, windows: Windows, keyword_ids: Tensor | None, reduction: str = "mean") -> Tensor:
+        """Nats over the passages' tokens; without keywords the auxiliary is left out, and what remains is the base."""
+        if keyword_ids is None:
+            return lm_loss(self.model.base, windows.tokens, windows.targets, reduction)
+        inputs = {"input_ids": windows.tokens, "aux_input_ids": keyword_ids, "shift_labels": windows.targets}
+        output = self.model(**inputs, use_cache=False, skip_logits=True)
+        return output.loss if reduction == "mean" else output.loss * output.num_valid_tokens
+
+    def generate(self, start: Tensor, keyword_ids: Tensor, length: int) -> Tensor:
+        """Continuations [batch, <= length] of `start` [batch, 1], sampled at temperature 1 from all tokens."""
+        return _sample(self.model, start, length, aux_input_ids=keyword_ids)[:, start.shape[1] :]
+
+    def training_flops(self, length: int) -> int:
+        """Of one passage of `length` tokens: forward through the base, and three times the auxiliary's forward.
+
+        With a trunk, the keyword runs through the base's blocks too, and the projection counts with the auxiliary.
+        """
+        base, aux = self.model.base, self.model.aux
+        total = forward_flops(base, length) + 3 * forward_flops(aux, PREFIX_LENGTH + length, predicted=length)
+        if self.model.config.trunk_layer is not None:
+            total += forward_flops(base, PREFIX_LENGTH, predicted=0)
+            total += 3 * 2 * (PREFIX_LENGTH + length) * self.model.trunk_projection.weight.numel()
+        return total
+
+
+@torch.no_grad()
+def copy_upper_half(base: GPT2LMHeadModel, aux: GPT2LMHeadModel, trunk_layer: int) -> None:
+    """The base's layers from `trunk_layer` on and its head into `aux`; its positions and its last norm become zero."""
+    for block, original in zip(aux.transformer.h, base.transformer.h[trunk_layer:], strict=True):
+        block.load_state_dict(original.state_dict())
+    aux.get_output_embeddings().weight.copy_(base.get_output_embeddings().weight)
+    for zeroed in (aux.transformer.wpe.weight, aux.transformer.ln_f.weight, aux.transformer.ln_f.bias):
+        zeroed.zero_()
+
+
+def _sample(model, inputs: Tensor, length: int, **kwargs) -> Tensor:
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": length}
+    options["pad_token_id"] = END_OF_TEXT_ID
+    return model.generate(inputs, attention_mask=torch.ones_like(inputs), **options, **kwargs)

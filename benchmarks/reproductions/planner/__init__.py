@@ -1,0 +1,1 @@
+"""Cornille et al. 2024: ``python -m benchmarks.reproductions.planner``."""

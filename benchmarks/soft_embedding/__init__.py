@@ -1,0 +1,1 @@
+"""soft_embedding: cases, inputs, oracle."""

@@ -1,0 +1,1 @@
+"""What the timings of all operators share: harness, floors, rows and tables, thresholds, the environment."""

@@ -1,0 +1,1 @@
+"""What the demo and the reproductions share: text, the training loop, the terminal."""
