@@ -1,8 +1,8 @@
 """Fused kernels for steering a language model with a second one.
 
 `aux_cross_entropy` and `logit_stats` add the logits of a base and an auxiliary model and take their log-softmax
-cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`. See README.md
-for the contract. `soft_embedding` mixes label embeddings by predicted probabilities.
+cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`. The contract
+is docs/contract.md. `soft_embedding` mixes label embeddings by predicted probabilities.
 """
 
 from . import nn

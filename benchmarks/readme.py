@@ -1,13 +1,14 @@
-"""``python -m benchmarks.readme``: writes what README says of GPUs from the rows in benchmarks/results.
+"""``python -m benchmarks.readme``: writes what docs/results.md says of GPUs from the rows in benchmarks/results.
 
 "Verified on" follows from <device>-check.jsonl, of each part the newest row, and for each implementation from its own
 parts ("tests-native"), whatever became of the others'; "Speed" from the rows of CUDA devices in
-<device>.jsonl, of each case the newest run. Both lie between markers in README; all else there is written by hand.
+<device>.jsonl, of each case the newest run. Both lie between markers there; all else is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from itertools import groupby
@@ -26,7 +27,7 @@ OWN = {"stats": "auxkernels logit_stats", "stats_training": "auxkernels return_s
 
 
 class Implementation(NamedTuple):
-    """One of ours on GPUs: its name in README, and what the tests show of it where there is no GPU."""
+    """One of ours on GPUs: its name on the page, and what the tests show of it where there is no GPU."""
 
     title: str
     compiles_for: tuple[str, ...]
@@ -157,21 +158,21 @@ def _escaped(text: str) -> str:
 def _command_text(checks: list[dict[str, dict]]) -> str:
     text = """\
 What only a GPU can show, `python -m benchmarks.gpu_check` finds out in two runs of at most 330 s and keeps in
-`benchmarks/results/`; see "GPU check"."""
+`benchmarks/results/`; see [GPU check](gpu.md)."""
     return text + ("" if checks else " It has not been run yet.")
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-def speed_text(devices: list[list[dict]], checks: list[dict[str, dict]], results: Path, readme: Path) -> str:
+def speed_text(devices: list[list[dict]], checks: list[dict[str, dict]], results: Path, page: Path) -> str:
     if not devices:
         return "No GPU has been measured."
     by_slug = {next(iter(parts.values()))["device_slug"]: parts for parts in checks}
-    return "\n\n".join(_speed_of(rows, by_slug.get(rows[0]["device_slug"], {}), results, readme) for rows in devices)
+    return "\n\n".join(_speed_of(rows, by_slug.get(rows[0]["device_slug"], {}), results, page) for rows in devices)
 
 
-def _speed_of(rows: list[dict], parts: dict[str, dict], results: Path, readme: Path) -> str:
+def _speed_of(rows: list[dict], parts: dict[str, dict], results: Path, page: Path) -> str:
     cases = shown_cases(rows)
     newest = max((row for group in cases.values() for row in group), key=lambda row: row["date"])
     commits = sorted({commit_text(row) for group in cases.values() for row in group})
@@ -188,7 +189,7 @@ def _speed_of(rows: list[dict], parts: dict[str, dict], results: Path, readme: P
     blocks += (_speed_table([cases[key] for key in keys]) for _, keys in groupby(cases, key=lambda key: key[0]))
     chart = results / f"{newest['device_slug']}.png"
     if chart.exists():
-        blocks.append(f"![share of the floor and time relative to auxkernels]({chart.relative_to(readme.parent)})")
+        blocks.append(f"![share of the floor and time relative to auxkernels]({os.path.relpath(chart, page.parent)})")
     return "\n\n".join(blocks)
 
 
@@ -247,20 +248,20 @@ def read_devices(results: Path) -> list[list[dict]]:
     return [rows for rows in found if any(row["time_us"] for row in rows)]
 
 
-def sections(results: Path, readme: Path) -> dict[str, str]:
+def sections(results: Path, page: Path) -> dict[str, str]:
     checks = read_checks(results)
     return {
         "verified on GPUs": verified_text(checks),
-        "speed on GPUs": speed_text(read_devices(results), checks, results, readme),
+        "speed on GPUs": speed_text(read_devices(results), checks, results, page),
     }
 
 
 def rewritten(text: str, texts: dict[str, str]) -> str:
-    """README with new text between its markers. Raises ValueError where a pair of markers is missing."""
+    """A page with new text between its markers. Raises ValueError where a pair of markers is missing."""
     for name, new in texts.items():
         begin, end = f"<!-- {name}: written by `python -m benchmarks.readme` -->", f"<!-- end of {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"README must have {begin} and {end} once each, in this order")
+            raise ValueError(f"the page must have {begin} and {end} once each, in this order")
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
     return text
@@ -268,17 +269,18 @@ def rewritten(text: str, texts: dict[str, str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.partition(": ")[2])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is out of date")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results")
     options = parser.parse_args(arguments)
-    old = options.readme.read_text()
-    new = rewritten(old, sections(options.results.resolve(), options.readme.resolve()))
+    old = options.page.read_text()
+    new = rewritten(old, sections(options.results.resolve(), options.page.resolve()))
     if options.check:
-        print("README is up to date" if old == new else "README is out of date: python -m benchmarks.readme")
+        name = options.page.name
+        print(f"{name} is up to date" if old == new else f"{name} is out of date: python -m benchmarks.readme")
         return int(old != new)
     if old != new:
-        write_atomically(options.readme, lambda temporary: temporary.write_text(new))
+        write_atomically(options.page, lambda temporary: temporary.write_text(new))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What README says of GPUs, made of invented rows: nothing is verified without passed tests, newest rows count."""
+"""What docs/results.md says of GPUs, of invented rows: nothing is verified without passed tests, newest rows count."""
 
 import re
 
@@ -26,12 +26,12 @@ TRAINING = Spec("training", (8192, 128256), "bf16", "flat")
 
 
 def texts(tmp_path, checks=(), rows=()):
-    """What README would say of these rows: "verified on GPUs" and "speed on GPUs"."""
+    """What the page would say of these rows: "verified on GPUs" and "speed on GPUs"."""
     for row in checks:
         report.append_rows(tmp_path / f"{row['device_slug']}-check.jsonl", [row])
     for row in rows:
         report.append_rows(tmp_path / f"{row['device_slug']}.jsonl", [row])
-    return readme.sections(tmp_path, tmp_path / "README.md").values()
+    return readme.sections(tmp_path, tmp_path / "results.md").values()
 
 
 def lines_with(text, *words):
@@ -178,6 +178,7 @@ def test_the_chart_of_a_device_is_shown_where_it_exists(tmp_path):
     assert ".png" not in list(texts(tmp_path, rows=rows))[1]
     assert draw(rows, tmp_path / "imaginary-h100.png")
     assert "](imaginary-h100.png)" in list(texts(tmp_path))[1]
+    assert "](../imaginary-h100.png)" in readme.sections(tmp_path, tmp_path / "docs/results.md")["speed on GPUs"]
 
 
 def test_of_hundreds_of_cases_those_of_the_quick_grid_are_shown(tmp_path):
@@ -192,9 +193,9 @@ def test_of_hundreds_of_cases_those_of_the_quick_grid_are_shown(tmp_path):
 
 
 def test_only_what_is_between_the_markers_changes(tmp_path, capsys):
-    path = tmp_path / "README.md"
+    path = tmp_path / "results.md"
     path.write_text(TEXT)
-    options = ["--readme", str(path), "--results", str(tmp_path)]
+    options = ["--page", str(path), "--results", str(tmp_path)]
     assert readme.main([*options, "--check"]) == 1 and path.read_text() == TEXT
     assert readme.main(options) == 0
     text = path.read_text()

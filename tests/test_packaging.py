@@ -14,6 +14,8 @@ import pytest
 import stub_build
 from stub_build import ROOT, build_module, make_tree, modules, record, rules, run
 
+from auxkernels import __version__
+
 if reason := stub_build.missing():
     pytest.skip(reason, allow_module_level=True)
 
@@ -43,6 +45,17 @@ def test_wheel_holds_the_compiled_module_and_the_type_marker(tree):
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     assert loaded.answer == 42
+
+
+def test_the_version_is_read_from_the_package_without_importing_it(tree):
+    init = tree / "auxkernels/__init__.py"
+    text = init.read_text()
+    assert text.count(f'__version__ = "{__version__}"') == 1
+    init.write_text(text.replace(f'"{__version__}"', '"9.8.7"') + '\nraise ImportError("a build has no torch")\n')
+    path = build_wheel(tree, AUXKERNELS_BUILD="none")
+    assert path.name.startswith("auxkernels-9.8.7-")
+    with zipfile.ZipFile(path) as wheel:
+        assert "\nVersion: 9.8.7\n" in wheel.read("auxkernels-9.8.7.dist-info/METADATA").decode()
 
 
 def test_wheel_with_nothing_compiled_fits_every_platform(tree):
@@ -233,3 +246,16 @@ def test_every_development_dependency_has_a_constraint():
     wanted = {re.match(r"[\w-]+", entry)[0] for name in ("triton", "test", "bench", "dev") for entry in extras[name]}
     pinned = set(re.findall(r"^([\w-]+)[=<>]", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
     assert wanted - {"auxkernels"} <= pinned
+
+
+def test_hooks_run_what_lint_runs_with_the_pinned_versions():
+    yaml = pytest.importorskip("yaml")
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    commands = [line.strip().replace("$(BIN)/", "") for line in recipe.splitlines()]
+    assert [hook["entry"] for hook in repository["hooks"]] == commands
+    pinned = (ROOT / "constraints.txt").read_text().split()
+    for hook in repository["hooks"]:
+        assert hook["pass_filenames"] is False and hook["always_run"] is True  # the whole tree, as lint
+        (tool,) = hook["additional_dependencies"]
+        assert tool in pinned and f"{tool.partition('==')[0]} " in hook["entry"]

@@ -32,8 +32,8 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interp
 def _many_segments(monkeypatch):
     """Small tiles and segments, so that every loop runs several times over rows of a few hundred columns."""
     if INTERPRETED:
-        monkeypatch.setattr(launch, "cut_of", lambda V, num_bytes, *_: launch.Cut(4, 16 // num_bytes, 64))
-        monkeypatch.setattr(launch, "tiles_at_once", lambda *_: 2)
+        monkeypatch.setattr(cross_entropy, "cut_of", lambda V, num_bytes, *_: cross_entropy.Cut(4, 16 // num_bytes, 64))
+        monkeypatch.setattr(cross_entropy, "tiles_at_once", lambda *_: 2)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")

@@ -16,8 +16,7 @@ import torch
 from oracle import assert_close
 from tolerance import OF_A_ROW, assert_alike, unit
 
-from auxkernels import Head, soft_embedding
-from auxkernels.cross_entropy import ops
+from auxkernels import Head, dispatch, soft_embedding
 from auxkernels.soft_embedding import native as on_cpu
 from auxkernels.soft_embedding import noise
 from auxkernels.soft_embedding.request import ROW_FIELDS, SoftRows, Upstream
@@ -83,7 +82,7 @@ def test_a_noisy_choice_with_a_clean_gradient_is_the_cpus(road, top_k, monkeypat
     options = {"temperature": 0.7, "hard": True, "gumbel": 1.5, "clean_gradient": True, "seed": 3, "top_k": top_k}
     results = []
     for kernels in (on_cpu, on_triton):
-        monkeypatch.setattr(ops, "implementation", lambda *_, kernels=kernels: kernels)
+        monkeypatch.setattr(dispatch, "implementation", lambda *_, kernels=kernels: kernels)
         leaves = scores.clone().requires_grad_(), table.clone().requires_grad_()
         out, stats = soft_embedding(*leaves, **options, return_stats=True, backend="native")
         total = out.square().sum() + (stats.row_entropy + stats.max_prob).sum()

@@ -1,6 +1,8 @@
 """Cross-entropy and row statistics of softmax(base + aux).
 
+request.py    the mathematics, and by name what the row kernels are asked and answer
 api.py        the public functions: contract, checks
+rows.py       losses, statistics and coefficients, as arithmetic on the numbers of a row
 autograd.py   the autograd functions
 ops.py        the operators as PyTorch sees them
 chunked.py    any sources, in chunks of rows

@@ -28,7 +28,30 @@ def aux_cross_entropy(
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LogitStats]:
-    """Cross-entropy and row statistics of softmax(base + aux): the public functions and their checks."""
+    """Cross-entropy of softmax(base + aux) against class indices, in nats, without storing the sum.
+
+    base, aux        [*, V] floating point, `Logits` (with scale and softcap), `Head` (hidden [*, D] and weight [V, D]:
+                     logits are never stored whole), or a sequence of these (their sum); aux=None is plain
+                     cross-entropy. Any strides but the last dimension's of logits, which is contiguous; the sum is
+                     formed in float32 (float64 if a source is). Each tensor gets a gradient in its dtype, if required.
+    target           [*] int32 or int64, each in [0, V) or equal to ignore_index.
+    ignore_index     rows with this target have loss 0 and gradient exactly 0, whatever they hold.
+    weight           [V] class weights, floating point, as in torch.nn.functional.cross_entropy; gets no gradient.
+    label_smoothing  in [0, 1], torch's semantics with and without weights.
+    z_loss           adds z_loss * lse**2 to each row; not class-weighted, same divisor.
+    reduction        "mean" (over kept rows; with weights over the sum of w[target]), "sum", or "none".
+    normalizer       number or 0-d tensor: the divisor of "mean" instead (the whole batch's count makes gradient
+                     accumulation exact). Gets no gradient.
+    vocab_size       how many leading columns count, where the sources are not equally wide.
+    return_stats     also return `LogitStats`, detached, from the same pass.
+    recompute        keep the row state instead of a gradient: the graph can be used twice.
+    backend          "auto", or "reference", "native", "triton": that one or an error.
+    Returns          float32 (float64 if a source is): 0-d, or [*] for reduction="none".
+    Raises           TypeError, ValueError: dtype, shape, device, option. IndexError: a target out of range, on CPU; on
+                     GPU such a row is NaN in loss and gradient, and nothing is read out of bounds. RuntimeError: an
+                     unavailable backend; a second backward without recompute=True; double differentiation.
+    Source           Zeldes et al. 2020 (auxiliary tuning); Milakov & Gimelshein 2018 (online softmax).
+    """
     checks.classes(target)
     normalizer = checks.reduction(reduction, normalizer)
     label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
