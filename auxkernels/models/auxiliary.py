@@ -100,8 +100,8 @@ class AuxiliaryForCausalLM(
     trunk_projection  Linear from the base's width to the auxiliary's, with a trunk layer
     aux_head          in place of the auxiliary's output head: with head="shared" from its last hidden states to the
                       base's, to which they are added in front of the base's own head; with head="low_rank" to logits
-    A model or an output head that does more than its weights say when it is called (hooks, offloaded, FSDP, quantised)
-    is called: its logits [batch, new, V] are then stored, and those of the auxiliary have a gradient as large.
+    A model or a head that does more than one layer's weights say (hooks, offloaded, FSDP, quantised, BERT's head) is
+    called: its logits [batch, new, V] are then stored, and those of the auxiliary have a gradient as large.
     Source            Zeldes et al. 2020, https://arxiv.org/abs/2006.16823
     """
 
@@ -142,6 +142,8 @@ class AuxiliaryForCausalLM(
         self._has_cache = has_cache(base) and has_cache(aux)
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
+        self._readers = reading.Readers.of_models(base, aux, config.trunk_layer is not None)
+        self._leader_name, self._num_leaders, self._has_text_positions = self._readers.leaders()
         self._has_known_head = False  # a frozen one that passes gradients, or of which the user was warned
         unread = {f"aux.{name}" for name, weight in aux.named_parameters() if not weight.numel()}
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()} | unread
@@ -429,17 +431,18 @@ class AuxiliaryForCausalLM(
         use_cache = use_cache and past_key_values is not None
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        is_balanced = target is not None and wants_router_logits(self.aux, kwargs.pop("output_router_logits", None))
         text = reading.Text(input_ids, attention_mask, position_ids, past_key_values, past)
+        base_text, base_kwargs, text, aux_kwargs = self._readers.split(text, kwargs, aux_input_ids is not None)
         scale = reading.row_scale(self.config.aux_scale if aux_scale is None else aux_scale, input_ids.shape)
         reader = self.aux if self.config.trunk_layer is None else self.base
         pad_token_id = getattr(reader.config.get_text_config(), "pad_token_id", None)
         behind = reading.aux_text(text, aux_input_ids, aux_attention_mask, pad_token_id, *self._keep_states)
         if past_key_values is not None:
             past_key_values.is_complete = False
-        is_balanced = target is not None and wants_router_logits(self.aux, kwargs.pop("output_router_logits", None))
-        h_base, states = self._run_base(text, use_cache, output_hidden_states, kwargs)
-        aux_kwargs = kwargs | ({"output_router_logits": True} if is_balanced else {})
-        aux_output = self._run_aux(text, behind, use_cache, states, aux_kwargs)
+        h_base, states = self._run_base(base_text, use_cache, output_hidden_states, base_kwargs)
+        aux_kwargs |= {"output_router_logits": True} if is_balanced else {}
+        aux_output = self._run_aux(text, behind, use_cache, states, behind.with_token_types(aux_kwargs))
         h_aux = behind.of_text(features(aux_output))
         if past_key_values is not None:
             past_key_values.prefix_mask, past_key_values.arranged_mask = behind.prefix_mask, behind.arranged_mask
