@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build oldest-triton test test-wheel test-sanitized lint format bench demo clean
+.PHONY: help venv build oldest-triton oldest-transformers test test-wheel test-sanitized lint format bench demo clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.complete  ## create the development environment in .venv
 
@@ -32,6 +32,18 @@ oldest-triton: build/triton-$(OLDEST_TRITON)/.complete  ## fetch the oldest Trit
 build/triton-$(OLDEST_TRITON)/.complete: | venv
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --no-deps --target $(@D) triton==$(OLDEST_TRITON)
+	touch $@
+
+OLDEST_TRANSFORMERS := $(shell sed -n 's/^models = \["transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+
+oldest-transformers: build build/transformers-$(OLDEST_TRANSFORMERS)/.complete  ## run the models' tests with the oldest transformers allowed
+	PYTHONPATH=build/transformers-$(OLDEST_TRANSFORMERS):. $(BIN)/python -m pytest -n 2 -p no:cacheprovider tests/models
+
+# with what it imports of other releases than the development environment's
+build/transformers-$(OLDEST_TRANSFORMERS)/.complete: | venv
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --no-deps --target $(@D) \
+		transformers==$(OLDEST_TRANSFORMERS) 'huggingface-hub<2' httpx httpcore certifi
 	touch $@
 
 test: build  ## run the tests

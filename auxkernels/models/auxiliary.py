@@ -36,8 +36,8 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
     trunk_projection  Linear from the base's width to the auxiliary's, with a trunk layer
     aux_head          in place of the auxiliary's output head: with head="shared" from its last hidden states to the
                       base's, to which they are added in front of the base's own head; with head="low_rank" to logits
-    A model or an output head that does more than its weights say when it is called (hooks, offloaded, FSDP, quantised)
-    is called: its logits [batch, new, V] are then stored, and those of the auxiliary have a gradient as large.
+    A model or a head that does more than one layer's weights say (hooks, offloaded, FSDP, quantised, BERT's head) is
+    called: its logits [batch, new, V] are then stored, and those of the auxiliary have a gradient as large.
     Source            Zeldes et al. 2020, https://arxiv.org/abs/2006.16823
     """
 
@@ -78,6 +78,8 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         self._has_cache = has_cache(base) and has_cache(aux)
         is_trunk_kept = config.trunk_layer is not None and keeps_state(base)
         self._keep_states = is_trunk_kept or keeps_state(aux), keeps_state(aux)  # of a prefix's readers, of the text's
+        self._readers = reading.Readers.of_models(base, aux, config.trunk_layer is not None)
+        self._leader_name, self._num_leaders, self._has_text_positions = self._readers.leaders()
         self._has_known_head = False  # a frozen one that passes gradients, or of which the user was warned
         self._unread_keys = {f"aux.{name}" for name, weight in aux.named_parameters() if not weight.numel()}
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import are_packed
+from . import modalities
+from .causal_lm import are_packed, position_offset
+from .modules import backbone
 from .paired_cache import PairedCache
 
 IGNORE_INDEX = -100
@@ -22,6 +24,7 @@ class Text:
     position_ids: Tensor | None
     cache: PairedCache | None
     past: int  # tokens in the cache before these
+    offset: int = 0  # the reader's first position
 
     def behind(self, prefix_mask: Tensor | None, prefix: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Mask and positions of the auxiliary's tokens, which stand behind a prefix and hold it if `prefix` is new."""
@@ -30,15 +33,17 @@ class Text:
         (batch, new), device = self.input_ids.shape, self.input_ids.device
         mask = _text_mask(self.attention_mask, batch, self.past + new, device)
         positions = self.position_ids
+        if positions is not None and positions.dim() == 3 and len(positions) == 4:
+            positions = positions[0]  # of the text; the others are of images, of which there are none behind a prefix
         if positions is None:
-            positions = positions_of(mask)[:, self.past :]
+            positions = positions_of(mask)[:, self.past :] + self.offset
         elif positions.dim() != 2:
             raise ValueError(f"position_ids must be [batch, new] behind a prefix, got {list(positions.shape)}")
         elif self.past == 0 and are_packed(self.attention_mask, positions):
             raise ValueError("position_ids of packed texts cannot stand behind a prefix: give each text its own row")
         positions = positions + (prefix_mask != 0).sum(dim=-1, keepdim=True)
         if prefix is not None:
-            positions = torch.cat([positions_of(prefix_mask), positions], dim=1)
+            positions = torch.cat([positions_of(prefix_mask) + self.offset, positions], dim=1)
         return torch.cat([prefix_mask.to(mask.dtype), mask], dim=1), positions
 
 
@@ -57,10 +62,93 @@ class AuxText:
         """Prefix and text [batch, prefix + new, *] in the order in which they are read."""
         return tokens if self.order is None else _gathered(tokens, self.order)
 
+    def with_token_types(self, inputs: dict) -> dict:
+        """Further inputs of the auxiliary; the types of the text's tokens get those of the prefix in front, zeros."""
+        if self.prefix is None:
+            return inputs
+        given = {name: inputs[name] for name in modalities.TOKEN_TYPES if inputs.get(name) is not None}
+        length = self.prefix.shape[1]
+        return inputs | {name: self.arranged(nn.functional.pad(one, (length, 0))) for name, one in given.items()}
+
     def of_text(self, hidden: Tensor) -> Tensor:
         """What was read, [batch, prefix + new, D], to what stands for the text's tokens, [batch, new, D]."""
         start = 0 if self.prefix is None else self.prefix.shape[1]
         return hidden[:, start:] if self.order is None else _gathered(hidden, self.order.argsort(dim=1)[:, start:])
+
+
+@dataclass(frozen=True)
+class Readers:
+    """What each of the two models can read beside the tokens.
+
+    base, aux        the arguments that it names
+    is_multimodal    whether the base, and whether the auxiliary, reads images, video or sound itself; behind a trunk
+                     layer the auxiliary does not, whose inputs have come by them already
+    has_own_positions   whether the auxiliary counts positions of images in three dimensions
+    problem          why the one that reads text alone cannot read the text around images
+    offsets          first positions (`position_offset`) of base and auxiliary
+    """
+
+    base: frozenset[str]
+    aux: frozenset[str]
+    is_multimodal: tuple[bool, bool]
+    has_own_positions: bool
+    problem: str | None
+    has_trunk: bool
+    offsets: tuple[int, int]
+
+    @classmethod
+    def of_models(cls, base: nn.Module, aux: nn.Module, has_trunk: bool) -> Readers:
+        is_multimodal = tuple(map(modalities.reads_more_than_text, (base, aux)))
+        problem = None
+        if not has_trunk and is_multimodal[0] != is_multimodal[1]:
+            leader, other = (base, aux) if is_multimodal[0] else (aux, base)
+            problem = modalities.placeholder_problem(leader.config, other)
+        return cls(
+            modalities.input_names(base),
+            modalities.input_names(aux),
+            (is_multimodal[0], is_multimodal[1] and not has_trunk),
+            hasattr(backbone(aux), "get_rope_index"),
+            problem,
+            has_trunk,
+            (position_offset(base), position_offset(aux)),
+        )
+
+    def leaders(self) -> tuple[str | None, int, bool]:
+        """What `GenerationOfComposites` asks: who leads, how many could, and whether positions differ."""
+        names = [name for name, leads in zip(("base", "aux"), self.is_multimodal, strict=True) if leads]
+        return next(iter(names), None), len(names), len(names) == 1 or any(self.offsets)
+
+    def split(self, text: Text, inputs: dict, has_prefix: bool) -> tuple[Text, dict, Text, dict]:
+        """(text, further inputs) of the base and of the auxiliary. inputs lose what neither of them gets.
+
+        One that reads text alone gets no images, and positions of its own where those are of images too.
+        """
+        text_positions, positions = inputs.pop("text_position_ids", None), text.position_ids
+        of_base, of_aux = (
+            modalities.shared(inputs, *names) for names in ((self.base, self.aux), (self.aux, self.base))
+        )
+        if self.has_trunk:
+            of_aux = modalities.only_text(of_aux)
+        if modalities.has_more_than_text(inputs):
+            if self.problem is not None:
+                raise ValueError(self.problem)
+            if has_prefix and self.is_multimodal[1] and self.has_own_positions:
+                raise ValueError(
+                    "aux_input_ids must be None with images whose positions the auxiliary counts in three dimensions: "
+                    "put the prefix into the text"
+                )
+        plain = positions
+        if text_positions is not None:
+            plain = text_positions
+        elif positions is not None and positions.dim() == 3:
+            plain = None if text.attention_mask is None else positions_of(text.attention_mask)[:, text.past :]
+        are_shared, texts = not (any(self.is_multimodal) or any(self.offsets)), []
+        for is_leader, offset in zip(self.is_multimodal, self.offsets, strict=True):
+            given = positions if is_leader or are_shared else plain
+            if text_positions is not None and not is_leader:
+                given = given + offset
+            texts.append(replace(text, position_ids=given, offset=offset))
+        return texts[0], of_base, texts[1], of_aux
 
 
 def aux_text(

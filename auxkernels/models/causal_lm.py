@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 from collections.abc import Collection
 
@@ -14,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .heads import OutputHead
+from .modalities import input_names
 from .modules import backbone, features, run
 
 # -- recurrent and convolutional states --------------------------------------------------------------------------------
@@ -41,14 +41,24 @@ def has_cache(model) -> bool:
     alone (Mamba) does not tell; CPM-Ant's holds a prompt of its own too. Composites of such models read all tokens
     again at each step.
     """
-    if (
-        model.config.model_type == "cpmant"
-        or "past_key_values" not in inspect.signature(type(backbone(model)).forward).parameters
-    ):
+    if model.config.model_type == "cpmant" or "past_key_values" not in input_names(model):
         return False
     layers = DynamicCache(config=model.config).layers
     tells = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
     return tells and type(model)._supports_default_dynamic_cache()
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+def position_offset(model) -> int:
+    """The position of a text's first token where a model is given none.
+
+    RoBERTa and its like count from behind the padding token's id. transformers' generation passes positions from 0 on,
+    others than those that such a model was trained with.
+    """
+    counting = (module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids"))
+    return next((module.padding_idx + 1 for module in counting), 0)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -71,8 +81,11 @@ def check_trunk(base, index: int, tokens: Tensor) -> None:
         raise ValueError(f"trunk_layer {index} of {type(base).__name__} must be [batch, n, width] = {want}, got {got}")
 
 
-def check_layers(lm, layers: list[nn.Module], tokens: Tensor) -> None:
-    """ValueError where layers do not take hidden states [..., batch, n, width], one for each token."""
+def check_layers(lm, layers: list[nn.Module], tokens: Tensor, width: int | None = None) -> None:
+    """ValueError where layers do not take hidden states [..., batch, n, width], one for each token.
+
+    width   None: of any width
+    """
     shapes = []
 
     def note(module, args, kwargs):
@@ -84,9 +97,10 @@ def check_layers(lm, layers: list[nn.Module], tokens: Tensor) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    wrong = [shape for shape in shapes if shape[-3:-1] != list(tokens.shape)]
+    is_wrong = (shape[-3:-1] != list(tokens.shape) or shape[-1] != (width or shape[-1]) for shape in shapes)
+    wrong = [shape for shape, one in zip(shapes, is_wrong, strict=True) if one]
     if wrong:
-        want = f"[batch, n, width] = [{tokens.shape[0]}, {tokens.shape[1]}, ...]"
+        want = f"[batch, n, width] = [{tokens.shape[0]}, {tokens.shape[1]}, {width or '...'}]"
         raise ValueError(
             f"layers of {type(lm).__name__} must take hidden states {want} to be conditioned, got {wrong[0]}"
         )

@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .caches import is_dynamic, is_static
+from .modalities import has_more_than_text, input_names
 from .paired_cache import check_takes
 
 # of one model's generation config: asked for by nobody who calls the composite, which some of them would refuse
@@ -41,9 +42,18 @@ class GenerationOfComposites:
     _has_cache       whether the models inside have caches; if not, all tokens are read again at each step
     _own_arguments   those of `forward` that generate() passes on and that other models do not know
     _unconditional_arguments   those in place of the call's, for the unconditional text under guidance
+    _leader_name     the attribute of the model that reads images, video or sound and knows how they enter generation
+                     (positions, once behind a cache, once for each beam); None: all read text alone
+    _num_leaders     how many models read more than text
+    _has_text_positions   whether a model gets positions of text that are not the leader's: `text_position_ids`
+    _position_offset   the position of a text's first token (`position_offset`), where all models have the same
     """
 
     _has_cache = True
+    _leader_name: str | None = None
+    _num_leaders = 1
+    _has_text_positions = False
+    _position_offset = 0
     _own_arguments: ClassVar[tuple[str, ...]] = ()
     _unconditional_arguments: ClassVar[dict] = {}
     # the others are code from elsewhere, which reads one model's head, states and cache
@@ -120,6 +130,57 @@ class GenerationOfComposites:
             if is_assistant:
                 cache.activate_past_recording()
         return None
+
+    # -- images, video and sound ---------------------------------------------------------------------------------------
+
+    @property
+    def _leader(self):
+        return None if self._leader_name is None else getattr(self, self._leader_name)
+
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        known = () if self._leader is None else input_names(self._leader)
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        if self._leader is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + self._position_offset
+        return self._leader._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        if self._leader is None or self._num_leaders > 1:
+            return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
+        return self._leader._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):
+        if self._leader is None or expand_size == 1:
+            return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if self._num_leaders > 1 and has_more_than_text(kwargs):
+            raise ValueError(
+                "num_beams and num_return_sequences must be 1 where two models read images, which only a single one "
+                "can encode before they are repeated"
+            )
+        return self._leader._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        updated = super() if self._leader is None else self._leader
+        return updated._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, past_key_values=None, **kwargs):
+        """transformers' own; what enters beside the tokens, and their positions, as the model has it that reads it.
+
+        `text_position_ids` are the positions for a model that reads text alone, where they are known.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, past_key_values=past_key_values, **kwargs)
+        positions = inputs.get("position_ids")
+        if self._has_text_positions and positions is not None and positions.dim() == 2:
+            inputs["text_position_ids"] = positions
+        if self._leader is None:
+            return inputs
+        cache = getattr(past_key_values, self._leader_name, past_key_values)  # of a pair
+        known = {name: value for name, value in kwargs.items() if name not in self._own_arguments}
+        of_leader = self._leader.prepare_inputs_for_generation(input_ids, *args, past_key_values=cache, **known)
+        own = ("past_key_values", "text_position_ids", *self._own_arguments)
+        return of_leader | {name: inputs[name] for name in own if name in inputs}
 
     def init_continuous_batching(self, *args, **kwargs):
         """Raises ValueError: continuous batching has one cache, and no place for the arguments of each text."""

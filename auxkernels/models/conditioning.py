@@ -297,10 +297,10 @@ def _remove(handles: list) -> None:
         handle.remove()
 
 
-def _text_part(lm) -> nn.Module:
-    """Without the towers of other modalities, whose layers may be as many."""
-    part = lm.get_decoder() if hasattr(lm, "get_decoder") else None
-    return part if isinstance(part, nn.Module) and part is not lm else backbone(lm)
+def _text_parts(lm) -> list[nn.Module]:
+    """Where the layers of the text are: not in the towers of other modalities, which may have as many."""
+    part = lm.get_decoder() if hasattr(lm, "get_decoder") else None  # in ModernBERT's decoder that is the output layer
+    return [part, backbone(lm)] if isinstance(part, nn.Module) and part is not lm else [backbone(lm)]
 
 
 def decoder_layers(lm) -> nn.ModuleList:
@@ -312,14 +312,16 @@ def decoder_layers(lm) -> nn.ModuleList:
     if lm.config.is_encoder_decoder:
         raise TypeError(f"the language model must be a decoder only, got {type(lm).__name__}")
     count = config.num_hidden_layers
-    outermost, least_depth = None, 0
-    for name, module in _text_part(lm).named_modules():  # min(..., key=...) would break a graph of torch.compile
-        depth = name.count(".")
-        if isinstance(module, nn.ModuleList) and len(module) == count and (outermost is None or depth < least_depth):
-            outermost, least_depth = module, depth
-    if outermost is None:
-        raise ValueError(f"{type(lm).__name__} has no list of {count} decoder layers")
-    return outermost
+    for part in _text_parts(lm):
+        outermost, least_depth = None, 0
+        for name, module in part.named_modules():  # min(..., key=...) would break a graph of torch.compile
+            depth = name.count(".")
+            is_list = isinstance(module, nn.ModuleList) and len(module) == count
+            if is_list and (outermost is None or depth < least_depth):
+                outermost, least_depth = module, depth
+        if outermost is not None:
+            return outermost
+    raise ValueError(f"{type(lm).__name__} has no list of {count} decoder layers")
 
 
 def chosen_layers(layers, count: int) -> list[int]:

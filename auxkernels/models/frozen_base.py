@@ -177,17 +177,23 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         past = 0 if cache is None else cache.get_seq_length()
         pairs = [None] * len(given) if cache is None else self._pairs(cache)
         texts = [reading.Text(call.input_ids, call.attention_mask, call.position_ids, pair, past) for pair in pairs]
+        # (text, further inputs) of the base and of the auxiliary
+        split = [
+            one._readers.split(text, dict(kwargs), own.input_ids is not None)
+            for one, text, own in zip(self._auxiliaries, texts, given, strict=True)
+        ]
+        base_text, base_kwargs = split[0][0], {name: value for found in split for name, value in found[1].items()}
         scales = [reading.row_scale(one.scale, call.input_ids.shape) for one in given]
         base_scale = reading.row_scale(base_scale, call.input_ids.shape, "base_scale")
-        behind = [self._aux_text(i, text, one) for i, (text, one) in enumerate(zip(texts, given, strict=True))]
+        behind = [self._aux_text(i, found[2], one) for i, (found, one) in enumerate(zip(split, given, strict=True))]
         if cache is not None:
             cache.is_complete = False
-        h_base, states = self._run_base(texts[0], use_cache, call.output_hidden_states, kwargs)
+        h_base, states = self._run_base(base_text, use_cache, call.output_hidden_states, base_kwargs)
         terms, router = [], None
-        for one, text, own, scale, is_balanced in zip(
-            self._auxiliaries, texts, behind, scales, wants_balance, strict=True
+        for one, (_, _, text, inputs), own, scale, is_balanced in zip(
+            self._auxiliaries, split, behind, scales, wants_balance, strict=True
         ):
-            aux_kwargs = kwargs | ({"output_router_logits": True} if is_balanced else {})
+            aux_kwargs = own.with_token_types(inputs | ({"output_router_logits": True} if is_balanced else {}))
             output = self._run_one(one, text, own, use_cache, states, aux_kwargs)
             terms.append(Term(one, own.of_text(features(output)), scale))
             balance = router_loss(one.aux, output, own.attention_mask) if is_balanced else None

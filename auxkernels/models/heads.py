@@ -80,6 +80,7 @@ class CalledHead(NamedTuple):
         return z if self.scale == 1.0 else self.scale * z
 
 
+_WITHOUT_SCALE = ("aya_vision", "cohere2_vision")  # whose text models alone apply their configuration's scale
 _OF_THE_MODEL = CalledHead(lambda logits: logits)  # behind a model that is called whole
 
 
@@ -100,13 +101,26 @@ def output_head(model) -> OutputHead | CalledHead:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # FalconH1 multiplies
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides, HyperCLOVAX multiplies
     scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling
+    scale /= float(getattr(config, "logits_mup_width_multiplier", None) or 1.0)  # Inkling divides
+    if model.config.model_type in _WITHOUT_SCALE:
+        scale = 1.0
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
     softcap = next((cap for cap in (getattr(config, name, None) for name in caps) if cap is not None), None)
+    multiplier = float(getattr(config, "output_multiplier", None) or 1.0)  # Muse multiplies in front of the softcap
+    scale, softcap = scale * multiplier, None if softcap is None else float(softcap) / multiplier
+    width = head_width(model)
     if not isinstance(layer, nn.Linear) or not is_plain(embeddings):
-        return CalledHead(call_of(model, embeddings), scale, None if softcap is None else float(softcap))
+        called = call_of(model, embeddings)
+        return CalledHead(lambda h: called(h)[..., :width], scale, softcap)
     if low_rank and softcap is not None:
         raise TypeError("the output embeddings must have no adapters under a softcap, got LoRA on them")
-    return OutputHead(layer.weight, layer.bias, scale, None if softcap is None else float(softcap), low_rank)
+    weight, bias = layer.weight, layer.bias
+    if width < len(weight):  # the rest pads
+        weight, bias = weight[:width], None if bias is None else bias[:width]
+        low_rank = tuple(
+            a._replace(weight=a.weight[:width], bias=None if a.bias is None else a.bias[:width]) for a in low_rank
+        )
+    return OutputHead(weight, bias, scale, softcap, low_rank)
 
 
 def without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:

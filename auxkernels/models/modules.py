@@ -1,7 +1,8 @@
 """Where a composite calls a model past its head, and where it must call the model, or the head, as a module.
 
 The loss over hidden states and heads reads the head's weight and never calls the head. What only a call would bring in
-is then lost: hooks, weights that lie elsewhere until the call (offloaded, sharded), weights of other types (quantised).
+is then lost: hooks, weights that lie elsewhere until the call (offloaded, sharded), weights of other types (quantised),
+layers in front of the head's (BERT's transform).
 """
 
 from __future__ import annotations
@@ -43,8 +44,27 @@ def _only_moves_inputs(hook) -> bool:
 
 
 def is_called_whole(model: nn.Module) -> bool:
-    """Whether a model is called with its head: it does more, or is a wrapper of a model."""
-    return not isinstance(model, PreTrainedModel) or does_more(model)
+    """Whether a model is called with its head: it does more, is a wrapper, or its head is more than one layer."""
+    return not isinstance(model, PreTrainedModel) or does_more(model) or _is_more_than_body_and_layer(model)
+
+
+def _is_more_than_body_and_layer(model: PreTrainedModel) -> bool:
+    """Whether a causal LM has weights between last hidden states and output layer (BERT), or no module for the former.
+
+    Llama 4 with images has parts for images and for text, which only its own forward joins.
+    """
+    body, head = backbone(model), model.get_output_embeddings()
+    if head is None:
+        return False
+    if body is model:
+        return True
+    known = set(head.modules())
+    return any(
+        module not in known and any(True for _ in module.parameters(recurse=False))
+        for child in model.children()
+        if child is not body
+        for module in child.modules()
+    )
 
 
 def run(model: nn.Module, **inputs):
@@ -109,12 +129,14 @@ def call_of(model: nn.Module, layer: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def head_width(model: nn.Module) -> int:
-    """How many logits a model's head gives."""
-    layer = model.get_output_embeddings()
+    """How many logits a model's head gives; rows that only pad the head give none (Inkling)."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
     layer = getattr(layer, "base_layer", layer)  # of PEFT's wrapper
     if isinstance(layer, nn.Linear) and _is_plain(layer):
-        return layer.weight.shape[0]
-    return getattr(layer, "out_features", None) or model.config.get_text_config().vocab_size
+        width = layer.weight.shape[0]
+    else:
+        width = getattr(layer, "out_features", None) or config.vocab_size
+    return min(width, getattr(config, "unpadded_vocab_size", None) or width)
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

@@ -9,14 +9,23 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
 from . import adapters, saving
 from . import planner_loading as loading
 from .caches import new_cache
-from .causal_lm import are_packed, check_frozen, check_layers, has_cache, is_stateful, router_loss, wants_router_logits
+from .causal_lm import (
+    are_packed,
+    check_frozen,
+    check_layers,
+    has_cache,
+    is_stateful,
+    position_offset,
+    router_loss,
+    wants_router_logits,
+)
 from .composite_generation import GenerationOfComposites, inherited
 from .conditioning import (
     ActiveRows,
@@ -30,6 +39,7 @@ from .conditioning import (
 )
 from .heads import check_output_head, kept_positions, output_head, probe
 from .loading_options import with_call_options
+from .modalities import auto_class, reads_more_than_text
 from .modules import device_of, features, run
 from .places import modules_at, width_at
 from .planner_checkpointing import CheckpointingThroughHooks
@@ -91,10 +101,12 @@ class PlannerForCausalLM(
 
     def __init__(self, config: PlannerConfig, lm: PreTrainedModel | None = None, planner: nn.Module | None = None):
         super().__init__(config)
-        self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
+        self.lm = auto_class(config.text_config).from_config(config.text_config) if lm is None else lm
         self.config.text_config = self.lm.config
         self._is_stateful = is_stateful(self.lm)  # generation asks before it drafts tokens that may be taken back
         self._has_cache = has_cache(self.lm)
+        self._position_offset = position_offset(self.lm)
+        self._leader_name = "lm" if reads_more_than_text(self.lm) else None
         self.planner = planner
         config.has_planner = planner is not None
         modules = modules_at(config.place, self.lm, self._decoder_layers(), config.layers)
@@ -161,7 +173,8 @@ class PlannerForCausalLM(
         lm_kwargs = with_call_options("lm", lm, lm_kwargs, dtype=dtype, device_map=device_map)
         lm = loading.language_model(lm, lm_kwargs)
         check_output_head(lm)
-        check_layers(lm, list(decoder_layers(lm)), probe(lm))
+        width = lm.config.get_text_config().hidden_size if place == "layer_input" else None
+        check_layers(lm, list(decoder_layers(lm)), probe(lm), width)
         config = PlannerConfig(
             text_config=copy.deepcopy(lm.config),  # what the constructor sets in it must not reach the model
             attn_implementation=lm.config._attn_implementation,
@@ -322,6 +335,11 @@ class PlannerForCausalLM(
         finally:
             self._active.set(None, None)
         self._check_all_were_added()
+        if torch.is_grad_enabled() and rows.requires_grad and not features(outputs).requires_grad:
+            raise RuntimeError(
+                f"{type(self.lm).__name__} passes no gradient on to what is added in its layers (it computes them anew "
+                "in the backward pass): it can be conditioned under torch.no_grad(), not trained"
+            )
         return outputs
 
     def _check_all_were_added(self) -> None:

@@ -16,17 +16,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from . import adapters, base_pointer
+from . import adapters, base_pointer, modalities
 from .configuration import AuxiliaryConfig
-from .modules import backbone
 from .small import unread_weights
 
 BASE_FOLDER = "base"
@@ -55,7 +55,7 @@ def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs
         model = _loaded(name, os.fspath(given), kwargs)
     elif isinstance(given, PretrainedConfig) and name == "aux":
         _check_decoder(name, given)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(given), **kwargs)
+        model = modalities.auto_class(given).from_config(copy.deepcopy(given), **kwargs)
     elif isinstance(given, PreTrainedModel):
         if kwargs:
             raise ValueError(f"{name}_kwargs must be empty where {name} is a model, got {', '.join(sorted(kwargs))}")
@@ -64,7 +64,7 @@ def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs
         allowed = "a PreTrainedModel or a name" + (", or a configuration" if name == "aux" else "")
         raise TypeError(f"{name} must be {allowed}, got {type(given).__name__}")
     _check_decoder(name, model.config)
-    if not model.can_generate() or backbone(model) is model:
+    if not model.can_generate() or model.get_output_embeddings() is None:
         raise TypeError(f"{name} must be a causal LM with an output head, got {type(model).__name__}")
     return model
 
@@ -80,10 +80,24 @@ def _check_decoder(name: str, config: PretrainedConfig) -> None:
 
 
 def _loaded(name: str, path: str, kwargs: dict) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except ValueError:
+        if not _reads_images(path, kwargs):
+            raise
+        model, info = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
         raise ValueError(f"{name} must have all its weights, {path} lacks {_some(info['missing_keys'])}")
     return model
+
+
+def _reads_images(path: str, kwargs: dict) -> bool:
+    """Whether a name or path holds a model of a family that only AutoModelForImageTextToText knows."""
+    try:
+        config = AutoConfig.from_pretrained(path, **hub_options(kwargs))
+    except (OSError, ValueError):
+        return False
+    return modalities.auto_class(config) is AutoModelForImageTextToText
 
 
 def _some(names) -> str:
@@ -342,11 +356,11 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     model_kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_FOLDER}
     weights = weights_of(folder, where)
     own = {key.removeprefix("aux."): weights.pop(key) for key in list(weights) if key.startswith("aux.")}
-    if type(config.aux_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind = modalities.class_of(config.aux_config)
+    if kind is None:
         raise ValueError(
             f"aux must be of a class of transformers, or registered there, got {config.aux_config.model_type}"
         )
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.aux_config)]
     options = {name: value for name, value in model_kwargs.items() if name not in _HUB_OPTIONS}
     unread = {} if config.head == "own" and config.trunk_layer is None else _unread_weights(config)
     aux, info = kind.from_pretrained(
@@ -385,7 +399,7 @@ def load_base(folder, config, base, base_kwargs: dict | None, check_base: bool, 
 def _unread_weights(config: AuxiliaryConfig) -> dict[str, Tensor]:
     """Zeros without memory for the auxiliary's matrices that nothing reads, which only older folders hold."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config.aux_config))
+        model = modalities.auto_class(config.aux_config).from_config(copy.deepcopy(config.aux_config))
     shapes = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
     return {
         name: torch.zeros(()).expand(shapes[name]) for name in unread_weights(model, config.head, config.trunk_layer)

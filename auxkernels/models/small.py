@@ -65,7 +65,8 @@ def check_hidden_states(base: nn.Module | None, aux: nn.Module) -> None:
     for name, model in (("base", base), ("aux", aux)):
         if model is not None and is_called_whole(model):
             raise ValueError(
-                f"{name} must be a transformers model without hooks, or with head='own': only its logits are known"
+                f"{name} must be a transformers model without hooks whose head is one layer, or with head='own', got "
+                f"{type(model).__name__}: only its logits are known"
             )
 
 

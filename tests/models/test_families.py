@@ -5,6 +5,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from family_configs import tiny_config  # noqa: E402
+from family_configs import tiny_model as tiny_family  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 
 from auxkernels.models import AuxiliaryForCausalLM, PlannerForCausalLM  # noqa: E402
@@ -125,6 +127,38 @@ def test_configurations_without_a_padding_token_are_read(side, tokens):
     assert torch.equal(generated(joined, tokens), generated(joined, tokens, use_cache=False))
 
 
+@pytest.mark.parametrize("side", ["base", "aux"])
+def test_rows_that_only_pad_a_head_give_no_logits(side, tokens):
+    if not hasattr(transformers, "InklingTextConfig"):
+        pytest.skip("this transformers has no Inkling")
+    config = tiny_config("inkling_text")
+    config.unpadded_vocab_size = 50
+    torch.manual_seed(0)
+    model, other = transformers.AutoModelForCausalLM.from_config(config).eval(), tiny_model("llama", seed=3)
+    tokens = tokens.clamp(max=49)
+    want = model(input_ids=tokens).logits + other(tokens).logits[..., :50]
+    parts = (model, other) if side == "base" else (other, model)
+    joined = AuxiliaryForCausalLM.from_base_and_aux(*parts, zero_init=False, vocab_policy="pad").eval()
+    torch.testing.assert_close(joined(tokens).logits[..., :50], want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="50"):
+        AuxiliaryForCausalLM.from_base_and_aux(*parts, zero_init=False)
+    joined.train()(tokens, labels=tokens).loss.backward()
+    trained = joined.aux.get_output_embeddings().weight.grad
+    assert trained[:50].any(dim=1).all() and not trained[50:].any()
+
+
+def test_a_prefix_in_front_of_roberta_is_at_the_positions_that_it_was_trained_with(tokens):
+    base, aux = tiny_model("llama"), tiny_family("roberta")
+    prefix = torch.tensor([[7, 9, 11, 13]]).expand(3, 4)
+    joined = AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False).eval()
+
+    def sums(ids):
+        return base(ids).logits + aux(torch.cat([prefix, ids], dim=1)).logits[:, 4:]
+
+    torch.testing.assert_close(joined(tokens, aux_input_ids=prefix).logits, sums(tokens), rtol=1e-4, atol=1e-4)
+    assert torch.equal(generated(joined, tokens, aux_input_ids=prefix), continued(sums, tokens))
+
+
 # -- refused for the right reason --------------------------------------------------------------------------------------
 
 
@@ -142,6 +176,21 @@ def test_hidden_states_of_four_dimensions_are_refused_as_trunk_when_joining():
     message = r"trunk_layer 2 of Gemma3nForCausalLM must be \[batch, n, width\] = \[1, 7, 32\], got \[4, 1, 7, 32\]"
     with pytest.raises(ValueError, match=message):
         AuxiliaryForCausalLM.from_base_and_aux(base, tiny_model("llama"), trunk_layer=2)
+
+
+def test_a_language_model_that_passes_no_gradient_to_labels_is_refused_in_training(tokens):
+    lm, tokens = tiny_family("reformer"), tokens[:, :8]  # a multiple of its chunks
+    model = PlannerForCausalLM.from_lm(lm, num_labels=4, label_dim=4, mode="fixed", layers=[1]).train()
+    with pytest.raises(RuntimeError, match="ReformerModelWithLMHead passes no gradient on"):
+        model(tokens, labels=tokens)
+
+
+def test_layers_of_another_width_than_the_hidden_states_are_refused_when_joining():
+    message = r"layers of Qwen4ExpForCausalLM must take hidden states .* = \[1, 7, 32\] .* got \[1, 7, 128\]"
+    if not hasattr(transformers, "Qwen4ExpConfig"):
+        pytest.skip("this transformers has no Qwen4Exp")
+    with pytest.raises(ValueError, match=message):
+        PlannerForCausalLM.from_lm(tiny_family("qwen4_exp_text"), num_labels=4, label_dim=4, layers=[1])
 
 
 def test_layers_whose_states_are_not_one_for_each_token_are_refused_when_joining():
