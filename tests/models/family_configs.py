@@ -93,7 +93,6 @@ EXCEPTIONS: dict[str, dict] = {
     },
     "qwen2_vl_text": {"rope_parameters": _MROPE},
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
-    "glm46v_text": {"rope_parameters": _MROPE},
     "glm4v_text": {"rope_parameters": _MROPE},
     "glm4v_moe_text": {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}},
     "glm_ocr_text": {"rope_parameters": _MROPE},

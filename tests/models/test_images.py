@@ -91,7 +91,11 @@ def test_an_auxiliary_of_text_reads_the_placeholders_as_tokens(family):
     def sums(given):
         return plain(base, given) + aux(given["input_ids"], given["attention_mask"]).logits
 
+    seen: set = set()
+    hook = aux.model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     check_close(joined(**inputs).logits, sums(inputs), "logits")
+    hook.remove()
+    assert "input_ids" in seen and not seen & (images_of(family, 1).keys() | {*PER_TOKEN})
     for use_cache in (True, False):
         assert_greedy(generated(joined, inputs, use_cache=use_cache), sums, inputs)
     joined.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
