@@ -62,7 +62,8 @@ def test_the_lattice_has_every_width_at_several_numbers_of_rows_beside_eager_alo
         for name, (num_rows, vocab), kind, inputs in known:
             if (name, kind, inputs) == (pass_name, dtype, "flat"):
                 rows.setdefault(vocab, set()).add(num_rows)
-        assert {32000, 128256} <= set(rows) and all(len(numbers) > 1 for numbers in rows.values())
+        widths = {spec[1][1] for spec in cross_entropy.lattice_specs()}
+        assert {32000, 128256} <= widths and all(len(rows[width]) > 1 for width in widths)
     assert {spec.baselines for spec in cross_entropy.lattice_specs()} == {"eager"}
 
 
@@ -79,7 +80,7 @@ def test_the_suites_parts_together_are_all_of_it_and_each_test_is_in_one():
     for name, selected in gpu_steps.SELECTED.items():
         its_files = {f"tests/{file}" for file in gpu_steps.FILES[name]}
         parts[name] = {test for test in whole if selected in test and test.partition("::")[0] in its_files}
-        assert len(parts[name]) >= 17
+        assert len(parts[name]) >= 16
     rest = collected("-k", gpu_steps.rest_expression())
     assert rest == whole - parts["native"] - parts["triton"] and len(rest) > 50
 
