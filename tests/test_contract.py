@@ -306,7 +306,7 @@ def test_an_unknown_backend_is_a_value_error(value):
 def test_an_unavailable_backend_is_an_error_that_says_why(monkeypatch, backend):
     arguments = Arguments()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(auxkernels.backends, "native_missing", lambda: "the CPU module was not built: no compiler")
+    monkeypatch.setattr(auxkernels.dispatch, "native_missing", lambda: "the CPU module was not built: no compiler")
     reason = {
         "native": "the CPU module was not built: no compiler",
         "triton": "Triton kernels run on CUDA or ROCm devices",

@@ -120,7 +120,7 @@ def test_every_pair_of_options_has_the_loss_and_gradients_of_float64(impl, monke
             case.base, case.aux, case.target, backend=impl.backend, return_stats=True, **case.options
         )
         alone = aux_cross_entropy(case.base, case.aux, case.target, backend=impl.backend, **case.options)
-        assert torch.equal(loss, alone)
+        assert_alike(loss, alone)  # other sums are formed beside it, and a compiler orders them as it likes
         assert not any(value.requires_grad for value in vars(stats).values())
         check_statistics(stats, case)
 
