@@ -46,7 +46,7 @@ class Given:
             setattr(self, name, value)
 
     def arguments(self):
-        names = ("leaves", "softcaps", "num_base", "autocast", "target", "weight", "ignore_index", "vocab_size")
+        names = ("parts", "softcaps", "num_base", "autocast", "target", "weight", "ignore_index", "vocab_size")
         return [getattr(self, name) for name in names]
 
     def needs(self):
