@@ -23,6 +23,7 @@ from .ensemble_cache import EnsembleCache
 from .ensemble_config import AuxiliaryEnsembleConfig, check_floor, check_known, check_names
 from .ensemble_saving import MEMBERS, is_trained
 from .frozen_base import Call, Given, OnFrozenBase
+from .modalities import has_more_than_text
 from .sums import AuxiliaryCausalLMOutput, Scale
 from .vocabulary import check_tokenizers
 
@@ -78,6 +79,10 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         self.generation_config = inherited(base.generation_config)
         self._is_stateful = any(one._is_stateful for one in auxiliaries)
         self._has_cache = all(one._has_cache for one in auxiliaries)
+        readers = [one._readers for one in auxiliaries]
+        reads_images = [readers[0].is_multimodal[0], *(reader.is_multimodal[1] for reader in readers)]
+        self._leader_name, self._num_leaders = "base" if reads_images[0] else None, sum(reads_images)
+        self._has_text_positions = any(reader.leaders()[2] for reader in readers)
         self._is_pointer_checked = False
         for name in config.frozen_members:
             self.members[name].requires_grad_(False)
@@ -201,8 +206,10 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
 
         They hold in every branch: under guidance_scale also for the unconditional text, but for the floor, and an
         assistant_model gets them if it is an ensemble of members with the same names. Raises ValueError as
-        `AuxiliaryForCausalLM.generate`.
+        `AuxiliaryForCausalLM.generate`, and for images that the base does not read.
         """
+        if self._leader_name is None and self._num_leaders and has_more_than_text(kwargs):
+            raise ValueError("images in generation must be read by the base, got them for members alone")
         if isinstance(aux_scale, Tensor) and aux_scale.dim() == 1:  # beams repeat the rows of every tensor
             aux_scale = dict(zip(self.members, self._scales(aux_scale, None), strict=True))
         if isinstance(aux_scale, Mapping):

@@ -177,20 +177,15 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         past = 0 if cache is None else cache.get_seq_length()
         pairs = [None] * len(given) if cache is None else self._pairs(cache)
         texts = [reading.Text(call.input_ids, call.attention_mask, call.position_ids, pair, past) for pair in pairs]
-        # (text, further inputs) of the base and of the auxiliary
-        split = [
-            one._readers.split(text, dict(kwargs), own.input_ids is not None)
-            for one, text, own in zip(self._auxiliaries, texts, given, strict=True)
-        ]
-        base_text, base_kwargs = split[0][0], {name: value for found in split for name, value in found[1].items()}
+        base_text, base_kwargs, split = self._split(texts, given, kwargs)
         scales = [reading.row_scale(one.scale, call.input_ids.shape) for one in given]
         base_scale = reading.row_scale(base_scale, call.input_ids.shape, "base_scale")
-        behind = [self._aux_text(i, found[2], one) for i, (found, one) in enumerate(zip(split, given, strict=True))]
+        behind = [self._aux_text(i, text, one) for i, ((text, _), one) in enumerate(zip(split, given, strict=True))]
         if cache is not None:
             cache.is_complete = False
         h_base, states = self._run_base(base_text, use_cache, call.output_hidden_states, base_kwargs)
         terms, router = [], None
-        for one, (_, _, text, inputs), own, scale, is_balanced in zip(
+        for one, (text, inputs), own, scale, is_balanced in zip(
             self._auxiliaries, split, behind, scales, wants_balance, strict=True
         ):
             aux_kwargs = own.with_token_types(inputs | ({"output_router_logits": True} if is_balanced else {}))
@@ -204,6 +199,24 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         if cache is not None:
             cache.is_complete = True
         return Sum(self.base, h_base, terms, self.config.num_valid_tokens, base_scale), states, router
+
+    def _split(
+        self, texts: list[reading.Text], given: list[Given], kwargs: dict
+    ) -> tuple[reading.Text, dict, list[tuple[reading.Text, dict]]]:
+        """(text, further inputs) of the base, and of each auxiliary: none gets what another one alone reads."""
+        readers = [one._readers for one in self._auxiliaries]
+        found = [
+            reader.split(text, dict(kwargs), own.input_ids is not None)
+            for reader, text, own in zip(readers, texts, given, strict=True)
+        ]
+        base_text, of_base = found[0][:2]
+        of_base = {name: value for name, value in of_base.items() if all(name in one[1] for one in found)}
+        named = frozenset().union(*(reader.aux for reader in readers))
+        of_auxiliaries = [
+            (text, {name: value for name, value in inputs.items() if name in reader.aux or name not in named})
+            for reader, (_, _, text, inputs) in zip(readers, found, strict=True)
+        ]
+        return base_text, of_base, of_auxiliaries
 
     def _aux_text(self, index: int, text: reading.Text, given: Given) -> reading.AuxText:
         """What the auxiliary of an index reads; raises before anything has run."""

@@ -8,11 +8,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from ensembles import PREFIX, PREFIX_MASK, eager_sum, tiny_ensemble  # noqa: E402
+from family_configs import tiny_model as family_model  # noqa: E402
 from network import assert_same_network  # noqa: E402
 from tiny import VOCAB_SIZE, tiny_model, tiny_pair  # noqa: E402
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer  # noqa: E402
 
-from auxkernels.models import AuxiliaryEnsembleForCausalLM, EnsembleCache  # noqa: E402
+from auxkernels.models import AuxiliaryEnsembleForCausalLM, AuxiliaryForCausalLM, EnsembleCache  # noqa: E402
 
 NEW = 6
 OTHER = torch.tensor([[3, 5], [6, 8], [12, 10]])
@@ -358,3 +359,17 @@ def test_models_without_a_cache_read_all_tokens_again(tokens):
     assert torch.equal(generate(model, tokens, torch.ones_like(tokens)).sequences, want)
     with pytest.raises(ValueError, match="use_cache must be False: OpenAIGPTLMHeadModel has no cache"):
         model.new_cache()
+
+
+@pytest.mark.parametrize("families", [("roberta", "llama"), ("llama", "roberta")], ids="-".join)
+def test_positions_that_begin_behind_the_padding_token_are_those_of_training(families):
+    base, aux = (family_model(family) for family in families)
+    one = AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False).eval()
+    model = AuxiliaryEnsembleForCausalLM.from_members(base, {"a": one}).eval()
+    tokens = torch.randint(3, 50, (2, 7))
+    made = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **GREEDY)
+    for n in range(tokens.shape[1], made.shape[1]):
+        assert torch.equal(one(made[:, :n], use_cache=False).logits[:, -1].argmax(-1), made[:, n])
+
+
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}

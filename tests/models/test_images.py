@@ -9,7 +9,7 @@ from family_configs import IMAGE_TOKEN, tiny_model  # noqa: E402
 from family_trials import TOLERANCE, check_close  # noqa: E402
 from tiny import tiny_model as text_model  # noqa: E402
 
-from auxkernels.models import AuxiliaryForCausalLM, PlannerForCausalLM  # noqa: E402
+from auxkernels.models import AuxiliaryEnsembleForCausalLM, AuxiliaryForCausalLM, PlannerForCausalLM  # noqa: E402
 
 FAMILIES = ("llava", "gemma3", "qwen2_vl")
 NEW = 4
@@ -242,3 +242,29 @@ def test_planners_of_images_are_saved_and_found_again(save_lm, tmp_path):
     planner.save_pretrained(tmp_path / "saved", save_lm=save_lm)
     loaded = PlannerForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(loaded(**inputs).logits, planner(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_ensemble_gives_images_to_its_base_and_to_the_members_that_read_them(family):
+    base, inputs = tiny_model(family), inputs_of(family)
+    text, images = text_model("llama", vocab_size=base.config.get_text_config().vocab_size), tiny_model(family, seed=5)
+    members = {"text": text, "images": images}
+    joined = {
+        name: AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False).eval() for name, aux in members.items()
+    }
+    alone = AuxiliaryEnsembleForCausalLM.from_members(base, {"text": joined["text"]}).eval()
+    assert torch.equal(generated(alone, inputs), generated(joined["text"], inputs))
+    assert torch.equal(alone(**inputs).logits, joined["text"](**inputs).logits)
+    both = AuxiliaryEnsembleForCausalLM.from_members(base, joined).eval()
+    want = plain(base, inputs) + plain(images, inputs) + text(inputs["input_ids"]).logits
+    check_close(both(**inputs).logits, want, "sums")
+    assert_greedy(generated(both, inputs), lambda given: both(**given, use_cache=False).logits, inputs)
+
+
+def test_an_ensemble_over_a_base_of_text_generates_without_images():
+    base, inputs = tiny_model("llama"), inputs_of("llava")
+    image_reader = AuxiliaryForCausalLM.from_base_and_aux(base, tiny_model("llava"), zero_init=False).eval()
+    model = AuxiliaryEnsembleForCausalLM.from_members(base, {"images": image_reader}).eval()
+    assert torch.equal(model(**inputs).logits, image_reader(**inputs).logits)
+    with pytest.raises(ValueError, match="images in generation must be read by the base"):
+        model.generate(**inputs, max_new_tokens=2)
