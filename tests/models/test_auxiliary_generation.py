@@ -5,13 +5,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from generation import NEW, generate, greedy, loop, next_logits, padded  # noqa: E402
 from network import assert_same_network  # noqa: E402
 from tiny import PAIRS, VOCAB_SIZE, tiny_pair  # noqa: E402
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer  # noqa: E402
 
 from auxkernels.models import PairedCache  # noqa: E402
 
-NEW = 8
 PREFIX = torch.tensor([[7, 9, 11, 13], [0, 0, 21, 23], [0, 31, 33, 35]])
 PREFIX_MASK = (PREFIX != 0).long()
 VARIANTS = {
@@ -26,38 +26,6 @@ VARIANTS = {
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     return VARIANTS[request.param]
-
-
-def padded(tokens, lengths):
-    """tokens cut to their last `lengths`, padded on the left, and the mask."""
-    mask = (torch.arange(tokens.shape[1]) >= tokens.shape[1] - torch.tensor(lengths)[:, None]).long()
-    return tokens * mask, mask
-
-
-@torch.no_grad()
-def next_logits(model, tokens, mask, **kwargs):
-    """[batch, V] of the last position, computed from nothing."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return model(tokens, attention_mask=mask, position_ids=positions, use_cache=False, **kwargs).logits[:, -1]
-
-
-def loop(model, tokens, mask, choose, new=NEW, **kwargs):
-    """Generation without a cache, and the logits of every step [batch, new, V]."""
-    steps = []
-    for _ in range(new):
-        steps.append(next_logits(model, tokens, mask, **kwargs))
-        tokens = torch.cat([tokens, choose(steps[-1])], dim=1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    return tokens, torch.stack(steps, dim=1)
-
-
-def greedy(logits):
-    return logits.argmax(-1, keepdim=True)
-
-
-def generate(model, tokens, mask, **kwargs):
-    options = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
-    return model.generate(tokens, attention_mask=mask, **{**options, **kwargs})
 
 
 @pytest.mark.parametrize("base, aux", PAIRS)

@@ -176,21 +176,11 @@ def test_missing_and_unexpected_weights_are_errors(base_folder, tmp_path, key):
         AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")
 
 
-def test_interrupted_save_leaves_no_folder_that_loads(base_folder, tmp_path, monkeypatch):
+def test_interrupted_save_leaves_no_folder_that_loads(base_folder, tmp_path, interrupted):
     model = joined(base_folder)
     folder = tmp_path / "saved"
     model.save_pretrained(folder)
-    replace = os.replace
-
-    moved = []
-
-    def fail_after_one(source, target):
-        moved.append(target)
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail_after_one)
+    interrupted()
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     assert not (folder / "config.json").exists()

@@ -9,13 +9,13 @@ transformers = pytest.importorskip("transformers")
 
 from ensembles import PREFIX, PREFIX_MASK, eager_sum, tiny_ensemble  # noqa: E402
 from family_configs import tiny_model as family_model  # noqa: E402
+from generation import NEW, generate, greedy, loop, next_logits, padded  # noqa: E402
 from network import assert_same_network  # noqa: E402
 from tiny import VOCAB_SIZE, tiny_model, tiny_pair  # noqa: E402
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer  # noqa: E402
 
 from auxkernels.models import AuxiliaryEnsembleForCausalLM, AuxiliaryForCausalLM, EnsembleCache  # noqa: E402
 
-NEW = 6
 OTHER = torch.tensor([[3, 5], [6, 8], [12, 10]])
 ROWS = torch.tensor([[0.0, 1.0, -1.0], [0.5, -0.5, 2.0], [2.0, 0.0, 0.7]])
 VARIANTS = {
@@ -49,35 +49,6 @@ def one_row(kwargs, row):
     return {name: of(value) for name, value in kwargs.items()}
 
 
-def padded(tokens, lengths=(9, 5, 2)):
-    mask = (torch.arange(tokens.shape[1]) >= tokens.shape[1] - torch.tensor(lengths)[:, None]).long()
-    return tokens * mask, mask
-
-
-@torch.no_grad()
-def next_logits(model, tokens, mask, **kwargs):
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return model(tokens, attention_mask=mask, position_ids=positions, use_cache=False, **kwargs).logits[:, -1]
-
-
-def loop(model, tokens, mask, choose, new=NEW, **kwargs):
-    steps = []
-    for _ in range(new):
-        steps.append(next_logits(model, tokens, mask, **kwargs))
-        tokens = torch.cat([tokens, choose(steps[-1])], dim=1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    return tokens, torch.stack(steps, dim=1)
-
-
-def greedy(logits):
-    return logits.argmax(-1, keepdim=True)
-
-
-def generate(model, tokens, mask, **kwargs):
-    options = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
-    return model.generate(tokens, attention_mask=mask, **{**options, **kwargs})
-
-
 def assert_same_scores(got, want):
     assert torch.equal(got.isfinite(), want.isfinite())
     assert_same_network(got[got.isfinite()], want[want.isfinite()])
@@ -88,7 +59,7 @@ def assert_same_scores(got, want):
 
 def test_greedy_equals_a_loop_without_cache(variant, tokens):
     model, kwargs = variant
-    text, mask = padded(tokens)
+    text, mask = padded(tokens, (9, 5, 2))
     want, steps = loop(model, text, mask, greedy, **kwargs)
     got = generate(model, text, mask, output_logits=True, **kwargs)
     assert torch.equal(got.sequences, want)
@@ -118,7 +89,7 @@ def test_every_argument_changes_what_is_generated(tokens):
 
 def test_sampling_with_a_seed_equals_a_loop(variant, tokens):
     model, kwargs = variant
-    text, mask = padded(tokens)
+    text, mask = padded(tokens, (9, 5, 2))
     torch.manual_seed(7)
     want, _ = loop(model, text, mask, lambda z: torch.multinomial((z / 0.7).softmax(-1), 1), **kwargs)
     torch.manual_seed(7)
@@ -143,7 +114,7 @@ def beam_loop(model, tokens, mask, num_beams, **kwargs):
 
 def test_beams_equal_a_search_without_cache(variant, tokens):
     model, kwargs = variant
-    text, mask = padded(tokens)
+    text, mask = padded(tokens, (9, 5, 2))
     got = generate(model, text, mask, num_beams=3, **kwargs).sequences
     for row in range(3):
         want = beam_loop(model, text[row : row + 1], mask[row : row + 1], 3, **one_row(kwargs, row))
@@ -153,7 +124,7 @@ def test_beams_equal_a_search_without_cache(variant, tokens):
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_several_returned_sequences_have_their_texts_arguments(num_beams, variant, tokens):
     model, kwargs = variant
-    text, mask = padded(tokens)
+    text, mask = padded(tokens, (9, 5, 2))
     options = {"num_beams": num_beams, "num_return_sequences": 2, "do_sample": num_beams == 1, "top_k": 1}
     options = options if num_beams == 1 else {**options, "top_k": None}
     got = generate(model, text, mask, **options, **kwargs).sequences
@@ -209,7 +180,7 @@ def test_the_unconditional_branch_has_the_arguments_of_the_call(variant, tokens)
 
 def test_continuation_from_a_cache(variant, tokens):
     model, kwargs = variant
-    text, mask = padded(tokens)
+    text, mask = padded(tokens, (9, 5, 2))
     want, _ = loop(model, text, mask, greedy, new=2 * NEW, **kwargs)
     first = generate(model, text, mask, **kwargs)
     mask = torch.cat([mask, torch.ones(3, NEW, dtype=torch.long)], dim=1)

@@ -118,17 +118,10 @@ def test_saving_again_leaves_nothing_of_the_old_version(base_folder, tmp_path):
     assert same_state(model, AuxiliaryEnsembleForCausalLM.from_pretrained(tmp_path / "saved"))
 
 
-def test_an_interrupted_save_leaves_no_folder_that_loads(base_folder, tmp_path, monkeypatch):
-    model, folder, replace, moved = named(base_folder), tmp_path / "saved", os.replace, []
+def test_an_interrupted_save_leaves_no_folder_that_loads(base_folder, tmp_path, interrupted):
+    model, folder = named(base_folder), tmp_path / "saved"
     model.save_pretrained(folder)
-
-    def fail_after_one(source, target):
-        moved.append(target)
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail_after_one)
+    interrupted()
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     assert not (folder / "config.json").exists()
