@@ -1,6 +1,6 @@
 // What the kernels ask of the machine beyond C++: threads and clusters, barriers, asynchronous copies, conversions.
 // Everything that is PTX is here, and nothing else is, so that a compiler without CUDA can be given the same names
-// (tests/cuda_on_cpu) and the kernels run on a CPU.
+// (tests/kernels/cuda/on_cpu) and the kernels run on a CPU.
 #pragma once
 
 #include <climits>

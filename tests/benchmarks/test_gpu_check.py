@@ -68,12 +68,22 @@ def test_the_lattice_has_every_width_at_several_numbers_of_rows_beside_eager_alo
 
 
 def test_the_suites_parts_together_are_all_of_it_and_each_test_is_in_one():
-    """By collecting some of the files: of both parts, of one, and of none."""
-    files = [f"tests/{name}" for name in ("test_gpu.py", "test_tensors.py", "test_heads_compile.py")]
+    """By collecting some of the files on a fake device: of both parts, of one, of none, and two of one name."""
+    files = [
+        f"tests/{name}"
+        for name in (
+            *("kernels/cuda/test_gpu.py", "cross_entropy/test_tensors.py", "heads/test_compile.py"),
+            *("cross_entropy/test_contract.py", "heads/test_contract.py"),
+        )
+    ]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
 
+    tools = Path(__file__).parent / "fake_cuda_tools"
+    path = os.pathsep.join(map(str, (tools, tools.parent, processes.ROOT)))
+
     def collected(*options):
-        done = subprocess.run([*command, *options], cwd=processes.ROOT, capture_output=True, text=True)
+        given = {"cwd": processes.ROOT, "env": os.environ | {"PYTHONPATH": path}}
+        done = subprocess.run([*command, *options], capture_output=True, text=True, **given)
         return {line for line in done.stdout.splitlines() if "::" in line}
 
     whole, parts = collected(), {}

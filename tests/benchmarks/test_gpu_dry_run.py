@@ -32,11 +32,11 @@ def play(patch: pytest.MonkeyPatch, **variables: str) -> None:
     patch.setattr(gpu_steps, "SHARDS", {"native": 2, "triton": 1})
     patch.setattr(gpu_steps, "MAX_WORKERS", 1)
     patch.setattr(gpu_steps, "ROUNDS", 2)
-    patch.setattr(gpu_steps, "FILES", dict.fromkeys(gpu_steps.FILES, ("test_confident_rows.py",)))
+    patch.setattr(gpu_steps, "FILES", dict.fromkeys(gpu_steps.FILES, ("cross_entropy/test_confident_rows.py",)))
     selected = {name: f"{expression} and softcap" for name, expression in gpu_steps.SELECTED.items()}
     patch.setattr(gpu_steps, "SELECTED", selected)
-    rest = "tests/test_confident_rows.py::test_smoothing_and_weights_do_not_spoil_the_loss_of_a_confident_row"
-    patch.setattr(gpu_steps, "REST", (rest,))
+    test = "test_smoothing_and_weights_do_not_spoil_the_loss_of_a_confident_row"
+    patch.setattr(gpu_steps, "REST", (f"tests/cross_entropy/test_confident_rows.py::{test}",))
     patch.setattr(gpu_cases, "NUM_REPEATS", 3)
     runs = {
         number: tuple(step._replace(limit=PATIENCE * step.limit) for step in steps)

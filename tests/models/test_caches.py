@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 import planner_models  # noqa: E402
 from network import assert_same_network  # noqa: E402
 from recurrent_models import CONFIGS, recurrent_model  # noqa: E402
-from test_planner_generation import end_by_sum, scores_of  # noqa: E402
+from segment_ends import end_by_sum, scores_of  # noqa: E402
 from tiny import VOCAB_SIZE, tiny_model, tiny_pair  # noqa: E402
 from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils  # noqa: E402
 

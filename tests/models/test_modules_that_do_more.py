@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 transformers = pytest.importorskip("transformers")
 
 import planner_models  # noqa: E402
-from test_experts import MASK, experts, skip_unless_balanced  # noqa: E402
+from experts import MASK, experts, skip_unless_balanced  # noqa: E402
 from tiny import tiny_model, tiny_pair  # noqa: E402
 
 from auxkernels import Logits  # noqa: E402
