@@ -7,7 +7,7 @@ ops.py        the operators as PyTorch sees them
 chunked.py    rows in chunks: a row kernel, and products with the tables
 noise.py      the counter-based generator of Gumbel noise
 segments.py   from one row for each segment to one for each token
-plain_lookup.py   calls without any option on CPU, by less Python
+native_plain.py   calls without any option on CPU, by less Python
 reference.py, native.py, triton/   the implementations, which never import each other
 """
 

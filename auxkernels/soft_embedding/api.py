@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..sources import Source, SourceLike, as_sources, leaves_of
-from . import autograd, ops, plain_lookup, reference
+from . import autograd, native_plain, ops, reference
 from .request import mask_of
 
 
@@ -79,8 +79,8 @@ def soft_embedding(
     has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
     has_option = has_option or clean_gradient is not False
     is_plain = not has_option and type(gumbel) in (float, int) and gumbel == 0
-    if is_plain and plain_lookup.serves(logits, table, temperature, seed, backend):
-        return plain_lookup.lookup(logits, table, temperature)
+    if is_plain and native_plain.serves(logits, table, temperature, seed, backend):
+        return autograd.plain_lookup(logits, table, temperature)
     given = _checked(logits, table, temperature, hard, gumbel, clean_gradient, seed, mask, top_k, backend)
     if given.call.options.backend == "reference":
         mixture, stats = reference.soft_embedding(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import dispatch
 from ..autograd import apply, distinct, is_traced_in_transform, once, saveable
 from ..sources import LAYOUTS, NUMBERS
-from . import ops
+from . import native_plain, ops
+from .native_plain import PlainLookup
 from .request import NO_UPSTREAM, State, Upstream, mask_of, outputs_in
 
 _WHO = "soft_embedding"
@@ -84,20 +86,30 @@ def _per_tensor(grads: list[Tensor | None], tensors: tuple) -> list[Tensor | Non
 
 
 class _SoftEmbedding(torch.autograd.Function):
-    """Any upstream gradients, as often as wanted."""
+    """Any upstream gradients, as often as wanted.
+
+    options   as ops.py has them, or native's lookup of scores and table alone, which are then all the tensors
+    """
 
     @staticmethod
     def forward(ctx, options, wanted, gumbel, seed, mask, *tensors):
+        ctx.options = options
+        if isinstance(options, PlainLookup):
+            mixture, state = options.forward(*tensors)
+            ctx.save_for_backward(state, *tensors)
+            return mixture
         saved = _saved(options, wanted)
         mixture, *outputs = ops.forward(_call_of(options, gumbel, seed, mask, tensors), saved)
         fields = dict(zip(outputs_in(saved), outputs, strict=True))
         ctx.save_for_backward(gumbel, seed, mask, *_state_of(fields), *tensors)
-        ctx.options, ctx.wanted = options, wanted
+        ctx.wanted = wanted
         ctx.set_materialize_grads(False)
         return (mixture, *_given_out(ctx, fields, wanted))
 
     @staticmethod
     def backward(ctx, grad, *of_fields):
+        if isinstance(ctx.options, PlainLookup):
+            return (None, None, None, None, None, *_plain_gradients(ctx, grad))
         gumbel, seed, mask, max, log_denom, argmax, labels, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[-len(tensors) :])
         grads: list = [None] * len(needs)
@@ -106,6 +118,34 @@ class _SoftEmbedding(torch.autograd.Function):
             made = iter(ops.backward(call, State(max, log_denom, argmax, labels), grad, upstream, needs))
             grads = _per_tensor([next(made) if need else None for need in needs], tensors)
         return (None, None, None, None, None, *once(_WHO, grads, (*tensors, grad, *of_fields)))
+
+
+# -- a lookup without options, as the native implementation has it whole -----------------------------------------------
+
+
+def plain_lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
+    """The mixture [*, D] of a call that `native_plain.serves` accepts."""
+    table = native_plain.table_of(table)
+    if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
+        return _SoftEmbedding.apply(PlainLookup(float(temperature)), 0, None, None, None, scores, table)
+    return native_plain.forward(scores, table, float(temperature), None)
+
+
+def _plain_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    state, scores, table = ctx.saved_tensors
+    needs, grad = ctx.needs_input_grad[-2:], grad.resolve_neg()
+    if dispatch.is_direct((state, scores, table, grad), "native"):
+        grads = ctx.options.backward(state, scores, table, grad, needs)
+    else:  # by the operator, which what is tracing knows
+        max, log_denom = state.view(2, *scores.shape[:-1])
+        temperature = dispatch.number_tensor(ctx.options.temperature, torch.float32, scores.device)
+        options = ops.Options((0.0,), None, 0, False, "native")
+        call = _call_of(options, None, None, None, (scores, None, None, None, temperature, table))
+        argmax = torch.empty_like(max, dtype=torch.int64)  # read for straight-through and statistics alone
+        wanted = [needs[0], False, False, False, False, needs[1]]
+        made = iter(ops.backward(call, State(max, log_denom, argmax, None), grad, NO_UPSTREAM, wanted))
+        grads = [next(made) if need else None for need in needs]
+    return once(_WHO, grads, (scores, table, grad))
 
 
 # -- a noisy choice with the gradient of the softmax without noise -----------------------------------------------------

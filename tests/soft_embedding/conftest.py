@@ -4,7 +4,7 @@ import implementations
 import pytest
 from implementations import CUDA, EMULATED, implementation_fixture
 
-from auxkernels.soft_embedding import plain_lookup
+from auxkernels.soft_embedding import native_plain
 
 
 def _of(chosen, doc):
@@ -18,6 +18,6 @@ doubles = _of(implementations.IN_FLOAT64, "Those that know float64.")
 
 
 @pytest.fixture
-def general_road(monkeypatch):
-    """soft_embedding without its short road, whose bits are its own: equal bits are a promise of each road alone."""
-    monkeypatch.setattr(plain_lookup, "serves", lambda *_: False)
+def general_path(monkeypatch):
+    """Without native's lookup of plain calls, whose bits are its own: equal bits are a promise of each path alone."""
+    monkeypatch.setattr(native_plain, "serves", lambda *_: False)

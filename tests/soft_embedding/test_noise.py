@@ -281,7 +281,7 @@ def test_a_given_seed_and_no_noise_leave_torchs_generator_alone(impl):
     assert torch.equal(get(), before)
 
 
-@pytest.mark.usefixtures("general_road")
+@pytest.mark.usefixtures("general_path")
 def test_no_noise_ignores_the_seed(impl):
     scores, table = logits(5, 7, device=impl.device), logits(7, 3, device=impl.device)
     plain = soft_embedding(scores, table, backend=impl.backend)

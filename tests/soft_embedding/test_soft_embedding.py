@@ -156,7 +156,7 @@ def test_a_cold_row_does_not_lose_its_second_label(impl):
     assert_alike(out, want, 16)
 
 
-@pytest.mark.usefixtures("general_road")
+@pytest.mark.usefixtures("general_path")
 def test_a_number_and_tensors_of_that_number_are_one_temperature(fused):
     scores, table = logits(6, 70, device=fused.device), logits(70, 9, device=fused.device)
     T = torch.tensor(0.3, device=fused.device)
@@ -206,7 +206,7 @@ def test_statistics_without_a_gradient_are_those_with_one(impl):
         assert recorded[name].requires_grad == (name != "argmax") and not plain[name].requires_grad
 
 
-@pytest.mark.usefixtures("general_road")
+@pytest.mark.usefixtures("general_path")
 def test_asking_for_statistics_does_not_change_the_mixture(fused):
     scores, table = logits(9, 70, device=fused.device), logits(70, 9, device=fused.device)
     for options in ({}, {"hard": True}, {"top_k": 3}, {"gumbel": 2.0, "seed": 1}):
@@ -346,7 +346,7 @@ def test_a_heads_products_are_made_only_where_they_are_needed(fused, needs):
     assert sorted(found) == sorted([(N, H, K), *([(N, D, K)] if needs else [(K, N, D)]), *own])
 
 
-@pytest.mark.usefixtures("general_road")
+@pytest.mark.usefixtures("general_path")
 def test_scores_are_read_in_place_whatever_their_strides(fused):
     """Two leading dimensions of one stride, as in scores[:, :-1]: no copy. NaN beside them shows a wrong read."""
     table = logits(37, 5, device=fused.device, requires_grad=True)

@@ -6,7 +6,7 @@ from inputs import head, logits, targets
 from torch.autograd import grad
 
 from auxkernels import Head, aux_cross_entropy, native, soft_embedding
-from auxkernels.soft_embedding import plain_lookup
+from auxkernels.soft_embedding import native_plain
 
 pytestmark = pytest.mark.usefixtures("native")
 SIZES = [3, 31, 33, 127, 257, 1025]  # labels or vocabulary: contracted over, and no multiple of 32
@@ -31,7 +31,7 @@ def test_heads_in_recycled_memory(poisoned, V, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("K", SIZES)
 def test_lookups_in_recycled_memory(poisoned, monkeypatch, K, dtype, options):
-    monkeypatch.setattr(plain_lookup, "brought_in", native.brought_in)
+    monkeypatch.setattr(native_plain, "brought_in", native.brought_in)
     scores = logits(70, K, dtype=dtype, requires_grad=True)
     table = logits(K, 40, dtype=dtype, requires_grad=True)
     mixture = soft_embedding(scores, table, **options)

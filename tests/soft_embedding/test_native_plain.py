@@ -1,4 +1,4 @@
-"""The short road of soft_embedding (plain_lookup.py): on every side of its thresholds, and that it is left in time."""
+"""Native's lookup of plain calls (native_plain.py): on every side of its thresholds, and that others do not take it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from auxkernels import soft_embedding
 from auxkernels.native import cpu
-from auxkernels.soft_embedding import plain_lookup
+from auxkernels.soft_embedding import autograd, native, native_plain
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # one compiled call, both ways; forward alone; one chunk; several chunks forward, backward
@@ -19,15 +19,15 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 @pytest.fixture
-def road(monkeypatch):
-    """Counts the calls that go this way."""
-    taken, lookup = [], plain_lookup.lookup
+def taken(monkeypatch):
+    """The calls that go this way."""
+    taken, lookup = [], autograd.plain_lookup
 
     def counted(*args):
         taken.append(args)
         return lookup(*args)
 
-    monkeypatch.setattr(plain_lookup, "lookup", counted)
+    monkeypatch.setattr(autograd, "plain_lookup", counted)
     return taken
 
 
@@ -43,14 +43,14 @@ def check_lookup(got, scores, table, temperature, upstream, products=None):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mixture_and_gradients_match_float64(road, shape, temperature):
+def test_mixture_and_gradients_match_float64(taken, shape, temperature):
     num_rows, num_labels, width = shape
     scores = logits(num_rows, num_labels, scale=0.01 if temperature < 0.1 else 3.0, requires_grad=True)
     table = logits(num_labels, width, requires_grad=True)
     upstream = logits(num_rows, width)
     mixture = soft_embedding(scores, table, temperature=temperature)
     got = (mixture, *grad(mixture, (scores, table), upstream))
-    assert len(road) == 1
+    assert len(taken) == 1
     check_lookup(got, scores, table, temperature, upstream)
     assert torch.equal(soft_embedding(scores.detach(), table.detach(), temperature=temperature), mixture)
 
@@ -58,22 +58,22 @@ def test_mixture_and_gradients_match_float64(road, shape, temperature):
 @pytest.mark.parametrize("table_dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("scores_dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 32, 16), (67, 1025, 40), (1100, 600, 3)], ids=str)
-def test_dtypes_mix(road, monkeypatch, shape, scores_dtype, table_dtype):
+def test_dtypes_mix(taken, monkeypatch, shape, scores_dtype, table_dtype):
     num_rows, num_labels, width = shape
     for name in ("FORWARD_BYTES", "BACKWARD_BYTES"):
-        monkeypatch.setattr(plain_lookup, name, 1 << 20)  # several chunks of the last shape
+        monkeypatch.setattr(native_plain, name, 1 << 20)  # several chunks of the last shape
     scores = logits(num_rows, num_labels, dtype=scores_dtype, requires_grad=True)
     table = logits(num_labels, width, dtype=table_dtype, requires_grad=True)
     upstream = logits(num_rows, width, dtype=table_dtype)
     mixture = soft_embedding(scores, table, temperature=0.7)
-    assert len(road) == 1 and mixture.dtype == table_dtype
+    assert len(taken) == 1 and mixture.dtype == table_dtype
     got = (mixture, *grad(mixture, (scores, table), upstream))
     assert [t.dtype for t in got] == [table_dtype, scores_dtype, table_dtype]
     check_lookup(got, scores, table, 0.7, upstream)
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 4), (70, 1025, 40), (300, 8192, 9)], ids=str)
-def test_rows_without_a_finite_score(road, shape):
+def test_rows_without_a_finite_score(taken, shape):
     """All -inf: zeros and no gradient. A NaN or +inf makes its own row NaN and no other."""
     num_rows, num_labels, width = shape
     scores, table = logits(num_rows, num_labels), logits(num_labels, width)
@@ -85,7 +85,7 @@ def test_rows_without_a_finite_score(road, shape):
     scores.requires_grad_()
     mixture = soft_embedding(scores, table, temperature=0.5)
     (dscores,) = grad(mixture.sum(), scores)
-    assert len(road) == 1
+    assert len(taken) == 1
     for t in (mixture, dscores):
         assert t[3:6].isnan().all() and t[:3].isfinite().all() and t[6:].isfinite().all()
         assert not t[1].any()
@@ -115,11 +115,11 @@ def test_bits_do_not_depend_on_our_threads(shape):
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             state, probabilities = torch.empty(2, num_rows), torch.empty(num_rows, num_labels)
-            plain_lookup.kernels.plain_softmax(scores, 0, 0.7, state, probabilities)
+            native.plain_softmax(scores, 0, 0.7, state, probabilities)
             got = [state, probabilities, torch.empty_like(scores), torch.empty_like(table)]
             mixture = table.new_empty((num_rows, width))
-            plain_lookup.kernels.small_lookup(scores, table, 0.7, None, mixture)
-            plain_lookup.kernels.small_lookup_backward(scores, table, 0.7, state, mixture, got[2], got[3])
+            native.small_lookup(scores, table, 0.7, None, mixture)
+            native.small_lookup_backward(scores, table, 0.7, state, mixture, got[2], got[3])
             got.append(mixture)
             want = got if want is None else want
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -140,30 +140,30 @@ def test_every_instruction_set(name):
             state, mixture = torch.empty(2, num_rows), torch.empty(num_rows, width)
             grads = torch.empty_like(scores), torch.empty_like(table)
             upstream = logits(num_rows, width)
-            plain_lookup.kernels.small_lookup(scores, table, 0.7, state, mixture)
-            plain_lookup.kernels.small_lookup_backward(scores, table, 0.7, state, upstream, *grads)
+            native.small_lookup(scores, table, 0.7, state, mixture)
+            native.small_lookup_backward(scores, table, 0.7, state, upstream, *grads)
             check_lookup((mixture, *grads), scores, table, 0.7, upstream)
     finally:
         module.set_instruction_set(module.instruction_sets()[0])
 
 
-def test_autocast_casts_the_table_alone(road):
+def test_autocast_casts_the_table_alone(taken):
     scores, table = logits(300, 40, dtype=BF16, requires_grad=True), logits(40, 24, requires_grad=True)
     upstream = logits(300, 24, dtype=BF16)
     with torch.autocast("cpu", torch.bfloat16):
         mixture = soft_embedding(scores, table, temperature=0.7)
     got = (mixture, *grad(mixture, (scores, table), upstream))
-    assert len(road) == 1 and [t.dtype for t in got] == [BF16, BF16, F32]
+    assert len(taken) == 1 and [t.dtype for t in got] == [BF16, BF16, F32]
     check_lookup(got, scores, table, 0.7, upstream, products=BF16)
     with torch.autocast("cpu", torch.float16):
         assert soft_embedding(scores, table).dtype == F16
-    assert len(road) == 1
+    assert len(taken) == 1
 
 
-def test_upstream_of_any_strides(road):
+def test_upstream_of_any_strides(taken):
     scores, table = logits(2, 40, 9, requires_grad=True), logits(9, 6, requires_grad=True)
     mixture = soft_embedding(scores, table)
-    assert len(road) == 1 and mixture.shape == (2, 40, 6)
+    assert len(taken) == 1 and mixture.shape == (2, 40, 6)
     for upstream in (torch.ones(()).expand(2, 40, 6), logits(6, 40, 2).transpose(0, 2), logits(2, 40, 12)[..., ::2]):
         grads = grad(mixture, (scores, table), upstream, retain_graph=True)
         check_lookup((mixture, *grads), scores, table, 1.0, upstream)
@@ -275,9 +275,9 @@ def test_backward_under_autocast_and_create_graph():
     ],
     ids=lambda change: "-".join(change),
 )
-def test_anything_else_goes_the_general_road(road, change):
+def test_anything_else_goes_the_general_path(taken, change):
     soft_embedding(**{"logits": torch.randn(4, 9), "table": torch.randn(9, 6), **change})
-    assert not road
+    assert not taken
 
 
 @pytest.mark.parametrize(
@@ -296,15 +296,15 @@ def test_anything_else_goes_the_general_road(road, change):
         ({"table": torch.randn(9, 6).to_mkldnn()}, TypeError),
     ],
 )
-def test_wrong_arguments_are_refused_as_ever(road, change, error):
+def test_wrong_arguments_are_refused_as_ever(taken, change, error):
     with pytest.raises(error):
         soft_embedding(**{"logits": torch.randn(4, 9), "table": torch.randn(9, 6), **change})
-    assert not road
+    assert not taken
 
 
-def test_transforms_and_tracing_do_not_come_here(road):
+def test_transforms_and_tracing_do_not_come_here(taken):
     scores, table = torch.randn(3, 4, 9), torch.randn(9, 6)
     for transform in (torch.func.vmap, lambda f: torch.func.grad(lambda z: f(z).sum())):
         with pytest.raises(RuntimeError):  # what the operator says, which has no rule for either
             transform(lambda z: soft_embedding(z, table))(scores)
-    assert not road
+    assert not taken

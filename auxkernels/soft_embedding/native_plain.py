@@ -1,23 +1,24 @@
-"""softmax(scores / temperature) @ table on CPU, without any option: soft_embedding.py's result by less Python.
+"""softmax(scores / temperature) @ table without any option, as the native implementation has it whole.
 
-A small call is nothing but Python: here it takes a fifth of the general path, which every other call takes.
+A small call is nothing but Python: here it takes a fifth of the general path (chunked.py with native.py), which every
+other call takes. The two sum up in other orders, so their results differ by roundings.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import dispatch
-from ..autograd import once
 from ..heads.operands import padded_matrix
 from ..heads.products import WeightGradient, multiply, plan_of
 from ..heads.rows import chunks_of, settings
 from ..native import brought_in
-from . import chunked, ops
+from . import chunked
 from . import native as kernels
-from .request import NO_UPSTREAM, State
 
 # of a chunk's [rows, K] matrices, one forward and two backward: caches keep small ones, products like tall ones
 FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
@@ -60,46 +61,27 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.is_contiguous()
 
 
-def lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
-    """The mixture [*, D] of a call that `serves` accepts."""
-    if torch.is_autocast_enabled("cpu"):
-        table = table.to(torch.get_autocast_dtype("cpu"))
-    if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
-        return _PlainLookup.apply(scores, table, float(temperature))
-    return _forward(scores, table, float(temperature), None)
+def table_of(table: Tensor) -> Tensor:
+    """The table in autocast's dtype."""
+    return table.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else table
 
 
-class _PlainLookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, table, temperature):
+class PlainLookup(NamedTuple):
+    """Both ways of a call that `serves` accepts, for the autograd function in autograd.py."""
+
+    temperature: float
+
+    def forward(self, scores: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixture [*, D], and for backward max and log_denom of each row [2, N]."""
         state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
-        ctx.save_for_backward(scores, table, state)
-        ctx.temperature = temperature
-        return _forward(scores, table, temperature, state)
+        return forward(scores, table, self.temperature, state), state
 
-    @staticmethod
-    def backward(ctx, grad):
-        saved, needs, grad = ctx.saved_tensors, ctx.needs_input_grad[:2], grad.resolve_neg()
-        if not dispatch.is_direct((*saved, grad), "native"):
-            grads = _general_backward(*saved, ctx.temperature, grad, *needs)
-        elif torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    def backward(self, state: Tensor, scores: Tensor, table: Tensor, grad: Tensor, needs: tuple[bool, bool]) -> list:
+        """The gradients of scores and table, None where `needs` says so; by nothing that autograd records."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                grads = _backward(*saved, ctx.temperature, grad, *needs)
-        else:
-            grads = _backward(*saved, ctx.temperature, grad, *needs)
-        return (*once("soft_embedding", grads, (*saved[:2], grad)), None)
-
-
-def _general_backward(scores, table, state, temperature, grad, needs_scores: bool, needs_table: bool) -> list:
-    """By the operator, which what is tracing knows."""
-    max, log_denom = state.view(2, *scores.shape[:-1])
-    temperature = dispatch.number_tensor(temperature, torch.float32, scores.device)
-    options = ops.Options((0.0,), None, 0, False, "native")
-    call = ops.Call((scores, None, None, None), temperature, table, None, None, None, options)
-    argmax = torch.empty_like(max, dtype=torch.int64)  # read for straight-through and statistics alone
-    needs = [needs_scores, False, False, False, False, needs_table]
-    made = iter(ops.backward(call, State(max, log_denom, argmax, None), grad, NO_UPSTREAM, needs))
-    return [next(made) if need else None for need in (needs_scores, needs_table)]
+                return _backward(scores, table, state, self.temperature, grad, *needs)
+        return _backward(scores, table, state, self.temperature, grad, *needs)
 
 
 def _is_small(scores: Tensor, table: Tensor, is_forward: bool) -> bool:
@@ -130,7 +112,7 @@ def _matrix(table: Tensor, num_rows: int) -> Tensor:
     return padded_matrix(table, num_rows, num_labels, table.dtype)[:, :num_labels]
 
 
-def _forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
+def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
     """state [2, N]: max and log_denom of each row, written if wanted."""
     width = table.shape[1]
     mixture = table.new_empty((*scores.shape[:-1], width))  # not a view, which could not be changed in place
