@@ -49,7 +49,7 @@ def machine(monkeypatch) -> emulated_cuda.Machine:
     found = emulated_cuda.Machine()
     found.seed(1)
     yield found
-    found.use(emulated_cuda.Room())
+    found.use(emulated_cuda.Device())
     found.may_touch_all()
 
 

@@ -39,7 +39,7 @@ def hostile(bad, ignore_index, dtype, device, vocab_size=97):
 
 
 def calls(base, aux, target, options, backend):
-    """Every road to a read at the target."""
+    """Every path to a read at the target."""
     weight = torch.rand(base.shape[-1], device=base.device)
     for changes in (
         {"reduction": "mean"},

@@ -102,7 +102,7 @@ DOUBLE = {
     "inputs": lambda f, aux: first_gradient(f, aux).pow(2).sum().backward(inputs=[aux]),
     "plain": lambda f, aux: first_gradient(f, aux).pow(2).sum().backward(),
 }
-ROADS = {
+PATHS = {
     "mean": lambda base, aux, **kw: aux_cross_entropy(base, aux, **kw),
     "none": lambda base, aux, **kw: aux_cross_entropy(base, aux, reduction="none", **kw).mean(),
     "recompute": lambda base, aux, **kw: aux_cross_entropy(base, aux, recompute=True, **kw),
@@ -115,13 +115,13 @@ def first_gradient(function, aux):
     return torch.autograd.grad(function(aux), aux, create_graph=True)[0]
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("how", DOUBLE)
-def test_every_way_to_differentiate_twice_is_an_error_and_not_a_lost_term(fused, how, road):
+def test_every_way_to_differentiate_twice_is_an_error_and_not_a_lost_term(fused, how, path):
     base, aux = (logits(4, 7, device=fused.device) for _ in range(2))
     target = TARGET.to(fused.device)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        DOUBLE[how](lambda x: ROADS[road](base, x, target=target, backend=fused.backend), aux.requires_grad_())
+        DOUBLE[how](lambda x: PATHS[path](base, x, target=target, backend=fused.backend), aux.requires_grad_())
 
 
 def test_an_ignored_row_takes_no_weight_from_a_class(impl):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats, nn
 
 N, V = 12, 37
-ROADS = {
+PATHS = {
     "mean": {},
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
@@ -27,8 +27,8 @@ REREAD = ("none", "recompute")
 HELD = ("mean", "sum")
 
 
-@pytest.fixture(params=ROADS)
-def road(request):
+@pytest.fixture(params=PATHS)
+def path(request):
     return request.param
 
 
@@ -52,18 +52,18 @@ def leaves_of(*sources):
     ]
 
 
-def loss_of(impl, road, base, aux, target, **options):
-    return aux_cross_entropy(base, aux, target, backend=impl.backend, **ROADS[road], **options)
+def loss_of(impl, path, base, aux, target, **options):
+    return aux_cross_entropy(base, aux, target, backend=impl.backend, **PATHS[path], **options)
 
 
 # -- more than once ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("road", REREAD)
-def test_a_second_backward_gives_the_same_bits(impl, road, dtype):
+@pytest.mark.parametrize("path", REREAD)
+def test_a_second_backward_gives_the_same_bits(impl, path, dtype):
     base, aux, target = problem(impl.device, dtype)
-    loss = loss_of(impl, road, base, aux, target)
+    loss = loss_of(impl, path, base, aux, target)
     upstream = torch.randn_like(loss)
     first, second = (
         [grad.clone() for grad in torch.autograd.grad(loss, leaves_of(base, aux), upstream, retain_graph=True)]
@@ -73,10 +73,10 @@ def test_a_second_backward_gives_the_same_bits(impl, road, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("road", HELD)
-def test_a_second_backward_through_a_gradient_already_handed_out_names_recompute(fused, road, dtype):
+@pytest.mark.parametrize("path", HELD)
+def test_a_second_backward_through_a_gradient_already_handed_out_names_recompute(fused, path, dtype):
     base, aux, target = problem(fused.device, dtype)
-    loss = loss_of(fused, road, base, aux, target)
+    loss = loss_of(fused, path, base, aux, target)
     leaves = leaves_of(base, aux)
     first = torch.autograd.grad(loss, leaves, torch.full_like(loss, 3.0), retain_graph=True)
     kept = [grad.clone() for grad in first]
@@ -85,9 +85,9 @@ def test_a_second_backward_through_a_gradient_already_handed_out_names_recompute
     assert all(map(torch.equal, first, kept))
 
 
-def test_gradients_never_share_memory_and_may_be_changed_in_place(impl, road):
+def test_gradients_never_share_memory_and_may_be_changed_in_place(impl, path):
     base, aux, target = problem(impl.device)
-    grads = torch.autograd.grad(loss_of(impl, road, base, aux, target).sum(), leaves_of(base, aux))
+    grads = torch.autograd.grad(loss_of(impl, path, base, aux, target).sum(), leaves_of(base, aux))
     places = sorted((grad.data_ptr(), grad.data_ptr() + grad.nbytes) for grad in grads)
     assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(places))
     for grad in grads:
@@ -95,12 +95,12 @@ def test_gradients_never_share_memory_and_may_be_changed_in_place(impl, road):
         grad.mul_(2)
 
 
-def test_double_differentiation_is_an_error(fused, road):
+def test_double_differentiation_is_an_error(fused, path):
     base, aux, target = problem(fused.device)
     scaled = replace(aux, scale=torch.tensor(0.7, device=fused.device, requires_grad=True))
     for sources in ((base, scaled), (base, None), ([base, scaled], scaled)):
         leaves = leaves_of(*(source for source in (sources[0], scaled) if isinstance(source, Head)))
-        loss = loss_of(fused, road, *sources, target).sum()
+        loss = loss_of(fused, path, *sources, target).sum()
         for grad in torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True):
             if grad is not None:
                 assert grad.requires_grad  # or a gradient penalty would be dropped silently
@@ -121,8 +121,8 @@ def test_double_differentiation_of_statistics_is_an_error(fused):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["one", "other", "zero", "stride 0", "per row"])
-def test_every_upstream_gradient(impl, road, kind, dtype):
-    if (kind in ("stride 0", "per row")) != (road == "none"):
+def test_every_upstream_gradient(impl, path, kind, dtype):
+    if (kind in ("stride 0", "per row")) != (path == "none"):
         pytest.skip("a loss per row has an upstream gradient per row")
     upstream = {
         "one": torch.tensor(1.0),
@@ -133,7 +133,7 @@ def test_every_upstream_gradient(impl, road, kind, dtype):
     }[kind].to(impl.device)
     base, aux, target = problem(impl.device, dtype, scale=torch.rand(N, device=impl.device).requires_grad_())
     version, value = upstream._version, upstream.clone()
-    got = check_plain(Case(base, aux, target, ROADS[road]), impl, upstream)
+    got = check_plain(Case(base, aux, target, PATHS[path]), impl, upstream)
     assert upstream._version == version and torch.equal(upstream, value)
     if kind == "zero":
         assert not any(grad.any() for name, grad in got.items() if name != "loss")
@@ -165,34 +165,34 @@ def test_micro_batches_with_the_whole_normalizer_add_up_to_the_whole_batch(impl,
 # -- one tensor in several places --------------------------------------------------------------------------------------
 
 
-def test_tied_weights_get_the_gradient_of_both_heads(impl, road):
+def test_tied_weights_get_the_gradient_of_both_heads(impl, path):
     base, _, target = problem(impl.device)
     other = head(N, width=8, vocab_size=V, device=impl.device)
-    check_plain(Case(base, replace(other, weight=base.weight), target, ROADS[road]), impl, per_row(impl, road))
+    check_plain(Case(base, replace(other, weight=base.weight), target, PATHS[path]), impl, per_row(impl, path))
 
 
-def test_hidden_states_shared_by_both_heads_get_both_gradients(impl, road):
+def test_hidden_states_shared_by_both_heads_get_both_gradients(impl, path):
     base, _, target = problem(impl.device)
     other = head(N, width=8, vocab_size=V, device=impl.device)
-    check_plain(Case(base, replace(other, hidden=base.hidden), target, ROADS[road]), impl, per_row(impl, road))
-    check_plain(Case(base, base, target, ROADS[road]), impl, per_row(impl, road))
+    check_plain(Case(base, replace(other, hidden=base.hidden), target, PATHS[path]), impl, per_row(impl, path))
+    check_plain(Case(base, base, target, PATHS[path]), impl, per_row(impl, path))
 
 
-def test_one_tensor_may_be_logits_and_hidden_states(impl, road):
+def test_one_tensor_may_be_logits_and_hidden_states(impl, path):
     base = head(N, width=V, vocab_size=V, device=impl.device)
     target = targets(N, vocab_size=V, device=impl.device, ignored=0.2)
-    check_plain(Case(Logits(base.hidden), base, target, ROADS[road]), impl, per_row(impl, road))
+    check_plain(Case(Logits(base.hidden), base, target, PATHS[path]), impl, per_row(impl, path))
 
 
-def test_one_scale_may_stand_at_every_source(impl, road):
+def test_one_scale_may_stand_at_every_source(impl, path):
     scale = torch.tensor(0.6, device=impl.device, requires_grad=True)
     base, aux, target = problem(impl.device, scale=scale)
     values = Logits(logits(N, V, device=impl.device, requires_grad=True), scale=scale)
-    check_plain(Case([values, base], aux, target, ROADS[road]), impl, per_row(impl, road))
+    check_plain(Case([values, base], aux, target, PATHS[path]), impl, per_row(impl, path))
 
 
-def per_row(impl, road):
-    return torch.randn(N, device=impl.device) if road == "none" else None
+def per_row(impl, path):
+    return torch.randn(N, device=impl.device) if path == "none" else None
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
@@ -217,18 +217,18 @@ def test_hidden_and_weight_may_have_any_strides(impl, part, layout, dtype):
 
 
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
-def test_expanded_tensors_are_read_as_such(impl, road, part):
+def test_expanded_tensors_are_read_as_such(impl, path, part):
     base, aux, target = problem(impl.device)
     dim = 1 if part == "weight" else 0  # equal rows of a weight would make no gradient of the hidden states
     original = getattr(aux, part).detach().narrow(dim, 0, 1).clone()
     shape = getattr(aux, part).shape
     expanded = original.expand(shape).requires_grad_()
     assert expanded.stride(dim) == 0
-    case = Case(base, replace(aux, **{part: expanded}), target, ROADS[road])
-    upstream, name = per_row(impl, road), f"{part} of aux[0]"
+    case = Case(base, replace(aux, **{part: expanded}), target, PATHS[path])
+    upstream, name = per_row(impl, path), f"{part} of aux[0]"
     check_plain(case, impl, upstream)
     leaf = original.requires_grad_()
-    loss = loss_of(impl, road, base, replace(aux, **{part: leaf.expand(shape)}), target)
+    loss = loss_of(impl, path, base, replace(aux, **{part: leaf.expand(shape)}), target)
 
     def values_of(call):
         return {part: gradients_of(call.loss(), call, upstream)[name].sum(dim, keepdim=True)}
@@ -237,7 +237,7 @@ def test_expanded_tensors_are_read_as_such(impl, road, part):
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
-def test_targets_scales_and_logits_may_have_any_strides(impl, road, ignored):
+def test_targets_scales_and_logits_may_have_any_strides(impl, path, ignored):
     """Leading dimensions that no single stride walks: each tensor in an order of its own."""
     base = head(3, 2, 4, vocab_size=V, device=impl.device)
     hidden = logits(2, 4, 3, 5, scale=1.0, device=impl.device).permute(2, 0, 1, 3).detach().requires_grad_()
@@ -247,11 +247,11 @@ def test_targets_scales_and_logits_may_have_any_strides(impl, road, ignored):
     target = targets(4, 2, 3, vocab_size=V, device=impl.device, ignored=ignored).permute(2, 1, 0)
     assert not any(tensor.is_contiguous() for tensor in (hidden, scale, values, target))
     for sources in ((base, aux), (values, aux), ([base, values], aux)):
-        upstream = torch.randn(3, 2, 4, device=impl.device) if road == "none" else None
-        check_plain(Case(*sources, target, ROADS[road]), impl, upstream)
+        upstream = torch.randn(3, 2, 4, device=impl.device) if path == "none" else None
+        check_plain(Case(*sources, target, PATHS[path]), impl, upstream)
 
 
-def test_inputs_are_never_written(impl, road):
+def test_inputs_are_never_written(impl, path):
     scale = torch.rand(N, device=impl.device, requires_grad=True)
     base, aux, target = problem(impl.device, scale=scale)
     values = logits(N, V, device=impl.device, requires_grad=True)
@@ -259,20 +259,20 @@ def test_inputs_are_never_written(impl, road):
     inputs = [*leaves_of(base, aux), values, target, weight]
     before = [(tensor._version, tensor.detach().clone()) for tensor in inputs]
     for sources in ((base, aux), (values, aux), ([base, values], [aux, Logits(values, softcap=4.0)])):
-        loss_of(impl, road, *sources, target, weight=weight, label_smoothing=0.1).sum().backward()
+        loss_of(impl, path, *sources, target, weight=weight, label_smoothing=0.1).sum().backward()
         logit_stats(*sources, target, backend=impl.backend).entropy.sum().backward()
     for tensor, (version, value) in zip(inputs, before, strict=True):
         assert tensor._version == version and torch.equal(tensor, value)
 
 
 @pytest.mark.parametrize("changed", ["hidden", "weight", "target"])
-def test_an_input_changed_before_backward_is_noticed_or_harmless(impl, road, changed):
+def test_an_input_changed_before_backward_is_noticed_or_harmless(impl, path, changed):
     base, aux, target = problem(impl.device, grad=False)
     leaf = aux.weight.clone().requires_grad_()
 
     def made():
         given = {"hidden": aux.hidden.clone(), "weight": leaf * 1, "target": target.clone()}
-        return given, loss_of(impl, road, base, Head(given["hidden"], given["weight"]), given["target"]).sum()
+        return given, loss_of(impl, path, base, Head(given["hidden"], given["weight"]), given["target"]).sum()
 
     (want,) = torch.autograd.grad(made()[1], leaf)
     given, loss = made()
@@ -289,28 +289,28 @@ def test_an_input_changed_before_backward_is_noticed_or_harmless(impl, road, cha
 # -- modes and modules -------------------------------------------------------------------------------------------------
 
 
-def test_no_grad_and_inference_mode_give_the_same_loss(impl, road):
+def test_no_grad_and_inference_mode_give_the_same_loss(impl, path):
     base, aux, target = problem(impl.device)
-    recorded = loss_of(impl, road, base, aux, target)
+    recorded = loss_of(impl, path, base, aux, target)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            loss = loss_of(impl, road, base, aux, target)
+            loss = loss_of(impl, path, base, aux, target)
             assert logit_stats(base, aux, target, backend=impl.backend).lse.isfinite().all()
         assert not loss.requires_grad
         # which kernel reads the logits, and whether both products are one, is the plan's to choose
         for value in (loss, recorded):
-            check_results(Case(base, aux, target, ROADS[road]), {"loss": value}, per_row(impl, road))
+            check_results(Case(base, aux, target, PATHS[path]), {"loss": value}, per_row(impl, path))
 
 
-@pytest.mark.parametrize("road", HELD)
-def test_a_frozen_head_made_in_inference_mode_may_be_used_where_nothing_is_reread(impl, road):
+@pytest.mark.parametrize("path", HELD)
+def test_a_frozen_head_made_in_inference_mode_may_be_used_where_nothing_is_reread(impl, path):
     base, aux, target = problem(impl.device)
     with torch.inference_mode():
         frozen = Head(base.hidden * 1, base.weight * 1)
     if impl.backend == "reference":
         frozen = Head(frozen.hidden.clone(), frozen.weight.clone())  # plain torch saves what it multiplies
-    got = torch.autograd.grad(loss_of(impl, road, frozen, aux, target), leaves_of(aux))
-    want = torch.autograd.grad(loss_of(impl, road, base, aux, target), leaves_of(aux))
+    got = torch.autograd.grad(loss_of(impl, path, frozen, aux, target), leaves_of(aux))
+    want = torch.autograd.grad(loss_of(impl, path, base, aux, target), leaves_of(aux))
     assert all(map(torch.equal, got, want))
 
 
@@ -330,12 +330,12 @@ def dense(source):
     return F.linear(source.hidden, source.weight, source.bias)
 
 
-def test_checkpointing_gives_the_same_gradients(impl, road):
+def test_checkpointing_gives_the_same_gradients(impl, path):
     model, base = Model(impl.device), Model(impl.device, 1).requires_grad_(False)
     x, target = logits(N, 6, device=impl.device), targets(N, vocab_size=V, device=impl.device, ignored=0.2)
 
     def loss(x):
-        return loss_of(impl, road, base(x), model(x), target).sum()
+        return loss_of(impl, path, base(x), model(x), target).sum()
 
     grads = [
         torch.autograd.grad(value, list(model.parameters()))

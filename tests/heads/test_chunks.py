@@ -112,7 +112,7 @@ def test_a_wrong_budget_is_an_error_that_names_it(fused, monkeypatch, value, err
 
 
 def test_materialised_logits_are_not_cut(fused, monkeypatch):
-    """One matrix or two take the road without chunks, whatever the settings hold."""
+    """One matrix or two take the path without chunks, whatever the settings hold."""
     cut_rows(monkeypatch, 2)
     seen = spy_chunks(monkeypatch)
     base, aux = (logits(9, 40, device=fused.device, requires_grad=True) for _ in range(2))

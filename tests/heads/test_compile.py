@@ -81,7 +81,7 @@ HALVES = [("mean", torch.bfloat16), ("mean", torch.float16), ("none", torch.floa
 @pytest.mark.parametrize("options, dtype", [*((name, torch.float32) for name in OPTIONS), *HALVES], ids=str)
 def test_compiled_is_eager(impl, options, dtype):
     if impl.backend == "reference" and (options, dtype) != ("mean", torch.float32):
-        pytest.skip("plain torch has one road")
+        pytest.skip("plain torch has one path")
     batch, function = Batch(impl.device, dtype), step(impl, **OPTIONS[options])
     arguments = (*batch.rows(14, OPTIONS[options].get("ignore_index", -100)), *batch.weights())
     fast, _ = compiled(function)

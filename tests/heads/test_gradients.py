@@ -15,7 +15,7 @@ from auxkernels.heads import products as product_module
 from auxkernels.heads import rows as row_module
 
 N, V, D_BASE, D_AUX = 12, 37, 8, 5
-ROADS = {"mean": {}, "none": {"reduction": "none"}, "recompute": {"recompute": True}}
+PATHS = {"mean": {}, "none": {"reduction": "none"}, "recompute": {"recompute": True}}
 
 
 def problem(device, dtype=torch.float32, grad=True, scaled=True, ignored=0.0, rows=N):
@@ -37,20 +37,20 @@ def tensors(*sources: Head):
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3])
-@pytest.mark.parametrize("road", ROADS)
-def test_every_subset_of_the_tensors_gets_its_gradients_and_no_other(impl, monkeypatch, road, num_chunks):
+@pytest.mark.parametrize("path", PATHS)
+def test_every_subset_of_the_tensors_gets_its_gradients_and_no_other(impl, monkeypatch, path, num_chunks):
     if num_chunks > 1:
         cut_rows(monkeypatch, 4)
     base, aux, target = problem(impl.device, ignored=0.1)
-    case = Case(base, aux, target, ROADS[road])
-    upstream = torch.randn(N, device=impl.device) if road == "none" else torch.ones((), device=impl.device)
+    case = Case(base, aux, target, PATHS[path])
+    upstream = torch.randn(N, device=impl.device) if path == "none" else torch.ones((), device=impl.device)
     leaves, got = case.leaves(), {}
     assert len(leaves) == 8
     for needs in itertools.product([False, True], repeat=len(leaves)):
         for tensor, need in zip(leaves.values(), needs, strict=True):
             tensor.requires_grad_(need)
             tensor.grad = None
-        loss = aux_cross_entropy(base, aux, target, backend=impl.backend, **ROADS[road])
+        loss = aux_cross_entropy(base, aux, target, backend=impl.backend, **PATHS[path])
         assert loss.requires_grad == any(needs)
         if any(needs):
             loss.backward(upstream)
@@ -73,20 +73,20 @@ def check_gradients_of_many_calls(case, upstream, got) -> None:
     check_values(values_of, {(name, i): grad for name, values in got.items() for i, grad in enumerate(values)}, case)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_every_pair_of_the_tensors_of_a_sum_gets_its_gradients(impl, monkeypatch, road):
+@pytest.mark.parametrize("path", PATHS)
+def test_every_pair_of_the_tensors_of_a_sum_gets_its_gradients(impl, monkeypatch, path):
     cut_rows(monkeypatch, 4)
     base, aux, target = problem(impl.device, ignored=0.1)
     values = logits(N, V, device=impl.device, requires_grad=True)
-    case = Case([Logits(values, scale=base.scale), base], [aux, replace(base, scale=-0.5)], target, ROADS[road])
-    upstream = torch.randn(N, device=impl.device) if road == "none" else torch.ones((), device=impl.device)
+    case = Case([Logits(values, scale=base.scale), base], [aux, replace(base, scale=-0.5)], target, PATHS[path])
+    upstream = torch.randn(N, device=impl.device) if path == "none" else torch.ones((), device=impl.device)
     names = {id(tensor): name for name, tensor in case.leaves().items()}
     everything, got = {id(tensor): tensor for tensor in case.leaves().values()}, {}
     for needed in itertools.combinations_with_replacement(everything, 2):
         for key, tensor in everything.items():
             tensor.requires_grad_(key in needed)
             tensor.grad = None
-        loss = aux_cross_entropy(case.base, case.aux, target, backend=impl.backend, **ROADS[road])
+        loss = aux_cross_entropy(case.base, case.aux, target, backend=impl.backend, **PATHS[path])
         loss.backward(upstream)
         for key, tensor in everything.items():
             assert (tensor.grad is not None) == (key in needed)
@@ -98,21 +98,21 @@ def test_every_pair_of_the_tensors_of_a_sum_gets_its_gradients(impl, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("road", ROADS)
-def test_every_subset_of_the_tensors_of_unscaled_heads_in_a_sum_gets_its_gradients(impl, monkeypatch, road, dtype):
+@pytest.mark.parametrize("path", PATHS)
+def test_every_subset_of_the_tensors_of_unscaled_heads_in_a_sum_gets_its_gradients(impl, monkeypatch, path, dtype):
     """[h, g] @ [W, U].T: products that may be added up where they are stored."""
     cut_rows(monkeypatch, 4)
     made = {"vocab_size": V, "dtype": dtype, "device": impl.device}
     pair = [head(N, width=D_BASE, bias=True, **made), head(N, width=D_AUX, **made)]
     values, target = logits(N, V, device=impl.device), targets(N, vocab_size=V, device=impl.device, ignored=0.2)
-    upstream = torch.randn(N, device=impl.device) if road == "none" else None
+    upstream = torch.randn(N, device=impl.device) if path == "none" else None
     leaves = tensors(*pair)
     assert len(leaves) == 5
     for needs in itertools.product([False, True], repeat=5):
         for tensor, need in zip(leaves, needs, strict=True):
             tensor.requires_grad_(need)
         for sources in ((values, pair), (pair, None)):
-            case = Case(*sources, target, ROADS[road])
+            case = Case(*sources, target, PATHS[path])
             assert len(case.leaves()) == sum(needs)
             check_plain(case, impl, upstream)
 
@@ -157,20 +157,20 @@ def at_most(fused, count: int, allowed: int) -> None:
     assert count == allowed if fused.backend == "native" else count <= allowed
 
 
-@pytest.mark.parametrize("road", ["mean", "recompute", "none"])
+@pytest.mark.parametrize("path", ["mean", "recompute", "none"])
 @pytest.mark.parametrize("trained", COSTS)
-def test_a_step_costs_the_forward_products_and_those_of_the_requested_gradients(fused, monkeypatch, trained, road):
+def test_a_step_costs_the_forward_products_and_those_of_the_requested_gradients(fused, monkeypatch, trained, path):
     cut_rows(monkeypatch, 4)
     base, aux, target = problem(fused.device)
     choose, of_base, of_aux = COSTS[trained]
     choose(base, aux)
 
     def step():
-        loss = aux_cross_entropy(base, aux, target, backend=fused.backend, **ROADS[road])
+        loss = aux_cross_entropy(base, aux, target, backend=fused.backend, **PATHS[path])
         if loss.requires_grad:
             loss.sum().backward()
 
-    times = 2 if road != "mean" and trained != "nothing" else 1  # rereading makes the logits again
+    times = 2 if path != "mean" and trained != "nothing" else 1  # rereading makes the logits again
     allowed = 2 * N * V * ((times + of_base) * D_BASE + (times + of_aux) * D_AUX)
     at_most(fused, flops(products(step)), allowed)
 
@@ -242,7 +242,7 @@ def test_a_source_without_a_gradient_gets_no_buffer_for_one(fused, monkeypatch):
     of = {"base.hidden": (N, D_BASE), "base.weight": (V, D_BASE), "aux.hidden": (N, D_AUX), "aux.weight": (V, D_AUX)}
     for needed in itertools.chain.from_iterable(itertools.combinations(of, n) for n in range(5)):
         trains(*needed)(base, aux)
-        for options in ROADS.values():
+        for options in PATHS.values():
             shapes.clear()
             loss = aux_cross_entropy(base, aux, target, backend=fused.backend, **options)
             if needed:
@@ -280,7 +280,7 @@ SUMS = {
 
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 @pytest.mark.parametrize("form", SUMS)
-@pytest.mark.parametrize("options", [*ROADS.values(), {"label_smoothing": 0.1, "z_loss": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [*PATHS.values(), {"label_smoothing": 0.1, "z_loss": 0.1}], ids=str)
 def test_ignored_rows_may_hold_anything(impl, monkeypatch, dropping, options, form, fill):
     cut_rows(monkeypatch, 3)
     base, aux, target = problem(impl.device, ignored=0.4)
@@ -299,13 +299,13 @@ def test_ignored_rows_may_hold_anything(impl, monkeypatch, dropping, options, fo
             assert not got[name][ignored].any() and not torch.signbit(got[name][ignored]).any(), name
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_ignored_rows_get_zero_gradient_whatever_the_weight_holds(impl, monkeypatch, dropping, road):
+@pytest.mark.parametrize("path", PATHS)
+def test_ignored_rows_get_zero_gradient_whatever_the_weight_holds(impl, monkeypatch, dropping, path):
     cut_rows(monkeypatch, 3)
     base, aux, target = problem(impl.device, ignored=0.4)
     with torch.no_grad():
         base.weight[3], aux.weight[5, 2] = torch.nan, torch.inf
-    loss = aux_cross_entropy(base, aux, target, backend=impl.backend, **ROADS[road])
+    loss = aux_cross_entropy(base, aux, target, backend=impl.backend, **PATHS[path])
     assert loss.isnan().any()
     for grad in torch.autograd.grad(loss.sum(), (base.hidden, aux.hidden, aux.scale)):
         rows = grad[target == -100]
@@ -339,13 +339,13 @@ def test_statistics_of_ignored_rows_are_zero_whatever_they_hold(impl, monkeypatc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("road", ROADS)
-def test_dropped_rows_change_nothing_for_the_others(fused, monkeypatch, dropping, road, dtype):
+@pytest.mark.parametrize("path", PATHS)
+def test_dropped_rows_change_nothing_for_the_others(fused, monkeypatch, dropping, path, dtype):
     """But in which order a library sums: other heights of a product may go through other kernels."""
     cut_rows(monkeypatch, 3)
     base, aux, target = problem(fused.device, dtype, ignored=0.4)
-    case = Case(base, aux, target, ROADS[road])
-    upstream = torch.linspace(-1, 1, N, device=fused.device) if road == "none" else None
+    case = Case(base, aux, target, PATHS[path])
+    upstream = torch.linspace(-1, 1, N, device=fused.device) if path == "none" else None
     check_plain(case, fused, upstream)
 
 

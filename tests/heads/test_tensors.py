@@ -15,11 +15,11 @@ from torch.autograd import forward_ad
 from auxkernels import Head, Logits, aux_cross_entropy, logit_stats
 
 N, V = 8, 11
-ROADS = {"mean": {}, "none": {"reduction": "none"}, "recompute": {"recompute": True}}
+PATHS = {"mean": {}, "none": {"reduction": "none"}, "recompute": {"recompute": True}}
 
 
-@pytest.fixture(params=ROADS)
-def road(request):
+@pytest.fixture(params=PATHS)
+def path(request):
     return request.param
 
 
@@ -35,8 +35,8 @@ def problem(device, grad=False):
     return base, aux, targets(N, vocab_size=V, device=device, ignored=0.2)
 
 
-def loss_of(impl, road, base, aux, target):
-    return aux_cross_entropy(base, aux, target, backend=impl.backend, **ROADS[road])
+def loss_of(impl, path, base, aux, target):
+    return aux_cross_entropy(base, aux, target, backend=impl.backend, **PATHS[path])
 
 
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias", "scale"])
@@ -66,21 +66,21 @@ def test_a_lazy_minus_sign_is_read(impl):
     assert_alike(got, aux_cross_entropy(base, replace(aux, **turned), target, backend=impl.backend))
 
 
-@pytest.mark.parametrize("road", ["none", "recompute"])
-def test_an_inference_tensor_that_would_be_reread_is_refused(fused, road):
+@pytest.mark.parametrize("path", ["none", "recompute"])
+def test_an_inference_tensor_that_would_be_reread_is_refused(fused, path):
     base, aux, target = problem(fused.device, grad=True)
     with torch.inference_mode():
         frozen = Head(base.hidden * 1, base.weight * 1)
     with pytest.raises(RuntimeError, match=r"[Ii]nference tensors cannot be saved for backward"):
-        loss_of(fused, road, frozen, aux, target)
+        loss_of(fused, path, frozen, aux, target)
 
 
-def test_target_and_class_weight_may_come_from_inference_mode(fused, road):
+def test_target_and_class_weight_may_come_from_inference_mode(fused, path):
     base, aux, target = problem(fused.device, grad=True)
     with torch.inference_mode():
         target, weight = target.clone(), torch.rand(V, device=fused.device)
-    weight = weight if road == "mean" else weight.clone()
-    loss = aux_cross_entropy(base, aux, target, weight=weight, backend=fused.backend, **ROADS[road])
+    weight = weight if path == "mean" else weight.clone()
+    loss = aux_cross_entropy(base, aux, target, weight=weight, backend=fused.backend, **PATHS[path])
     loss.sum().backward()
     assert aux.weight.grad.any()
 
@@ -106,30 +106,30 @@ def test_a_loss_whose_gradient_is_made_keeps_no_input_alive(fused):
 
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias", "scale"])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_dual_numbers_are_an_error_and_not_a_lost_tangent(fused, road, part, requires_grad):
+def test_dual_numbers_are_an_error_and_not_a_lost_tangent(fused, path, part, requires_grad):
     base, aux, target = problem(fused.device)
     with forward_ad.dual_level():
         primal = getattr(aux, part).detach().requires_grad_(requires_grad)
         dual = replace(aux, **{part: forward_ad.make_dual(primal, torch.ones_like(primal))})
         for sources in ((base, dual), ([base, Logits(logits(N, V, device=fused.device))], dual)):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                loss_of(fused, road, *sources, target)
+                loss_of(fused, path, *sources, target)
             with pytest.raises((RuntimeError, NotImplementedError)):
                 logit_stats(*sources, target, backend=fused.backend)
 
 
-def test_func_grad_is_an_error(fused, road):
+def test_func_grad_is_an_error(fused, path):
     base, aux, target = problem(fused.device)
     with pytest.raises(RuntimeError):
-        torch.func.grad(lambda w: loss_of(fused, road, base, replace(aux, weight=w), target).sum())(aux.weight)
+        torch.func.grad(lambda w: loss_of(fused, path, base, replace(aux, weight=w), target).sum())(aux.weight)
 
 
-def test_vmap_is_an_error_or_the_truth(impl, road):
+def test_vmap_is_an_error_or_the_truth(impl, path):
     base, aux, target = problem(impl.device)
     hidden = torch.stack([aux.hidden, aux.hidden + 1, aux.hidden * 2])
 
     def one(h):
-        return loss_of(impl, road, base, replace(aux, hidden=h), target)
+        return loss_of(impl, path, base, replace(aux, hidden=h), target)
 
     want = torch.stack([one(h) for h in hidden])
     try:
@@ -167,11 +167,11 @@ def test_a_sharded_tensor_is_a_type_error_that_names_it(on_cpu):
 def test_nothing_waits_for_the_device(on_gpu):
     base, aux, target = problem("cuda", grad=True)
     leaves = (base.hidden, aux.hidden, aux.weight, aux.bias, aux.scale)
-    for options in ROADS.values():  # once outside: libraries may wait when they are first used
+    for options in PATHS.values():  # once outside: libraries may wait when they are first used
         torch.autograd.grad(aux_cross_entropy(base, aux, target, backend=on_gpu.backend, **options).sum(), leaves)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for options in ROADS.values():
+        for options in PATHS.values():
             torch.autograd.grad(aux_cross_entropy(base, aux, target, backend=on_gpu.backend, **options).sum(), leaves)
         logit_stats(base, [aux, base], target, backend=on_gpu.backend)
         shifted = Head(base.hidden.detach().view(1, N, -1)[:, :-1].expand(2, -1, -1), base.weight)

@@ -17,7 +17,7 @@ from auxkernels.models.conditioning import decoder_layers
 WORKS = "works"
 COLUMNS = ("base", "auxiliary", "trunk", "planner", "beams", "cache")
 NEW_TOKENS = 3
-# of the largest logit: two roads through a tiny network, with and without a cache, in float32
+# of the largest logit: two paths through a tiny network, with and without a cache, in float32
 TOLERANCE = 2e-4
 
 

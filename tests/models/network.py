@@ -1,4 +1,4 @@
-"""How far float32 roads through a tiny network may be apart: rows alone or in a batch, with or without a cache.
+"""How far float32 paths through a tiny network may be apart: rows alone or in a batch, with or without a cache.
 
 Products of the library sum in an order that depends on the processor and on the number of rows, and the layers multiply
 what that makes. `drawn_error` is what roundings of that size do to a network in float64.
@@ -47,7 +47,7 @@ def assert_same_in_16_bits(loss, exact_of, model, part: str = "") -> None:
 
 
 def assert_same_network(got, want) -> None:
-    """Tensors, or sequences or dicts of them, as two roads through a tiny network may make them.
+    """Tensors, or sequences or dicts of them, as two paths through a tiny network may make them.
 
     A tensor of small numbers beside large ones, such as the gradient of a bias that softmax takes no notice of, is made
     of roundings of the large ones.

@@ -17,7 +17,7 @@ from tolerance import unit
 @pytest.mark.parametrize("make", ["sharp", "planned"])
 @pytest.mark.parametrize("results", ["logits", "gradient"])
 def test_roundings_are_within_the_tolerance_and_defects_are_not(architecture, make, results):
-    """Two roads' worth of roundings; half a percent of one weight is far outside."""
+    """Two paths' worth of roundings; half a percent of one weight is far outside."""
     model = tiny_model(architecture, seed=3, width=24) if make == "sharp" else tiny_lm(architecture)
     ids = tokens(3, 13)
 

@@ -2,14 +2,14 @@
 
 import row_kernels
 import torch
-from emulated_cuda import Room
+from emulated_cuda import Device
 from row_kernels import NEEDS_BOTH, bits, problem_of
 
 from auxkernels.cross_entropy import cuda as cuda_cross_entropy
 from auxkernels.cross_entropy.request import FIELDS, RowState, mask_of, named_fields
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-NO_CLUSTERS = Room(has_clusters=False)
+NO_CLUSTERS = Device(has_clusters=False)
 ALL_FIELDS = mask_of(*FIELDS)
 STATE = RowState._fields
 _TERMS = ("normalizer", "label_smoothing", "z_loss")

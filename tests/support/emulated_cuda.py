@@ -49,7 +49,7 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "_NATIVE_MISSING", None)
 
 
-class Room(NamedTuple):
+class Device(NamedTuple):
     """A device, as the kernels' caller sees it."""
 
     multiprocessors: int = 32
@@ -64,7 +64,7 @@ class Launched(NamedTuple):
     shared_bytes: int
 
 
-_numbers = {Room(): 0}  # what is known of a device is kept under its number
+_numbers = {Device(): 0}  # what is known of a device is kept under its number
 
 
 class Machine:
@@ -76,10 +76,10 @@ class Machine:
         self.module = module(os.environ.get("AUXKERNELS_CUDA_SANITIZERS", ""))
         self.library = ctypes.CDLL(self.module.__file__)
 
-    def use(self, room: Room) -> None:
-        Machine.number = _numbers.setdefault(room, len(_numbers))
+    def use(self, device: Device) -> None:
+        Machine.number = _numbers.setdefault(device, len(_numbers))
         self.library.auxk_use_device(
-            Machine.number, room.multiprocessors, ctypes.c_int64(room.shared_bytes), room.has_clusters
+            Machine.number, device.multiprocessors, ctypes.c_int64(device.shared_bytes), device.has_clusters
         )
 
     @contextlib.contextmanager

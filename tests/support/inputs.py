@@ -81,21 +81,21 @@ def strided(tensor: Tensor, layout: str) -> Tensor:
     """The same numbers [*, V] in another place: NaN wherever the view must not look."""
     *lead, vocab_size = tensor.shape
     if layout == "padded rows":
-        room = tensor.new_full((*lead, vocab_size + 5), torch.nan)
-        view = room[..., 2 : 2 + vocab_size]
+        buffer = tensor.new_full((*lead, vocab_size + 5), torch.nan)
+        view = buffer[..., 2 : 2 + vocab_size]
     elif layout == "every second row":
-        room = tensor.new_full((lead[0] * 2, *lead[1:], vocab_size), torch.nan)
-        view = room[::2]
+        buffer = tensor.new_full((lead[0] * 2, *lead[1:], vocab_size), torch.nan)
+        view = buffer[::2]
     elif layout == "shifted":
-        room = tensor.new_full((lead[0], *lead[1:-1], lead[-1] + 1, vocab_size), torch.nan)
-        view = room[..., :-1, :]
+        buffer = tensor.new_full((lead[0], *lead[1:-1], lead[-1] + 1, vocab_size), torch.nan)
+        view = buffer[..., :-1, :]
     elif layout == "transposed rows":
-        room = tensor.new_full((*lead[::-1], vocab_size), torch.nan)
-        view = room.permute(*range(len(lead))[::-1], len(lead))
+        buffer = tensor.new_full((*lead[::-1], vocab_size), torch.nan)
+        view = buffer.permute(*range(len(lead))[::-1], len(lead))
     elif layout.startswith("offset "):
         by = int(layout.split()[1])
-        room = tensor.new_full((tensor.numel() + by,), torch.nan)
-        view = room[by:].view(tensor.shape)
+        buffer = tensor.new_full((tensor.numel() + by,), torch.nan)
+        view = buffer[by:].view(tensor.shape)
     else:
         raise ValueError(layout)
     view.copy_(tensor)

@@ -34,7 +34,7 @@ def problem_of(
     )
 
 
-def room_for(problem: Problem, needs: int, grads: list[Tensor] | None = None) -> Gradients:
+def buffers_for(problem: Problem, needs: int, grads: list[Tensor] | None = None) -> Gradients:
     """Where the gradients go: new tensors, or `grads` in their order."""
     if grads is not None:
         given = iter(grads)
@@ -60,19 +60,19 @@ def loss(
     z_loss=0.0,
 ) -> list[Tensor]:
     """[loss, fields, gradients] as the kernels leave them."""
-    room = room_for(problem, needs, grads)
-    value, fields = kernels.loss(problem, normalizer, LossTerms(label_smoothing, z_loss, mean), wanted, room)
-    return [value, *fields, *present(room)]
+    buffers = buffers_for(problem, needs, grads)
+    value, fields = kernels.loss(problem, normalizer, LossTerms(label_smoothing, z_loss, mean), wanted, buffers)
+    return [value, *fields, *present(buffers)]
 
 
 def backward(
     kernels, problem: Problem, state: list, coefficients: dict | list, *, needs=NEEDS_BOTH, grads=None
 ) -> list[Tensor]:
     """`coefficients` by name, or all in their order."""
-    room = room_for(problem, needs, grads)
+    buffers = buffers_for(problem, needs, grads)
     given = Coefficients(**coefficients) if isinstance(coefficients, dict) else Coefficients(*coefficients)
-    kernels.backward(problem, RowState(*state), given, room)
-    return present(room)
+    kernels.backward(problem, RowState(*state), given, buffers)
+    return present(buffers)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -271,8 +271,8 @@ def called(case: Case, upstream: dict[str, Tensor], arithmetic=None, chosen_by: 
 def summed_gradients(case: Case, results: dict, copies: dict, upstream: dict, by: Exact) -> dict[str, Tensor | None]:
     """Each rounded to the leaf's dtype. With top_k the entropy of whole rows is another call: autograd adds up two."""
     is_apart = case.options.get("top_k") is not None
-    roads = [{name: t for name, t in upstream.items() if (is_apart and name == "row_entropy") == own} for own in (0, 1)]
-    found, summed = [gradients(results, copies, road, retain_graph=True) for road in roads], {}
+    paths = [{name: t for name, t in upstream.items() if (is_apart and name == "row_entropy") == own} for own in (0, 1)]
+    found, summed = [gradients(results, copies, path, retain_graph=True) for path in paths], {}
     for name, leaf in case.leaves().items():
         parts = [grads[f"grad {name}"] for grads in found]
         parts = [by.gradient(part, leaf.dtype) for part in parts if part is not None]
@@ -431,18 +431,18 @@ def unsure_rows(case: Case, exact: Called, products: torch.dtype | None = None) 
     """Rows [*] in which scores that are rounded otherwise may keep or choose other labels, and by how much less a
     label's score may be than another's where it is chosen, [*]."""
     unsure = torch.zeros(exact.scores[0].shape[:-1], dtype=torch.bool, device=exact.scores[0].device)
-    room = torch.zeros_like(unsure, dtype=F64)
+    margin = torch.zeros_like(unsure, dtype=F64)
     if is_sure(case):
-        return unsure, room
+        return unsure, margin
     drawn = [called(case, {}, Drawn(case, seed, products)).scores for seed in draws_of(case)]
     for i, (v, counts) in enumerate(zip(exact.scores, ({1, case.options.get("top_k") or 1}, {1}), strict=True)):
         errors = [torch.where(v.isfinite(), other[i] - v, 0.0).abs().amax(-1) for other in drawn]
-        room = 2 * SLACK * torch.stack(errors).amax(0)
+        margin = 2 * SLACK * torch.stack(errors).amax(0)
         ranked = v.masked_fill(~allowed_by(v, case.options.get("mask")), -torch.inf).sort(-1, descending=True).values
         for k in counts:
             if k < v.shape[-1]:
-                unsure |= ranked[..., k - 1] - ranked[..., k] <= room  # NaN of two -inf is not
-    return unsure, room
+                unsure |= ranked[..., k - 1] - ranked[..., k] <= margin  # NaN of two -inf is not
+    return unsure, margin
 
 
 def blind_to(unsure: Tensor, upstream: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -485,9 +485,9 @@ def check_results(
 def check(case: Case, backend: str, upstream: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The case's results and gradients within what roundings may make of float64's; returns them."""
     upstream = case.upstream() if upstream is None else upstream
-    exact, unsure, room = called(case, {}), None, None
+    exact, unsure, margin = called(case, {}), None, None
     if case.options.get("hard") or case.options.get("top_k") or set(upstream) != {"out"}:
-        unsure, room = unsure_rows(case, exact)
+        unsure, margin = unsure_rows(case, exact)
         upstream = blind_to(unsure, upstream)
     got = case.run(backend, upstream)
     assert got["out"].dtype == case.table.dtype and tuple(got["out"].shape) == case.out_shape()
@@ -497,18 +497,18 @@ def check(case: Case, backend: str, upstream: dict[str, Tensor] | None = None) -
         elif name not in ("out", "argmax"):
             assert value.dtype == case.compute(), name
     if "argmax" in got:
-        assert_argmax(got["argmax"], exact, unsure, room)
+        assert_argmax(got["argmax"], exact, unsure, margin)
     check_results(case, got, upstream, unsure=unsure)
     return got
 
 
-def assert_argmax(got: Tensor, exact: Called, unsure: Tensor, room: Tensor) -> None:
+def assert_argmax(got: Tensor, exact: Called, unsure: Tensor, margin: Tensor) -> None:
     """Where rounding may choose another label, the score is the largest but for it."""
     want = exact.found["argmax"]
     assert got.dtype == torch.int64 and got.shape == want.shape and torch.equal(got[~unsure], want[~unsure])
     scores = exact.scores[1][unsure]
     gap = scores.gather(-1, want[unsure].unsqueeze(-1)) - scores.gather(-1, got[unsure].unsqueeze(-1))
-    assert (gap.squeeze(-1) <= room[unsure]).all()
+    assert (gap.squeeze(-1) <= margin[unsure]).all()
 
 
 def cut_lookup(monkeypatch, num_rows: int) -> None:

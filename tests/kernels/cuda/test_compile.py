@@ -51,7 +51,7 @@ def test_kernels_of_float64_spill_a_few_registers_at_most(architecture):
         assert kernel.spilled_bytes <= 128, kernel.name
 
 
-def test_the_registers_leave_room_for_all_threads(architecture):
+def test_the_registers_suffice_for_all_threads(architecture):
     """A multiprocessor has 65536, given to warps in units of 256, to its four schedulers a quarter each."""
     for kernel in named(architecture, "resident|reread"):
         is_general = re.search(r"<\w+, 2,", kernel.name) is not None

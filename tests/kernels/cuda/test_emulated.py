@@ -23,7 +23,7 @@ from emulated_calls import (
     loss_of,
     scan_of,
 )
-from emulated_cuda import Room
+from emulated_cuda import Device
 from implementations import Implementation
 from inputs import logits, targets
 from oracle import Case, check
@@ -103,25 +103,25 @@ def test_float64_at_every_width(vocab_size):
     check_statistics(Case(base, aux, target), IMPL)
 
 
-PLANNED = [  # rows, width, dtype of both sources, room
-    *((2, vocab_size, F32, Room()) for vocab_size in WIDTHS),
-    (40, 12000, F32, Room()),
-    (2, 10**6, F32, Room()),
-    (5, 24000, F32, Room(shared_bytes=100 << 10)),
-    (3, 96001, F32, Room(multiprocessors=8)),
+PLANNED = [  # rows, width, dtype of both sources, device
+    *((2, vocab_size, F32, Device()) for vocab_size in WIDTHS),
+    (40, 12000, F32, Device()),
+    (2, 10**6, F32, Device()),
+    (5, 24000, F32, Device(shared_bytes=100 << 10)),
+    (3, 96001, F32, Device(multiprocessors=8)),
 ]
 
 
 def test_the_widths_above_have_every_plan(machine):
     seen = {"cluster": set(), "tiles": set(), "segments": set(), "resident": set(), "wraps": set()}
-    for rows, vocab_size, dtype, room in PLANNED:
+    for rows, vocab_size, dtype, device in PLANNED:
         code = DTYPE_CODES[dtype]
-        plan = machine.module.plan(rows, vocab_size, code, code, True, False, *room)
+        plan = machine.module.plan(rows, vocab_size, code, code, True, False, *device)
         seen["cluster"].add(plan["cluster"])
         seen["tiles"].add(plan["num_tiles"])
         seen["segments"].add(plan["num_segments"])
         seen["resident"].add(plan["is_resident"])
-        clusters = min(rows, room.multiprocessors // plan["cluster"])
+        clusters = min(rows, device.multiprocessors // plan["cluster"])
         num_tiles = plan["num_segments"] // plan["cluster"] * plan["num_tiles"] * -(-rows // clusters)
         seen["wraps"].add(plan["is_resident"] and num_tiles > plan["num_slots"])
     assert seen["cluster"] == seen["segments"] == {1, 2, 4, 8, 16}
@@ -132,19 +132,19 @@ def test_the_widths_above_have_every_plan(machine):
 @pytest.mark.parametrize("wanted", [0, request.mask_of("entropy")], ids=["loss", "statistics"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 def test_the_plan_that_is_told_is_the_one_that_is_launched(machine, dtype, wanted):
-    for rows, vocab_size, room, needs in [
-        *((2, vocab_size, Room(), NEEDS_BOTH) for vocab_size in (1, 1025, 12000, 24000)),
-        (2, 24000, Room(), 0),
-        (5, 24000, Room(multiprocessors=5, shared_bytes=100 << 10), NEEDS_BOTH),
+    for rows, vocab_size, device, needs in [
+        *((2, vocab_size, Device(), NEEDS_BOTH) for vocab_size in (1, 1025, 12000, 24000)),
+        (2, 24000, Device(), 0),
+        (5, 24000, Device(multiprocessors=5, shared_bytes=100 << 10), NEEDS_BOTH),
         (2, 24000, NO_CLUSTERS, NEEDS_BOTH),
     ]:
-        machine.use(room)
+        machine.use(device)
         base, aux = (logits(rows, vocab_size, dtype=dtype) for _ in range(2))
         loss_of(base, aux, places(rows, vocab_size), needs=needs, wanted=wanted)
         code = DTYPE_CODES[dtype]
-        plan = machine.module.plan(rows, vocab_size, code, code, needs != 0, wanted != 0, *room)
+        plan = machine.module.plan(rows, vocab_size, code, code, needs != 0, wanted != 0, *device)
         threads = plan["threads"] + (32 if plan["is_resident"] else 0)
-        assert machine.last()[1:] == (plan["cluster"], threads, plan["shared_bytes"]), (rows, vocab_size, room)
+        assert machine.last()[1:] == (plan["cluster"], threads, plan["shared_bytes"]), (rows, vocab_size, device)
 
 
 # -- equal bits on every device ----------------------------------------------------------------------------------------
@@ -168,13 +168,13 @@ def test_a_row_has_the_same_bits_however_it_is_shared_out(machine, vocab_size, d
     target = places(3, vocab_size)
     machine.use(NO_CLUSTERS)
     want = loss_of(base, aux, target, **FORMS[form])
-    seen, num_segments = set(), machine.module.plan(3, vocab_size, 0, 0, False, False, *Room())["num_segments"]
-    for room in itertools.starmap(Room, itertools.product(MULTIPROCESSORS, SHARED_BYTES)):
-        machine.use(room)
+    seen, num_segments = set(), machine.module.plan(3, vocab_size, 0, 0, False, False, *Device())["num_segments"]
+    for device in itertools.starmap(Device, itertools.product(MULTIPROCESSORS, SHARED_BYTES)):
+        machine.use(device)
         got = loss_of(base, aux, target, **FORMS[form])
         launch = machine.last()
         if (launch.cluster, launch.shared_bytes) not in seen:
-            assert_equal_bits(got, want, f"{room} {launch}")
+            assert_equal_bits(got, want, f"{device} {launch}")
         seen.add((launch.cluster, launch.shared_bytes))
     clusters = {cluster for cluster, _ in seen}
     # 1: read again, where no cluster fits; which others there are is the plan's affair, but not one alone
@@ -183,12 +183,12 @@ def test_a_row_has_the_same_bits_however_it_is_shared_out(machine, vocab_size, d
 
 def test_the_rooms_above_bring_out_every_cluster(machine):
     seen = set()
-    for (vocab_size, dtype), room in itertools.product(
-        SHARED_OUT, itertools.starmap(Room, itertools.product(MULTIPROCESSORS, SHARED_BYTES))
+    for (vocab_size, dtype), device in itertools.product(
+        SHARED_OUT, itertools.starmap(Device, itertools.product(MULTIPROCESSORS, SHARED_BYTES))
     ):
         code = DTYPE_CODES[dtype]
-        plan = machine.module.plan(3, vocab_size, code, code, True, False, *room)
-        if plan["is_resident"] and plan["cluster"] <= room.multiprocessors:
+        plan = machine.module.plan(3, vocab_size, code, code, True, False, *device)
+        if plan["is_resident"] and plan["cluster"] <= device.multiprocessors:
             seen.add(plan["cluster"])
     assert seen == {1, 2, 4, 8, 16}
 
@@ -216,10 +216,10 @@ def test_where_no_cluster_of_this_size_runs_a_smaller_one_does_or_the_row_is_rea
     target = places(2, 96001)
     want = loss_of(base, aux, target)
     assert machine.last().cluster == 16
-    machine.use(Room(multiprocessors=12, shared_bytes=48 << 10))
+    machine.use(Device(multiprocessors=12, shared_bytes=48 << 10))
     assert_equal_bits(loss_of(base, aux, target), want)
     assert machine.last().cluster == 1
-    machine.use(Room(multiprocessors=12, shared_bytes=64 << 10))  # eight blocks have little room, but run
+    machine.use(Device(multiprocessors=12, shared_bytes=64 << 10))  # eight blocks have little shared memory, but run
     assert_equal_bits(loss_of(base, aux, target), want)
     assert machine.last().cluster == 8
 
@@ -227,29 +227,29 @@ def test_where_no_cluster_of_this_size_runs_a_smaller_one_does_or_the_row_is_rea
 # -- any order of the threads ------------------------------------------------------------------------------------------
 
 SEEDED = {
-    # rows, width, dtype, room, options
-    "cluster 1, odd": (5, 37, BF16, Room(multiprocessors=2), {}),
-    "cluster 1, ring wraps": (24, 1030, F32, Room(multiprocessors=2, shared_bytes=48 << 10), {}),
-    "cluster 1, no gradient": (48, 1031, BF16, Room(multiprocessors=2, shared_bytes=48 << 10), {"needs": 0}),
-    "cluster 2": (3, 12001, BF16, Room(multiprocessors=6), {}),
-    "cluster 2, ring wraps": (4, 12004, F32, Room(multiprocessors=2, shared_bytes=100 << 10), {}),
-    "cluster 2, statistics": (3, 12008, BF16, Room(multiprocessors=6), {"wanted": ALL_FIELDS}),
-    "cluster 4": (5, 24008, BF16, Room(multiprocessors=8, shared_bytes=48 << 10), {}),
-    "cluster 4, no gradient": (5, 24008, BF16, Room(multiprocessors=4, shared_bytes=40 << 10), {"needs": 0}),
-    "cluster 16": (3, 96001, BF16, Room(multiprocessors=16, shared_bytes=48 << 10), {"needs": NEEDS_AUX}),
+    # rows, width, dtype, device, options
+    "cluster 1, odd": (5, 37, BF16, Device(multiprocessors=2), {}),
+    "cluster 1, ring wraps": (24, 1030, F32, Device(multiprocessors=2, shared_bytes=48 << 10), {}),
+    "cluster 1, no gradient": (48, 1031, BF16, Device(multiprocessors=2, shared_bytes=48 << 10), {"needs": 0}),
+    "cluster 2": (3, 12001, BF16, Device(multiprocessors=6), {}),
+    "cluster 2, ring wraps": (4, 12004, F32, Device(multiprocessors=2, shared_bytes=100 << 10), {}),
+    "cluster 2, statistics": (3, 12008, BF16, Device(multiprocessors=6), {"wanted": ALL_FIELDS}),
+    "cluster 4": (5, 24008, BF16, Device(multiprocessors=8, shared_bytes=48 << 10), {}),
+    "cluster 4, no gradient": (5, 24008, BF16, Device(multiprocessors=4, shared_bytes=40 << 10), {"needs": 0}),
+    "cluster 16": (3, 96001, BF16, Device(multiprocessors=16, shared_bytes=48 << 10), {"needs": NEEDS_AUX}),
     "reread": (3, 12001, BF16, NO_CLUSTERS, {"wanted": ALL_FIELDS}),
-    "scales' sums": (2, 1027, F32, Room(), {"needs": NEEDS_BOTH | NEEDS_SCALES, "aux_scale": 0.5}),
-    "mean": (9, 65, BF16, Room(multiprocessors=3), {"mean": True, "weight": torch.linspace(0, 1, 65)}),
+    "scales' sums": (2, 1027, F32, Device(), {"needs": NEEDS_BOTH | NEEDS_SCALES, "aux_scale": 0.5}),
+    "mean": (9, 65, BF16, Device(multiprocessors=3), {"mean": True, "weight": torch.linspace(0, 1, 65)}),
 }
 
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_any_order_of_the_threads_gives_the_same_bits(machine, name):
-    rows, vocab_size, dtype, room, options = SEEDED[name]
+    rows, vocab_size, dtype, device, options = SEEDED[name]
     base, aux = (logits(rows, vocab_size, dtype=dtype) for _ in range(2))
     target = places(rows, vocab_size) if rows <= 5 else targets(rows, vocab_size=vocab_size)
     target[1] = -100
-    machine.use(room)
+    machine.use(device)
     want = None
     for seed in range(50 if vocab_size < 50000 else 20):
         machine.seed(seed)
@@ -261,8 +261,8 @@ def test_any_order_of_the_threads_gives_the_same_bits(machine, name):
         assert machine.last().cluster == cluster
     if "wraps" in name:
         code = DTYPE_CODES[dtype]
-        plan = machine.module.plan(rows, vocab_size, code, code, True, False, *room)
-        num_tiles = rows // (room.multiprocessors // cluster) * plan["num_segments"] // cluster * plan["num_tiles"]
+        plan = machine.module.plan(rows, vocab_size, code, code, True, False, *device)
+        num_tiles = rows // (device.multiprocessors // cluster) * plan["num_segments"] // cluster * plan["num_tiles"]
         assert num_tiles >= 2 * plan["num_slots"], plan
     check(Case(base, aux.requires_grad_(), target, {"reduction": "sum"}), IMPL)
 
@@ -277,11 +277,11 @@ class Fenced:
 
     def __init__(self, plain, offset=0, gap=0, lead=None):
         rows, vocab_size = plain.shape
-        self.room = plain.new_full((2 * GUARD + offset + rows * (vocab_size + gap),), torch.nan)
+        self.buffer = plain.new_full((2 * GUARD + offset + rows * (vocab_size + gap),), torch.nan)
         inner = rows if lead is None else lead[1]
         strides = [vocab_size + gap, 1] if lead is None else [inner * (vocab_size + gap), vocab_size + gap, 1]
         shape = [rows, vocab_size] if lead is None else [*lead, vocab_size]
-        self.view = self.room.as_strided(shape, strides, GUARD + offset)
+        self.view = self.buffer.as_strided(shape, strides, GUARD + offset)
         self.view.copy_(plain.view(shape))
         self.rows = list(self.view) if lead is None else [row for outer in self.view for row in outer]
 
@@ -291,14 +291,14 @@ class FencedGradient:
 
     def __init__(self, shape, dtype, offset):
         size = torch.Size(shape).numel()
-        self.room = torch.full((size + 2 * GUARD + offset,), -77.0, dtype=dtype)
+        self.buffer = torch.full((size + 2 * GUARD + offset,), -77.0, dtype=dtype)
         self.at = slice(GUARD + offset, GUARD + offset + size)
-        self.inside = self.room[self.at]
+        self.inside = self.buffer[self.at]
         self.inside.fill_(torch.nan)
         self.view = self.inside.view(shape)
 
     def assert_fence_is_whole(self):
-        assert (self.room[: self.at.start] == -77).all() and (self.room[self.at.stop :] == -77).all()
+        assert (self.buffer[: self.at.start] == -77).all() and (self.buffer[self.at.stop :] == -77).all()
         assert not self.inside.isnan().any()
 
 
@@ -313,13 +313,13 @@ BOUNDS += [(1024, PAIRS[0], (0, 4)), (1024, PAIRS[1], (0, 2)), (12000, PAIRS[2],
 
 BOUNDED = [*itertools.product(("resident", "small", "reread"), ("loss", "general")), ("reread", "scales")]
 BOUNDED.append(("resident", "backward"))  # which has one plan everywhere
-ROOMS = {"resident": Room(), "small": Room(3, 100 << 10), "reread": NO_CLUSTERS}
+DEVICES = {"resident": Device(), "small": Device(3, 100 << 10), "reread": NO_CLUSTERS}
 
 
-@pytest.mark.parametrize("room, form", BOUNDED, ids=short)
+@pytest.mark.parametrize("device, form", BOUNDED, ids=short)
 @pytest.mark.parametrize("vocab_size, dtypes, offsets", BOUNDS, ids=short)
-def test_nothing_is_touched_outside_of_the_rows(machine, vocab_size, dtypes, offsets, room, form):
-    machine.use(ROOMS[room])
+def test_nothing_is_touched_outside_of_the_rows(machine, vocab_size, dtypes, offsets, device, form):
+    machine.use(DEVICES[device])
     plain = [logits(4, vocab_size, dtype=dtype) for dtype in dtypes]
     target = targets(4, vocab_size=vocab_size, ignored=0.25)
     options = {"z_loss": 0.1} if form == "general" else {}
@@ -351,10 +351,10 @@ def test_nothing_is_touched_outside_of_the_rows(machine, vocab_size, dtypes, off
             one.assert_fence_is_whole()
 
 
-@pytest.mark.parametrize("room", [Room(), NO_CLUSTERS], ids=["resident", "reread"])
+@pytest.mark.parametrize("device", [Device(), NO_CLUSTERS], ids=["resident", "reread"])
 @pytest.mark.parametrize("vocab_size", [50, 64, 4099, 12000, 12001])
-def test_columns_past_vocab_size_are_outside_and_their_gradient_is_zero(machine, vocab_size, room):
-    machine.use(room)
+def test_columns_past_vocab_size_are_outside_and_their_gradient_is_zero(machine, vocab_size, device):
+    machine.use(device)
     plain = [logits(3, vocab_size, dtype=dtype) for dtype in (BF16, BF16)]
     target = targets(3, vocab_size=vocab_size)
     target[1] = -100
@@ -366,7 +366,7 @@ def test_columns_past_vocab_size_are_outside_and_their_gradient_is_zero(machine,
         # as wide as the rows are apart: NaN after the columns that count
         shapes = [(3, vocab_size + tail) for tail in tails]
         sources = [
-            one.room.as_strided(shape, (shape[1], 1), GUARD + 3) for one, shape in zip(made, shapes, strict=True)
+            one.buffer.as_strided(shape, (shape[1], 1), GUARD + 3) for one, shape in zip(made, shapes, strict=True)
         ]
         for result, function in ((want, loss_of), (want_backward, lambda *a, **o: backward_of(*a, k, **o))):
             fenced = [FencedGradient(shape, BF16, 1) for shape in shapes]
@@ -419,10 +419,10 @@ def test_rescaling_stays_inside(machine, dtype, vocab_size, offset):
 # -- gradients in the sources' own memory ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room", [Room(), Room(4, 100 << 10), NO_CLUSTERS], ids=["resident", "small", "reread"])
+@pytest.mark.parametrize("device", [Device(), Device(4, 100 << 10), NO_CLUSTERS], ids=["resident", "small", "reread"])
 @pytest.mark.parametrize("vocab_size", [1, 33, 1025, 8200, 12001, 24000, 96001])
-def test_gradients_may_take_the_sources_place(machine, vocab_size, room):
-    machine.use(room)
+def test_gradients_may_take_the_sources_place(machine, vocab_size, device):
+    machine.use(device)
     base, aux = (logits(3, vocab_size, dtype=BF16) for _ in range(2))
     target = places(3, vocab_size)
     target[1] = -100
@@ -457,9 +457,11 @@ def ignored_rows(rows, kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "all", "even", "odd", "but one", "the last"])
-@pytest.mark.parametrize("rows, vocab_size, room", [(40, 33, Room(3)), (23, 1032, Room(4)), (11, 12001, Room(4))])
-def test_many_rows_of_each_block(rows, vocab_size, room, kind, machine):
-    machine.use(room)
+@pytest.mark.parametrize(
+    "rows, vocab_size, device", [(40, 33, Device(3)), (23, 1032, Device(4)), (11, 12001, Device(4))]
+)
+def test_many_rows_of_each_block(rows, vocab_size, device, kind, machine):
+    machine.use(device)
     base, aux = (logits(rows, vocab_size, dtype=BF16) for _ in range(2))
     target = targets(rows, vocab_size=vocab_size)
     ignored = ignored_rows(rows, kind)
@@ -478,10 +480,12 @@ def test_many_rows_of_each_block(rows, vocab_size, room, kind, machine):
     assert loss.isnan() == (kind == "all") and not fields[:, ignored].any()
 
 
-@pytest.mark.parametrize("rows, vocab_size, room", [(29, 33, Room(3)), (7, 12001, Room(4)), (7, 12001, NO_CLUSTERS)])
+@pytest.mark.parametrize(
+    "rows, vocab_size, device", [(29, 33, Device(3)), (7, 12001, Device(4)), (7, 12001, NO_CLUSTERS)]
+)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": True}, {"wanted": ALL_FIELDS}], ids=str)
-def test_hostile_targets_among_many_rows_poison_only_their_own(machine, rows, vocab_size, room, options):
-    machine.use(room)
+def test_hostile_targets_among_many_rows_poison_only_their_own(machine, rows, vocab_size, device, options):
+    machine.use(device)
     if "weight" in options:
         options = options | {"weight": torch.rand(vocab_size)}
     base, aux = (logits(rows, vocab_size, dtype=BF16) for _ in range(2))
@@ -505,8 +509,8 @@ def test_hostile_targets_among_many_rows_poison_only_their_own(machine, rows, vo
 
 def test_no_rows_at_all(machine):
     base, target = torch.empty(0, 12001, dtype=BF16), torch.empty(0, dtype=torch.int64)
-    for room in (Room(), NO_CLUSTERS):
-        machine.use(room)
+    for device in (Device(), NO_CLUSTERS):
+        machine.use(device)
         assert loss_of(base, base.clone(), target)[0] == 0
         assert loss_of(base, None, target, mean=True, needs=NEEDS_BASE)[0].isnan()
         assert scan_of(base, None, target)[0].shape[1:] == (0,)
@@ -515,8 +519,8 @@ def test_no_rows_at_all(machine):
 def test_the_counter_is_zero_after_every_call(machine, monkeypatch):
     counter = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(cuda_cross_entropy, "_counter", lambda like: counter)
-    for room in (Room(), Room(3), NO_CLUSTERS, Room(1)):
-        machine.use(room)
+    for device in (Device(), Device(3), NO_CLUSTERS, Device(1)):
+        machine.use(device)
         for rows, vocab_size in ((0, 5), (1, 5), (2, 12001), (9, 33), (70, 33)):
             base, target = logits(rows, vocab_size), targets(rows, vocab_size=vocab_size)
             for options in ({"mean": True}, {"needs": 0}, {"z_loss": 0.1}):
@@ -528,13 +532,20 @@ def test_the_counter_is_zero_after_every_call(machine, monkeypatch):
 
 # -- rows whose blocks have little to say ------------------------------------------------------------------------------
 
-APART = [(1025, Room()), (12001, Room()), (24008, Room()), (50257, Room()), (96001, Room()), (24008, NO_CLUSTERS)]
+APART = [
+    (1025, Device()),
+    (12001, Device()),
+    (24008, Device()),
+    (50257, Device()),
+    (96001, Device()),
+    (24008, NO_CLUSTERS),
+]
 
 
-@pytest.mark.parametrize("vocab_size, room", APART, ids=short)
-def test_whole_blocks_of_masked_classes_count_nothing(machine, vocab_size, room):
+@pytest.mark.parametrize("vocab_size, device", APART, ids=short)
+def test_whole_blocks_of_masked_classes_count_nothing(machine, vocab_size, device):
     """All but one class in one block, the first half, the last, all but the ends."""
-    machine.use(room)
+    machine.use(device)
     base, aux = (logits(5, vocab_size, dtype=BF16) for _ in range(2))
     half, last = vocab_size // 2, vocab_size - 1
     keep = torch.zeros(5, vocab_size, dtype=torch.bool)
@@ -551,9 +562,9 @@ def test_whole_blocks_of_masked_classes_count_nothing(machine, vocab_size, room)
     assert_alike(got["aux[0]"], p - torch.nn.functional.one_hot(target, vocab_size))
 
 
-@pytest.mark.parametrize("vocab_size, room", APART, ids=short)
-def test_ties_and_nan_far_apart_have_the_lowest_index(machine, vocab_size, room):
-    machine.use(room)
+@pytest.mark.parametrize("vocab_size, device", APART, ids=short)
+def test_ties_and_nan_far_apart_have_the_lowest_index(machine, vocab_size, device):
+    machine.use(device)
     last = vocab_size - 1
     at = [[0, last], [last // 2, last], [last // 3, last // 2, last - 1], [last]]
     for value in (50.0, torch.nan, torch.inf):
@@ -568,9 +579,9 @@ def test_ties_and_nan_far_apart_have_the_lowest_index(machine, vocab_size, room)
     assert (scan_of(base, None, torch.tensor([0, 1, 2, last]), request.mask_of("argmax"))[0][0, 3]) == 0
 
 
-@pytest.mark.parametrize("vocab_size, room", APART, ids=short)
-def test_confident_rows_of_several_blocks_are_accurate(machine, vocab_size, room):
-    machine.use(room)
+@pytest.mark.parametrize("vocab_size, device", APART, ids=short)
+def test_confident_rows_of_several_blocks_are_accurate(machine, vocab_size, device):
+    machine.use(device)
     for place in (0, vocab_size // 2, vocab_size - 1):
         base, aux, target = confident_problem(vocab_size, 30.0, "cpu", place)
         for options, upstream in (({"reduction": "sum"}, None), ({"reduction": "none"}, torch.rand(len(target)))):

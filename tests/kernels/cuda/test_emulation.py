@@ -33,8 +33,8 @@ from auxkernels.cross_entropy import cuda as cuda_cross_entropy
 emulated_cuda.install(pytest.MonkeyPatch())
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
-room = (ctypes.c_char * (12 * {width})).from_address(libc.malloc(ctypes.c_size_t(12 * 33)))
-grad = torch.frombuffer(room, dtype=torch.float32).view(3, {width})
+memory = (ctypes.c_char * (12 * {width})).from_address(libc.malloc(ctypes.c_size_t(12 * 33)))
+grad = torch.frombuffer(memory, dtype=torch.float32).view(3, {width})
 print("loaded")
 cuda_cross_entropy.rescale_(grad, torch.tensor(2.0), None, -100)
 print("survived")

@@ -17,7 +17,7 @@ from emulated_calls import (
     loss_of,
     scan_of,
 )
-from emulated_cuda import Machine, Room
+from emulated_cuda import Device, Machine
 from inputs import logits, targets
 from row_kernels import NEEDS_BASE
 
@@ -40,7 +40,7 @@ def test_a_capture_may_hold_the_first_launch_of_every_kernel(machine, dtype):
         lambda: [grad := base.clone(), cuda_cross_entropy.rescale_(grad, torch.tensor(0.5), target, -100)][:1],
     ]
     for has_clusters in (True, False):
-        machine.use(Room(multiprocessors=10 + dtype.itemsize, has_clusters=has_clusters))
+        machine.use(Device(multiprocessors=10 + dtype.itemsize, has_clusters=has_clusters))
         with machine.capture():
             got = [call() for call in calls]
         for one, call in zip(got, calls, strict=True):
@@ -49,7 +49,7 @@ def test_a_capture_may_hold_the_first_launch_of_every_kernel(machine, dtype):
 
 def test_the_script_that_captures_first_on_a_gpu_is_right(machine, monkeypatch, capsys):
     """Word for word, but on the emulated machine, whose captures run at once and need no replay."""
-    machine.use(Room(multiprocessors=21))
+    machine.use(Device(multiprocessors=21))
     graph = SimpleNamespace(num_replays=0)
 
     @contextlib.contextmanager
@@ -72,10 +72,10 @@ def test_the_script_that_captures_first_on_a_gpu_is_right(machine, monkeypatch, 
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room", [Room(), Room(multiprocessors=5, shared_bytes=100 << 10), NO_CLUSTERS], ids=str)
+@pytest.mark.parametrize("device", [Device(), Device(multiprocessors=5, shared_bytes=100 << 10), NO_CLUSTERS], ids=str)
 @pytest.mark.parametrize("vocab_size", [33, 12001, 24000])
-def test_a_device_tells_the_launch_of_a_call(machine, vocab_size, room):
-    machine.use(room)
+def test_a_device_tells_the_launch_of_a_call(machine, vocab_size, device):
+    machine.use(device)
     base, aux = (logits(2, vocab_size, dtype=BF16) for _ in range(2))
     for has_gradient, wanted in ((True, 0), (False, 0), (True, request.mask_of("entropy"))):
         options = {"has_gradient": has_gradient, "has_statistics": wanted != 0}
@@ -85,16 +85,16 @@ def test_a_device_tells_the_launch_of_a_call(machine, vocab_size, room):
         assert (plan["cluster"], plan["shared_bytes"]) == (cluster, shared_bytes)
         assert plan["threads"] + 32 * plan["is_resident"] == threads
         assert num_blocks == min(2, plan["clusters_at_once"]) * cluster
-        assert plan["clusters_at_once"] == room.multiprocessors // cluster
+        assert plan["clusters_at_once"] == device.multiprocessors // cluster
 
 
 def test_the_plan_told_is_of_clusters_that_run(machine):
     """Sixteen blocks would share the row, but twelve run at once."""
-    room = Room(multiprocessors=12, shared_bytes=64 << 10)
-    machine.use(room)
+    device = Device(multiprocessors=12, shared_bytes=64 << 10)
+    machine.use(device)
     plan = cuda_cross_entropy.plan(2, 96001, BF16, BF16, device=Machine.number)
     assert (plan["cluster"], plan["clusters_at_once"]) == (8, 1)
-    assert machine.module.plan(2, 96001, 1, 1, True, False, *room)["cluster"] == 16
+    assert machine.module.plan(2, 96001, 1, 1, True, False, *device)["cluster"] == 16
 
 
 # -- sizes of zero -----------------------------------------------------------------------------------------------------
@@ -109,10 +109,10 @@ def test_nothing_is_rescaled_where_there_is_nothing(shape, dtype):
         cuda_cross_entropy.rescale_(grad, torch.tensor(-0.5), given, -100)
 
 
-@pytest.mark.parametrize("room", [Room(), NO_CLUSTERS], ids=["resident", "reread"])
+@pytest.mark.parametrize("device", [Device(), NO_CLUSTERS], ids=["resident", "reread"])
 @pytest.mark.parametrize("shape", [(0, 5), (0, 12001), (2, 0, 33), (0, 2, 33)], ids=str)
-def test_no_rows_have_a_loss_and_empty_outputs(machine, shape, room):
-    machine.use(room)
+def test_no_rows_have_a_loss_and_empty_outputs(machine, shape, device):
+    machine.use(device)
     base, target = torch.empty(shape, dtype=BF16), torch.zeros(shape[:-1], dtype=torch.int64)
     loss, *grads = loss_of(base, base.clone(), target)
     assert loss == 0 and [grad.shape for grad in grads] == [base.shape] * 2
@@ -140,4 +140,4 @@ def test_rows_without_columns_are_refused(rows):
 @pytest.mark.parametrize("num_rows, vocab_size", [(1, 0), (0, 0), (1, -1), (-1, 1), (1, 2**30 + 1)])
 def test_no_plan_is_told_of_an_impossible_size(machine, num_rows, vocab_size):
     with pytest.raises(ValueError, match=r"V must be in|vocab_size must be at most 1073741824"):
-        machine.module.plan(num_rows, vocab_size, 1, 1, True, False, *Room())
+        machine.module.plan(num_rows, vocab_size, 1, 1, True, False, *Device())

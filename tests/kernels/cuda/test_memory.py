@@ -18,7 +18,7 @@ from emulated_calls import (
     loss_of,
     scan_of,
 )
-from emulated_cuda import Room
+from emulated_cuda import Device
 from inputs import logits, targets
 from tolerance import OF_A_ROW, assert_alike
 
@@ -39,21 +39,21 @@ def alone(plain: torch.Tensor, at_end: bool) -> torch.Tensor:
     """A copy between pages of which no byte can be read, right beside one of them: what touches it ends the process."""
     size = plain.numel() * plain.element_size()
     inside = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    room = mmap.mmap(-1, inside + 2 * mmap.PAGESIZE)
-    all_bytes = torch.frombuffer(room, dtype=torch.uint8)
+    pages = mmap.mmap(-1, inside + 2 * mmap.PAGESIZE)
+    all_bytes = torch.frombuffer(pages, dtype=torch.uint8)
     for offset in (0, mmap.PAGESIZE + inside):
         assert _libc().mprotect(all_bytes.data_ptr() + offset, mmap.PAGESIZE, 0) == 0  # PROT_NONE
     start = mmap.PAGESIZE + (inside - size if at_end else 0)
-    copy = torch.frombuffer(room, dtype=plain.dtype, count=plain.numel(), offset=start).view(plain.shape)
+    copy = torch.frombuffer(pages, dtype=plain.dtype, count=plain.numel(), offset=start).view(plain.shape)
     return copy.copy_(plain)
 
 
 @pytest.mark.parametrize("at_end", [False, True], ids=["after a hole", "before a hole"])
-@pytest.mark.parametrize("room", [Room(), Room(2), NO_CLUSTERS], ids=["resident", "two blocks", "reread"])
+@pytest.mark.parametrize("device", [Device(), Device(2), NO_CLUSTERS], ids=["resident", "two blocks", "reread"])
 @pytest.mark.parametrize("vocab_size, dtype", [(1, BF16), (37, BF16), (37, F32), (1027, F16), (12001, BF16)], ids=str)
-def test_no_element_outside_of_the_tensors_is_touched(machine, vocab_size, dtype, room, at_end):
+def test_no_element_outside_of_the_tensors_is_touched(machine, vocab_size, dtype, device, at_end):
     """Single elements as well, which the emulation does not look at."""
-    machine.use(room)
+    machine.use(device)
     rows = 3
     target = targets(rows, vocab_size=vocab_size)
     target[-1] = -1  # names no class, and has no weight: the last of the targets, and one before the weights
@@ -107,7 +107,7 @@ def test_a_target_that_names_no_class_counts_in_the_mean_but_has_no_weight():
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_few_blocks_rescale_many_rows(machine, dtype, vocab_size):
     """Eight blocks, each with whole parts of rows, a row's short last part and parts of ignored rows in turn."""
-    machine.use(Room(1))
+    machine.use(Device(1))
     grad, target = logits(23, vocab_size, dtype=dtype), targets(23, vocab_size=vocab_size, ignored=0.3)
     target[0], target[-1] = -100, 1
     want = torch.where(target[:, None] == -100, grad, grad * -0.5)

@@ -13,7 +13,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 H100 = {"multiprocessors": 132, "shared_bytes": 232448, "has_clusters": True}
 A100 = {"multiprocessors": 108, "shared_bytes": 166912, "has_clusters": False}
 SM_120 = {"multiprocessors": 170, "shared_bytes": 101376, "has_clusters": True}
-ROOMS = [H100, A100, SM_120]
+DEVICES = [H100, A100, SM_120]
 # of a tile: up to 15 bytes before it and after it are copied with it
 PADDING = 32
 
@@ -24,9 +24,9 @@ def plan():
         pytest.skip(reason)
     module = emulated_cuda.module()
 
-    def call(num_rows, V, base=BF16, aux=BF16, has_gradient=True, has_statistics=False, room=H100):
+    def call(num_rows, V, base=BF16, aux=BF16, has_gradient=True, has_statistics=False, device=H100):
         codes = DTYPE_CODES[base], -1 if aux is None else DTYPE_CODES[aux]
-        return module.plan(num_rows, V, *codes, has_gradient, has_statistics, **room)
+        return module.plan(num_rows, V, *codes, has_gradient, has_statistics, **device)
 
     return call
 
@@ -40,7 +40,7 @@ calls = st.fixed_dictionaries(
         "aux": st.sampled_from([None, F32, BF16, F16]),
         "has_gradient": st.booleans(),
         "has_statistics": st.booleans(),
-        "room": st.sampled_from(ROOMS),
+        "device": st.sampled_from(DEVICES),
     }
 )
 
@@ -53,7 +53,7 @@ def test_every_plan_fits_and_covers_the_row(plan, call):
     assert p["threads"] % 32 == 0 and p["lanes"] <= p["threads"] and 8 * p["lanes"] == p["tile"]
     assert p["segment"] % 64 == 0 and p["tile"] % 64 == 0  # tiles are aligned as their row is
     assert p["num_segments"] in (1, 2, 4, 8, 16) and p["num_segments"] % p["cluster"] == 0
-    assert p["shared_bytes"] <= call["room"]["shared_bytes"]
+    assert p["shared_bytes"] <= call["device"]["shared_bytes"]
     assert p["is_ragged"] or call["V"] % p["piece"] == 0
     assert p["threads"] // 32 <= 16  # lanes that merge the states of a segment's warps
     if p["is_resident"]:
@@ -70,7 +70,7 @@ def test_every_plan_fits_and_covers_the_row(plan, call):
 @settings(max_examples=500, deadline=None)
 @given(calls)
 def test_the_tiles_of_a_segment_are_equal_but_for_rounding(plan, call):
-    """A slot has room for a whole tile: what the last one lacks is lost in each."""
+    """A slot holds a whole tile: what the last one lacks is lost in each."""
     p = plan(**call)
     unit = 256 if p["is_ragged"] else 64
     assert 0 <= p["num_tiles"] * p["tile"] - p["segment"] < p["num_tiles"] * unit
@@ -83,7 +83,7 @@ def test_the_cut_of_a_row_follows_from_its_width_and_dtypes_alone(plan, call):
     """The bits of a result depend on it."""
     names = ("threads", "piece", "is_ragged", "num_segments", "segment", "num_tiles", "tile", "lanes")
     first = plan(**call)
-    for change in ({"num_rows": 3}, {"has_gradient": not call["has_gradient"]}, {"room": A100}, {"room": SM_120}):
+    for change in ({"num_rows": 3}, {"has_gradient": not call["has_gradient"]}, {"device": A100}, {"device": SM_120}):
         again = plan(**{**call, **change})
         assert [again[name] for name in names] == [first[name] for name in names]
 
@@ -114,7 +114,7 @@ def test_without_a_gradient_a_row_needs_no_place_to_wait(plan):
 
 
 def test_devices_without_clusters_read_a_row_twice(plan):
-    assert not plan(8192, 128256, room=A100)["is_resident"]
+    assert not plan(8192, 128256, device=A100)["is_resident"]
 
 
 @pytest.mark.parametrize("V, is_ragged", [(50257, True), (50260, True), (50264, False)])
@@ -138,10 +138,10 @@ def test_rows_more_than_32_bits_of_elements_apart_are_found(machine):
     """Of 16 GiB of addresses three rows are ever touched."""
     V, apart = 1000, 2**32 // 2 + 24
     try:
-        room = torch.empty(2 * apart + V, dtype=F32)
+        buffer = torch.empty(2 * apart + V, dtype=F32)
     except RuntimeError:
         pytest.skip("the system gives no 16 GiB of addresses")
-    base = room.as_strided((3, V), (apart, 1))
+    base = buffer.as_strided((3, V), (apart, 1))
     near = torch.randn(3, V)
     base.copy_(near)
     aux, target = torch.randn(3, V), torch.tensor([5, 999, 0])

@@ -50,22 +50,22 @@ def test_the_interpreted_kernels_pass():
 
 K = 75
 NEVER, ALWAYS = (lambda *_: False), (lambda *_: True)
-ROADS = {"resident": None, "segments": NEVER, "split": ALWAYS}
+PATHS = {"resident": None, "segments": NEVER, "split": ALWAYS}
 
 
 @pytest.fixture
-def road(request, monkeypatch):
+def path(request, monkeypatch):
     if INTERPRETED:
         small = on_triton.Cut(4, 2, 64, False) if request.param == "split" else on_triton.Cut(8, 1, 64, False)
-        if ROADS[request.param] is None:
+        if PATHS[request.param] is None:
             small = on_triton.Cut(8, 3, 96, True)
         else:
-            monkeypatch.setattr(launch, "is_split", ROADS[request.param])
+            monkeypatch.setattr(launch, "is_split", PATHS[request.param])
         monkeypatch.setattr(on_triton, "cut_of", lambda *_: small)
     return request.param
 
 
-over_roads = pytest.mark.parametrize("road", ROADS, indirect=True)
+over_paths = pytest.mark.parametrize("path", PATHS, indirect=True)
 
 
 def rows_of(num_rows=4, num_labels=K, dtype=F32, **options) -> SoftRows:
@@ -75,9 +75,9 @@ def rows_of(num_rows=4, num_labels=K, dtype=F32, **options) -> SoftRows:
 
 
 @interpreted
-@over_roads
+@over_paths
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_a_noisy_choice_with_a_clean_gradient_is_the_cpus(road, top_k, monkeypatch):
+def test_a_noisy_choice_with_a_clean_gradient_is_the_cpus(path, top_k, monkeypatch):
     scores, table = torch.randn(6, K), torch.randn(K, 5)
     options = {"temperature": 0.7, "hard": True, "gumbel": 1.5, "clean_gradient": True, "seed": 3, "top_k": top_k}
     results = []
@@ -134,9 +134,9 @@ def upstreams(num_rows: int, num_labels: int = K) -> Upstream:
 
 
 @interpreted
-@over_roads
-def test_softmax_and_its_gradient_with_everything(road):
-    dtype = F16 if road == "split" else F32
+@over_paths
+def test_softmax_and_its_gradient_with_everything(path):
+    dtype = F16 if path == "split" else F32
     rows = with_everything(dtype=dtype)
     want = softmax_by(on_cpu, rows)
     assert want["argmax"][2] == -1 and want["argmax"][3] == 60 and want["entropy"].isnan().tolist() == [0, 0, 0, 1]
@@ -147,8 +147,8 @@ def test_softmax_and_its_gradient_with_everything(road):
 
 
 @interpreted
-@pytest.mark.parametrize("road", ["resident", "segments"], indirect=True)
-def test_gradients_are_those_of_autograd_in_float64(road):
+@pytest.mark.parametrize("path", ["resident", "segments"], indirect=True)
+def test_gradients_are_those_of_autograd_in_float64(path):
     rows = rows_of(2, temperature=torch.tensor(0.7))
     scores, temperature = rows.scores.double().requires_grad_(), torch.full((2, 1), 0.7, dtype=F64, requires_grad=True)
     p = torch.softmax(scores / temperature, -1)
@@ -177,8 +177,8 @@ def test_a_row_has_the_same_bits_split_or_not(monkeypatch):
 
 
 @interpreted
-@over_roads
-def test_infinite_scores(road):
+@over_paths
+def test_infinite_scores(path):
     rows = rows_of()
     rows.scores[0, 10], rows.scores[1] = torch.inf, -torch.inf
     rows.scores[2, :40], rows.scores[3, 9] = -torch.inf, torch.nan
@@ -235,9 +235,9 @@ def test_random_bits_are_those_of_noise_py(seed):
 
 
 @interpreted
-@pytest.mark.parametrize("road", ["resident", "segments"], indirect=True)
+@pytest.mark.parametrize("path", ["resident", "segments"], indirect=True)
 @pytest.mark.parametrize("num_labels", [64, K])
-def test_noise_is_that_of_its_row_and_label_on_every_road(road, num_labels):
+def test_noise_is_that_of_its_row_and_label_on_every_path(path, num_labels):
     seed = torch.tensor(99)
     rows = rows_of(2, num_labels, first_row=4, gumbel=torch.tensor(1.0), seed=seed)
     v = rows.scores + noise.gumbel(6, num_labels, seed, F32)[4:]
