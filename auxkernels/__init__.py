@@ -6,7 +6,8 @@ is docs/contract.md. `soft_embedding` mixes label embeddings by predicted probab
 """
 
 from . import nn
-from .cross_entropy.api import LogitStats, aux_cross_entropy, logit_stats
+from .cross_entropy.api import aux_cross_entropy, logit_stats
+from .cross_entropy.rows import LogitStats
 from .dispatch import show_config
 from .heads import settings as chunk_settings
 from .soft_embedding.api import LookupStats, soft_embedding

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def distinct(tensors: tuple) -> tuple:
+def distinct(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """While torch.compile traces, which refuses one tensor as two arguments, the second one as a view of itself."""
     if not torch.compiler.is_compiling():
         return tensors
@@ -25,7 +28,7 @@ def saveable(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone()
 
 
-def anchors(tensors: tuple) -> list[Tensor]:
+def anchors(tensors: Iterable[Any]) -> list[Tensor]:
     """Empty tensors that depend on the tensors: edges for `once`, where saving the tensors would keep their memory."""
     if torch.compiler.is_compiling():
         return []
@@ -38,7 +41,7 @@ def _has_transform() -> bool:
 
 # a constant of the trace: torch.compile enters the transforms that it traces, and guards those around it. set by hand,
 # because torch.compiler.assume_constant_result imports the compiler, which takes seconds
-_has_transform._dynamo_marked_constant = True
+_has_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_traced_in_transform() -> bool:
@@ -49,7 +52,7 @@ def is_traced_in_transform() -> bool:
     return torch.compiler.is_compiling() and _has_transform()
 
 
-def apply(function: type[torch.autograd.Function], who: str, *args):
+def apply(function: type[torch.autograd.Function], who: str, *args: Any) -> Any:
     """function.apply(*args); what torch.compile would trace wrongly is left to eager mode, which has an error."""
     if is_traced_in_transform():
         # raised in a call that does nothing else, so that eager mode, without fullgraph, takes up all of it
@@ -68,12 +71,12 @@ class DelayedError(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, who, num_grads, *tensors):
+    def forward(ctx: Any, who: str, num_grads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.who = who
         return tuple(g.view_as(g) for g in tensors[:num_grads])
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(f"{ctx.who} cannot be differentiated twice; use backend='reference' for that")
 
 

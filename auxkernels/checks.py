@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .sources import Head, Leaves, Logits, Source, SourceTensors, by_source
+
+if TYPE_CHECKING:
+    from .cross_entropy.request import Request as CrossEntropyRequest
+    from .soft_embedding.request import Request as LookupRequest
+    from .soft_embedding.request import State as LookupState
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,13 +48,14 @@ def floating(name: str, value: object) -> Tensor:
 def number(name: str, value: object) -> float:
     """A real number of any type, NumPy's too, as a float; a symbolic one as it is."""
     if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return value
+        return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} must fit in a float, got an integer of {int(value).bit_length()} bits") from None
+        bits = int(value).bit_length()  # type: ignore[call-overload]
+        raise ValueError(f"{name} must fit in a float, got an integer of {bits} bits") from None
 
 
 def real_number(name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> float:
@@ -74,7 +81,7 @@ def leading(name: str, given: Source) -> tuple[torch.Size, torch.device]:
     return values.shape[:-1], values.device
 
 
-def _values_of(name: str, given: Source) -> tuple[str, object, str]:
+def _values_of(name: str, given: Source) -> tuple[str, Tensor, str]:
     """What the rows of a source are in: their name, the tensor and its form."""
     if isinstance(given, Logits):
         return name, given.values, "[*, V]"
@@ -133,8 +140,8 @@ def head(name: str, given: Head, autocast: torch.dtype | None) -> int:
 
 
 def softcap(name: str, value: object) -> None:
-    number(name, value)
-    if not 2.0**-126 <= value <= 2.0**126:  # float32 must hold it and its inverse
+    found = number(name, value)
+    if not 2.0**-126 <= found <= 2.0**126:  # float32 must hold it and its inverse
         raise ValueError(f"{name} must be positive and finite, got {value}: float32 has to hold it and its inverse")
 
 
@@ -185,7 +192,13 @@ def common_width(widths: list[tuple[str, int]], vocab_size: int | None) -> int:
     return vocab_size
 
 
-def flat_sources(leaves, softcaps, num_base: int, autocast: torch.dtype | None, needs: list[bool] | None) -> None:
+def flat_sources(
+    leaves: Sequence[Tensor | None],
+    softcaps: Sequence[float],
+    num_base: int,
+    autocast: torch.dtype | None,
+    needs: Sequence[bool] | None,
+) -> None:
     """Sources as an operator takes them."""
     num_leaves = len(Leaves._fields) * len(softcaps)
     is_complete = len(leaves) == num_leaves and all(one.values is not None for one in by_source(leaves))
@@ -215,7 +228,7 @@ def source_tensors(
     return source(name, head, shape, device, autocast)
 
 
-def cross_entropy_request(request) -> None:
+def cross_entropy_request(request: CrossEntropyRequest) -> None:
     """A request by itself, so that a raw call of an operator is as safe as the public function."""
     if request.first().dim() == 0:
         raise ValueError("source 0 must be [*, V] or [*, D], got a 0-d tensor")
@@ -262,11 +275,11 @@ def _is_bool(value: object) -> bool:
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
-def integer(name: str, value: object) -> int:
+def integer(name: str, value: Any) -> int:
     """What torch takes for an int, as one: whatever Python takes for an index (NumPy's integers, 0-d integer tensors),
     but no bool. A symbolic one as it is."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]
     if not _is_bool(value) and not (isinstance(value, Tensor) and value.dim()):
         try:
             return operator.index(value)
@@ -285,7 +298,7 @@ def int64(name: str, value: object) -> int:
 def boolean(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
-    if not _is_bool(value) or isinstance(value, Tensor) or getattr(value, "ndim", 0):
+    if not _is_bool(value) or isinstance(value, Tensor) or getattr(value, "ndim", False):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return bool(value)
 
@@ -349,7 +362,15 @@ class LookupOptions(NamedTuple):
 
 
 def lookup_options(
-    temperature, hard, gumbel, seed, mask, top_k, shape: torch.Size, num_labels: int, device
+    temperature: object,
+    hard: object,
+    gumbel: object,
+    seed: object,
+    mask: object,
+    top_k: object,
+    shape: torch.Size,
+    num_labels: int,
+    device: torch.device,
 ) -> LookupOptions:
     """Options of soft_embedding; tensors are not looked into."""
     if isinstance(temperature, Tensor):
@@ -387,7 +408,7 @@ def gradient_option(clean_gradient: object, hard: bool) -> bool:
 def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.device) -> None:
     if mask is None:
         return
-    plain_tensor("mask", mask)
+    mask = plain_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if mask.shape not in ((num_labels,), (*shape, num_labels)):
@@ -396,7 +417,7 @@ def label_mask(mask: object, shape: torch.Size, num_labels: int, device: torch.d
         raise ValueError(f"mask must be on the scores' device {device}, got {mask.device}")
 
 
-def lookup(given) -> None:
+def lookup(given: LookupRequest) -> None:
     """A request of soft_embedding by itself."""
     shape, device, K = given.shape(), given.first().device, tables(given.table).shape[-2]
     widths = [
@@ -411,7 +432,13 @@ def lookup(given) -> None:
     lookup_options(temperature, given.hard, gumbel, given.seed, given.mask, given.top_k or None, shape, K, device)
 
 
-def lookup_gradients(given, state, grad, upstream, needs) -> None:
+def lookup_gradients(
+    given: LookupRequest,
+    state: LookupState,
+    grad: Tensor | None,
+    upstream: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> None:
     """What the backward operator takes beside the request."""
     dtypes = {"max": given.compute(), "log_denom": given.compute(), "argmax": torch.int64}
     for name, dtype in dtypes.items():
@@ -449,22 +476,23 @@ def segments(rows: object, segment_ids: object) -> None:
     segment_numbers(segment_ids, tensor.device)
 
 
-def segment_numbers(segment_ids: object, device: torch.device) -> None:
-    plain_tensor("segment_ids", segment_ids)
+def segment_numbers(segment_ids: object, device: torch.device) -> Tensor:
+    segment_ids = plain_tensor("segment_ids", segment_ids)
     if segment_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"segment_ids must be int32 or int64, got {segment_ids.dtype}")
     if segment_ids.device != device:
         raise ValueError(f"segment_ids must be on {device}, got {segment_ids.device}")
+    return segment_ids
 
 
 def segment_tokens(tokens: object, segment_ids: object, num_segments: int) -> None:
     """Rows of tokens, [*, D] or [L, *, D], and the segment of each."""
     tensor = floating("tokens", tokens)
-    segment_numbers(segment_ids, tensor.device)
-    num_leading = tensor.dim() - segment_ids.dim() - 1
-    if num_leading not in (0, 1) or tensor.shape[num_leading:-1] != segment_ids.shape:
+    of_tokens = segment_numbers(segment_ids, tensor.device)
+    num_leading = tensor.dim() - of_tokens.dim() - 1
+    if num_leading not in (0, 1) or tensor.shape[num_leading:-1] != of_tokens.shape:
         raise ValueError(
-            f"tokens must be [*, D] or [L, *, D] with segment_ids' shape {list(segment_ids.shape)}, "
+            f"tokens must be [*, D] or [L, *, D] with segment_ids' shape {list(of_tokens.shape)}, "
             f"got {list(tensor.shape)}"
         )
     if num_segments < 0:

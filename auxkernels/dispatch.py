@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import os
 import platform
+from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +100,7 @@ def implementation(operator: str, backend: str, is_cuda: bool = False) -> Module
     return importlib.import_module(f".{operator}.{modules[backend]}", __package__)
 
 
-def is_direct(tensors, backend: str) -> bool:
+def is_direct(tensors: Iterable[Any], backend: str) -> bool:
     """Whether a call of a compiled module may skip the dispatcher, a fifth of a small call (6 of 30 us).
 
     Nothing may be tracing or transforming, and every tensor must be a plain one that lies in memory as it is read:

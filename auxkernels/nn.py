@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .cross_entropy.api import aux_cross_entropy
+from .cross_entropy.rows import LogitStats
 from .soft_embedding.api import LookupStats, soft_embedding
 from .soft_embedding.segments import segments_to_tokens
 from .sources import SourceLike
@@ -16,6 +19,8 @@ class AuxCrossEntropyLoss(nn.Module):
 
     Arguments are those of `aux_cross_entropy`, which is called with them in forward(base, aux, target).
     """
+
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -29,10 +34,10 @@ class AuxCrossEntropyLoss(nn.Module):
         return_stats: bool = False,
         recompute: bool = False,
         backend: str = "auto",
-    ):
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
@@ -45,7 +50,7 @@ class AuxCrossEntropyLoss(nn.Module):
 
     def forward(
         self, base: SourceLike, aux: SourceLike | None, target: Tensor, normalizer: float | Tensor | None = None
-    ):
+    ) -> Tensor | tuple[Tensor, LogitStats]:
         """The loss of base and aux [*, V] against target [*]; `normalizer` replaces the divisor of "mean"."""
         return aux_cross_entropy(base, aux, target, weight=self.weight, normalizer=normalizer, **self.options)
 
@@ -61,6 +66,8 @@ class SoftEmbedding(nn.Module):
     temperature, hard, gumbel, clean_gradient, top_k, backend
                                 as for `soft_embedding`; Gumbel noise is added in training mode only
     """
+
+    temperature: float | Tensor
 
     def __init__(
         self,
@@ -95,13 +102,13 @@ class SoftEmbedding(nn.Module):
         nn.init.normal_(self.weight)
 
     @classmethod
-    def from_codebook(cls, codebook: Tensor, freeze: bool = False, **options) -> SoftEmbedding:
+    def from_codebook(cls, codebook: Tensor, freeze: bool = False, **options: Any) -> SoftEmbedding:
         """A module whose tables start as `codebook` [K, D] or [L, K, D]; freeze: they get no gradient."""
         if codebook.dim() not in (2, 3):
             raise ValueError(f"codebook must be [K, D] or [L, K, D], got {list(codebook.shape)}")
         *num_tables, num_labels, embedding_dim = codebook.shape
-        options = {"device": codebook.device, "dtype": codebook.dtype} | options
-        module = cls(num_labels, embedding_dim, *num_tables, **options)
+        given: dict[str, Any] = {"device": codebook.device, "dtype": codebook.dtype} | options
+        module = cls(num_labels, embedding_dim, *num_tables, **given)
         with torch.no_grad():
             module.weight = nn.Parameter(codebook.detach().to(module.weight).clone(), requires_grad=not freeze)
         return module
@@ -133,11 +140,11 @@ class SoftEmbedding(nn.Module):
             return_stats=return_stats,
             backend=self.backend,
         )
-        mixture, stats = result if return_stats else (result, None)
+        mixture, stats = result if isinstance(result, tuple) else (result, None)
         if segment_ids is not None:
             rows = mixture.flatten(self.weight.dim() - 2, -2)
             mixture = segments_to_tokens(rows, segment_ids, self.backend)
-        return (mixture, stats) if return_stats else mixture
+        return mixture if stats is None else (mixture, stats)
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in ("hard", "gumbel", "clean_gradient", "top_k", "backend")}

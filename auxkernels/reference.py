@@ -47,7 +47,7 @@ def sum_of(
     ignored: Tensor | None,
 ) -> Tensor:
     """Sum of the sources [*, V] in the compute dtype; ignored rows become zeros, so no gradient enters them."""
-    total = None
+    total: Tensor | None = None
     for source in sources:
         z = logits_of(source, compute, autocast, vocab_size, ignored)
         if source.softcap is not None:
@@ -56,6 +56,7 @@ def sum_of(
         if ignored is not None:  # a scale may be NaN or Inf in an ignored row as well
             z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
         total = z if total is None else total + z
+    assert total is not None, "there is at least one source"
     return total
 
 

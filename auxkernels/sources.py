@@ -75,7 +75,7 @@ class SourceTensors(NamedTuple):
     values: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
-    scale: float | Tensor | None = None
+    scale: Tensor | None = None
     softcap: float | None = None
 
 
@@ -99,7 +99,7 @@ def leaves_of(source: Source, scale: float | Tensor | None) -> Leaves:
     return Leaves(source.values, None, None, scale)
 
 
-def by_source(flat: Sequence) -> list[Leaves]:
+def by_source(flat: Sequence[Any]) -> list[Leaves]:
     """What an operator takes or gives for all leaves of its sources, four entries each, as one `Leaves` a source."""
     size = len(Leaves._fields)
     return [Leaves(*flat[i : i + size]) for i in range(0, len(flat), size)]
@@ -123,13 +123,13 @@ def _with_plain_numbers(source: Source) -> Source:
     scale, softcap = source.scale, source.softcap
     if (type(scale) is float or isinstance(scale, Tensor)) and (softcap is None or type(softcap) is float):
         return source
-    numbers_of = {"scale": _plain(scale), "softcap": _plain(softcap)}
+    scale, softcap = _plain(scale), _plain(softcap)
     if isinstance(source, Logits):
-        return Logits(source.values, **numbers_of)
-    return Head(source.hidden, source.weight, bias=source.bias, **numbers_of)
+        return Logits(source.values, scale=scale, softcap=softcap)
+    return Head(source.hidden, source.weight, bias=source.bias, scale=scale, softcap=softcap)
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     if type(value) is float or isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     try:

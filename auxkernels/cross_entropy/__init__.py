@@ -9,6 +9,7 @@ chunked.py    any sources, in chunks of rows
 reference.py, native.py, cuda.py, triton/   the implementations, which never import each other
 """
 
-from .api import LogitStats, aux_cross_entropy, logit_stats
+from .api import aux_cross_entropy, logit_stats
+from .rows import LogitStats
 
 __all__ = ["LogitStats", "aux_cross_entropy", "logit_stats"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,8 +63,14 @@ def aux_cross_entropy(
         checks.class_weight(weight, given.vocab_size, target.device)
     normalizer = _number(normalizer, torch.float64, target.device)
     if given.backend == "reference":
-        terms = {"label_smoothing": label_smoothing, "z_loss": z_loss, "reduction": reduction, "normalizer": normalizer}
-        loss = reference.cross_entropy(given, weight=weight, **terms)
+        loss = reference.cross_entropy(
+            given,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
         return (loss, _detached(_statistics(given))) if return_stats else loss
     call = _call(given, weight, target.device)
     has_gradient = autograd.requires_grad(call)
@@ -110,18 +118,25 @@ def logit_stats(
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def _checked(base, aux, target, ignore_index, vocab_size, backend) -> Arguments:
+def _checked(
+    base: SourceLike,
+    aux: SourceLike | None,
+    target: Tensor | None,
+    ignore_index: int,
+    vocab_size: int | None,
+    backend: str,
+) -> Arguments:
     ignore_index = checks.int64("ignore_index", ignore_index)
-    base = as_sources("base", base)
-    aux = [] if aux is None else as_sources("aux", aux)
+    of_base = as_sources("base", base)
+    of_aux = [] if aux is None else as_sources("aux", aux)
     if target is None:
-        shape, device = checks.leading("base", base[0])
+        shape, device = checks.leading("base", of_base[0])
     else:
         shape, device = target.shape, target.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     compute = torch.float32
     widths = []
-    for side, sources in (("base", base), ("aux", aux)):
+    for side, sources in (("base", of_base), ("aux", of_aux)):
         for i, source in enumerate(sources):
             name = side if len(sources) == 1 else f"{side}[{i}]"
             width, dtype = checks.source(name, source, shape, device, autocast)
@@ -130,7 +145,7 @@ def _checked(base, aux, target, ignore_index, vocab_size, backend) -> Arguments:
                 compute = dtype
     vocab_size = checks.common_width(widths, vocab_size)
     backend = dispatch.resolve(backend, device, compute, has_cuda_kernels=True)
-    return Arguments(base, aux, target, ignore_index, vocab_size, compute, autocast, backend)
+    return Arguments(of_base, of_aux, target, ignore_index, vocab_size, compute, autocast, backend)
 
 
 def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> float | Tensor | None:
@@ -186,4 +201,5 @@ def _statistics(given: Arguments) -> LogitStats:
 
 
 def _detached(stats: LogitStats) -> LogitStats:
-    return LogitStats(**{name: None if t is None else t.detach() for name, t in vars(stats).items()})
+    detached: dict[str, Any] = {name: None if t is None else t.detach() for name, t in vars(stats).items()}
+    return LogitStats(**detached)

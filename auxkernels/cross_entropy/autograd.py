@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -71,7 +73,14 @@ class RowScan(torch.autograd.Function):
     """Row fields with a reread in backward: exact for any upstream gradients, and as often as wanted."""
 
     @staticmethod
-    def forward(ctx, options, wanted, target, weight, *leaves):
+    def forward(
+        ctx: Any,
+        options: ops.Options,
+        wanted: int,
+        target: Tensor | None,
+        weight: Tensor | None,
+        *leaves: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         state = mask_of("max", "log_denom")
         if wanted & mask_of("base_log_denom", "base_nll", "mean_base"):
             state |= mask_of("base_max", "base_log_denom")
@@ -90,12 +99,12 @@ class RowScan(torch.autograd.Function):
         return tuple(outputs.values())
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         target, weight, m, log_denom, nll, m_b, log_denom_b, mean_sum, mean_base, *leaves = ctx.saved_tensors
         given = dict(zip(fields_in(ctx.wanted), upstream, strict=True))
         coefficients = coefficients_of(given, mean_sum, mean_base)
         needs = ctx.needs_input_grad[-len(leaves) :]
-        grads: list = [None] * len(needs)
+        grads: list[Tensor | None] = [None] * len(needs)
         if any(c is not None for c in coefficients):
             call, state = (
                 ops.Call(tuple(leaves), target, weight, ctx.options),
@@ -123,7 +132,17 @@ class OnePass(torch.autograd.Function):
     """Loss and gradients made together; backward only rescales where the upstream gradient is not 1."""
 
     @staticmethod
-    def forward(ctx, options, terms, wanted, edges, target, weight, normalizer, *leaves):
+    def forward(
+        ctx: Any,
+        options: ops.Options,
+        terms: LossTerms,
+        wanted: int,
+        edges: list[Tensor],
+        target: Tensor | None,
+        weight: Tensor | None,
+        normalizer: float | Tensor | None,
+        *leaves: Tensor | float | None,
+    ) -> tuple[Tensor, ...]:
         needs = ctx.needs_input_grad[-len(leaves) :]
         loss, *rest = ops.loss(ops.Call(leaves, target, weight, options), normalizer, terms, wanted, needs)
         num_grads = sum(needs)
@@ -138,7 +157,7 @@ class OnePass(torch.autograd.Function):
         return (loss, *fields)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
             if ctx.handed_out:
                 raise RuntimeError(

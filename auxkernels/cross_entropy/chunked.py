@@ -6,6 +6,7 @@ Needs and gradients come with one `Leaves` for each source; a scale's gradient i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,25 @@ from ..heads.products import operand_dtype, plan_of
 from ..heads.rows import Rows, chunks_of, rows_that_count, settings
 from ..heads.shared_weights import as_one, groups_of
 from ..sources import LAYOUTS, NUMBERS, ROWS, SHARED, Leaves, SourceTensors
-from .request import OF_BASE, Coefficients, Gradients, Kernels, LossTerms, Problem, Request, RowState, empty_rows
+from .request import (
+    OF_BASE,
+    Coefficients,
+    Gradients,
+    Kernels,
+    LossTerms,
+    Problem,
+    Request,
+    RowState,
+    empty_rows,
+    is_ignored,
+)
+
+if TYPE_CHECKING:
+    from .triton.head_launch import Head
 
 _NOTHING = Leaves(False, False, False, False)
+_T = TypeVar("_T")
+_Numbers = TypeVar("_Numbers", RowState, Coefficients)
 
 
 class ChunkedCall:
@@ -58,12 +75,14 @@ class ChunkedCall:
     def problem(self, start: int, stop: int) -> Problem:
         """One chunk of the request, for the row kernels."""
         base, aux, request = self.base.matrix(start, stop), self.aux.matrix(start, stop), self.request
+        assert base is not None, "there is at least one source"
         target = None if request.target is None else self.rows.take(request.target, start, stop)
         return Problem(base, aux, target, request.weight, request.ignore_index, request.vocab_size)
 
     def buffers_of_gradients(self, start: int, stop: int) -> Gradients:
         """Where the row kernels write the gradients of a chunk, after `problem`."""
-        values, scales = [], []
+        values: list[Tensor | None] = []
+        scales: list[Tensor | None] = []
         for operand in (self.base, self.aux):
             needs_values, needs_scale = operand.needs()
             values.append(operand.gradient_buffer(start, stop) if needs_values else None)
@@ -94,21 +113,22 @@ class ChunkedCall:
 
     def divisor(self, normalizer: Tensor | None, mean: bool) -> Tensor:
         """What the summed loss is divided by: float64, 0-d, on the sources' device."""
-        request = self.request
+        request, target = self.request, self.request.target
         like = request.first().new_ones((), dtype=torch.float64)
         if not mean:
             return like
         if normalizer is not None:
             return normalizer.to(like)
-        counts = ~request.ignored()
+        assert target is not None, "a loss has a target"
+        counts = ~is_ignored(target, request.ignore_index)
         if request.weight is None:
             return counts.sum().to(like)
-        classes = request.target.long()
+        classes = target.long()
         in_range = counts & (classes >= 0) & (classes < request.vocab_size)
         return torch.where(in_range, request.weight[classes.where(in_range, 0)].to(like), 0.0).sum()
 
 
-def _picked(of_sources: list, groups: list[list[int]]) -> list[list]:
+def _picked(of_sources: list[_T], groups: list[list[int]]) -> list[list[_T]]:
     """What belongs to the sources of each group."""
     return [[of_sources[i] for i in group] for group in groups]
 
@@ -153,6 +173,8 @@ def _scale(grads: list[Leaves], factor: Tensor, request: Request) -> None:
     for layout, grad in _each(grads):
         counted = grad[: request.vocab_size] if layout == SHARED else grad
         counted.mul_(factor.to(grad.dtype))
+        if ignored is None:  # without a target none is
+            continue
         if layout == ROWS:
             grad.masked_fill_(ignored.unsqueeze(-1), 0.0)
         elif layout == NUMBERS:
@@ -169,9 +191,10 @@ def _each(grads: list[Leaves]) -> Iterator[tuple[str, Tensor]]:
 
 def _in_own_dtypes(grads: list[Leaves], request: Request) -> list[Leaves]:
     """Gradients of tensors in the tensors' dtypes."""
-    found = []
+    found: list[Leaves] = []
     for source, of_source in zip(request.sources, grads, strict=True):
-        leaves = zip(LAYOUTS, source[: len(LAYOUTS)], of_source, strict=True)
+        tensors: tuple[Any, ...] = source[: len(LAYOUTS)]
+        leaves = zip(LAYOUTS, tensors, of_source, strict=True)
         found.append(Leaves(*(g if g is None or layout == NUMBERS else g.to(leaf.dtype) for layout, leaf, g in leaves)))
     return found
 
@@ -191,9 +214,9 @@ def _largest(coefficients: Coefficients, request: Request) -> Tensor:
 
 def scan(request: Request, wanted: int, backend: str) -> list[Tensor]:
     """The wanted fields of every row."""
-    fields = _scan_without_logits(request, wanted) if backend == "triton" else None
-    if fields is not None:
-        return fields
+    found = _scan_without_logits(request, wanted) if backend == "triton" else None
+    if found is not None:
+        return found
     call = ChunkedCall(request, [], backend, bool(wanted & OF_BASE))
     fields = call.new_fields(wanted)
     for start, stop in call.chunks:
@@ -211,14 +234,15 @@ def _scan_without_logits(request: Request, wanted: int) -> list[Tensor] | None:
 
     rows = Rows(request.shape(), None)
 
-    def head_of(source: SourceTensors):
+    def head_of(source: SourceTensors) -> Head:
         dtype = operand_dtype(source.values.dtype, request.autocast)
         hidden = rows.take(source.values, 0, rows.num_rows)
-        tensors = [None if t is None else t.to(dtype) for t in (hidden, source.weight, source.bias)]
+        assert source.weight is not None, "sources without one have been ruled out"
+        bias = None if source.bias is None else source.bias.to(dtype)
         scale = source.scale if source.scale is None or source.scale.dim() == 0 else source.scale.flatten()
-        return head_launch.Head(*tensors, scale, source.softcap)
+        return head_launch.Head(hidden.to(dtype), source.weight.to(dtype), bias, scale, source.softcap)
 
-    base, aux = (head_of(operand[0]) if operand else None for operand in operands)
+    base, aux = head_of(operands[0][0]), head_of(operands[1][0]) if operands[1] else None
     if head_launch.fits(base, aux, wanted) is not None:
         return None
     target = None if request.target is None else request.target.flatten()
@@ -236,7 +260,8 @@ def loss(
     divisor = call.divisor(normalizer, terms.mean)
     of_chunk = None if divides_last else divisor
     terms = terms._replace(mean=not divides_last)
-    fields, losses = call.new_fields(wanted), []
+    fields = call.new_fields(wanted)
+    losses: list[Tensor] = []
     for start, stop in call.chunks:
         problem = call.problem(start, stop)
         grads = call.buffers_of_gradients(start, stop)
@@ -244,12 +269,12 @@ def loss(
         losses.append(value)
         call.put_fields(start, stop, fields, found)
         call.take_gradients(start, stop, grads)
-    grads = call.gradients()
+    made = call.gradients()
     total = torch.stack(losses).sum(dtype=torch.float64) if losses else 0.0 / divisor
     if divides_last and losses:
         total = total / divisor
-        _scale(grads, 1 / divisor, request)
-    return total.to(request.compute()), fields, grads
+        _scale(made, 1 / divisor, request)
+    return total.to(request.compute()), fields, made
 
 
 def backward(
@@ -257,22 +282,23 @@ def backward(
 ) -> list[Leaves]:
     """The gradients for one number per row and coefficient."""
     request, is_half = _in_half(request, needs)
-    factor = None
+    factor: Tensor | None = None
     if is_half:
         factor = _largest(coefficients, request)
         coefficients = Coefficients(*(None if c is None else c / factor for c in coefficients))
     call = ChunkedCall(request, needs, backend, coefficients.are_of_base(), keeps_wide=is_half)
 
-    def chunk_of(values, start: int, stop: int):
-        return type(values)(*(None if v is None else call.rows.take(v, start, stop) for v in values))
+    def chunk_of(values: _Numbers, start: int, stop: int) -> _Numbers:
+        of_rows: list[Any] = [None if v is None else call.rows.take(v, start, stop) for v in values]
+        return type(values)(*of_rows)
 
     for start, stop in call.chunks:
         problem, grads = call.problem(start, stop), call.buffers_of_gradients(start, stop)
         rows, upstream = chunk_of(state, start, stop), chunk_of(coefficients, start, stop)
         call.kernels.backward(problem, rows, upstream, grads)
         call.take_gradients(start, stop, grads)
-    grads = call.gradients()
-    if is_half:
-        _scale(grads, factor, request)
-        grads = _in_own_dtypes(grads, request)
-    return grads
+    made = call.gradients()
+    if factor is None:
+        return made
+    _scale(made, factor, request)
+    return _in_own_dtypes(made, request)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from contextlib import AbstractContextManager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def cuda() -> ModuleType:
     return checked(native.cuda())
 
 
-def _on_device_of(tensor: Tensor):
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Kernels start on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
@@ -70,10 +72,11 @@ def loss(
         row_loss = base.new_empty(arguments.shape.numel(), dtype=arguments.compute)
         fields = empty_fields(problem, wanted)
         divisor, number, counter = BY_KEPT_ROWS if terms.mean else BY_ONE, 1.0, _counter(base)
+        divided_by: Tensor | None = None
         if terms.mean and isinstance(normalizer, Tensor) and normalizer.device == base.device and base.is_cuda:
-            divisor, normalizer = BY_TENSOR, normalizer.detach().to(torch.float64)
+            divisor, divided_by = BY_TENSOR, normalizer.detach().to(torch.float64)
         elif terms.mean and normalizer is not None:
-            divisor, number, normalizer = BY_NUMBER, float(normalizer), None
+            divisor, number = BY_NUMBER, float(normalizer)
         cuda().loss(
             *arguments.leading,
             output_pointers(wanted, fields, grads),
@@ -83,7 +86,7 @@ def loss(
                 value.data_ptr(),
                 0 if counter is None else counter.data_ptr(),
                 divisor,
-                0 if normalizer is None else normalizer.data_ptr(),
+                0 if divided_by is None else divided_by.data_ptr(),
             ),
             number,
             terms.label_smoothing,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def cpu() -> ModuleType:
     return checked(native.cpu())
 
 
-def _run(arguments: Arguments, function: Callable, *rest) -> None:
+def _run(arguments: Arguments, function: Callable[..., Any], *rest: Any) -> None:
     try:
         function(*arguments.leading, *rest)
     except IndexError as error:
@@ -68,8 +69,8 @@ def backward(problem: Problem, state: RowState, coefficients: Coefficients, grad
 
 
 def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int) -> None:
-    factor = float(factor.detach())
-    if factor == 1.0:
+    number = float(factor.detach())
+    if number == 1.0:
         return
     target = None if target is None else target.contiguous()
     cpu().rescale(
@@ -80,6 +81,6 @@ def rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: 
         0 if target is None else target.data_ptr(),
         target is not None and target.dtype == torch.int32,
         ignore_index,
-        factor,
+        number,
         torch.get_num_threads(),
     )

@@ -6,8 +6,8 @@ none), the first `num_base` are the base. Gradients come back for the leaves tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Options(NamedTuple):
 class Call(NamedTuple):
     """Checked arguments that all operators take. Scales may be numbers until a dispatcher has to see them."""
 
-    leaves: tuple[Tensor | float | None, ...]
+    leaves: tuple[Any, ...]  # four of each source, as in `Leaves`
     target: Tensor | None
     weight: Tensor | None
     options: Options
@@ -93,7 +93,7 @@ class Call(NamedTuple):
         aux = Matrix(leaves[4], leaves[7], options.softcaps[1] or None) if len(leaves) > 4 else None
         return Problem(base, aux, self.target, self.weight, options.ignore_index, options.vocab_size)
 
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Any, ...]:
         """As the schemas have it."""
         options = self.options
         return (
@@ -102,7 +102,7 @@ class Call(NamedTuple):
         )
 
 
-def tensors_of(leaves: tuple) -> tuple[Tensor | None, ...]:
+def tensors_of(leaves: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """The leaves, those that are numbers as 0-d tensors of the compute dtype."""
     if all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
         return leaves
@@ -124,8 +124,8 @@ def loss(
     if call.is_direct():
         return _loss_of_matrices(call.kernels(), call.problem(), normalizer, terms, wanted, needs)
     normalizer = dispatch.number_tensor(normalizer, torch.float64, call.leaves[0].device)
-    needs = list(needs) or [False] * len(call.leaves)
-    return loss_op(*call.flat(), normalizer, *terms, wanted, needs, call.options.backend)
+    of_leaves = list(needs) or [False] * len(call.leaves)
+    return loss_op(*call.flat(), normalizer, *terms, wanted, of_leaves, call.options.backend)
 
 
 def backward(call: Call, state: RowState, coefficients: Coefficients, needs: tuple[bool, ...]) -> list[Tensor]:
@@ -137,7 +137,12 @@ def backward(call: Call, state: RowState, coefficients: Coefficients, needs: tup
 
 
 def _loss_of_matrices(
-    kernels: Kernels, problem: Problem, normalizer, terms: LossTerms, wanted: int, needs
+    kernels: Kernels,
+    problem: Problem,
+    normalizer: float | Tensor | None,
+    terms: LossTerms,
+    wanted: int,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     grads = empty_gradients(problem, by_source(needs)) if needs else Gradients()
     value, fields = kernels.loss(problem, normalizer, terms, wanted, grads)
@@ -153,7 +158,16 @@ def _in_order(grads: Gradients) -> list[Tensor]:
 
 
 def _request(
-    leaves, softcaps, num_base: int, autocast, target, weight, ignore_index: int, vocab_size: int, needs=None
+    leaves: Sequence[Tensor | None],
+    softcaps: Sequence[float],
+    num_base: int,
+    autocast: torch.dtype | None,
+    target: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    vocab_size: int,
+    *,
+    needs: Sequence[bool] | None = None,
 ) -> Request:
     checks.flat_sources(leaves, softcaps, num_base, autocast, needs)
     sources = [SourceTensors(*one, cap or None) for one, cap in zip(by_source(leaves), softcaps, strict=True)]
@@ -162,10 +176,15 @@ def _request(
     return request
 
 
-def _run(request: Request, backend: str, of_matrices: Callable, in_chunks: Callable) -> list[Tensor]:
+def _run(
+    request: Request,
+    backend: str,
+    of_matrices: Callable[[Kernels, Problem], list[Tensor]],
+    in_chunks: Callable[[], list[Tensor]],
+) -> list[Tensor]:
     """One of the two, out of autograd's and autocast's sight."""
     device = request.first().device
-    kernels = dispatch.implementation("cross_entropy", backend, device.type == "cuda")
+    kernels: Kernels = dispatch.implementation("cross_entropy", backend, device.type == "cuda")
     if backend == "native" and device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"the sources must be CPU or CUDA tensors for backend='native', got {device}")
     if request.is_of_matrices():
@@ -181,55 +200,55 @@ def _picked(leaves: list[Leaves], needs: list[bool]) -> list[Tensor]:
     return [leaf for leaf, need in zip(flat, needs, strict=True) if need]
 
 
-def _scan(*args) -> list[Tensor]:
+def _scan(*args: Any) -> list[Tensor]:
     *sources, wanted, backend = args
     request = _request(*sources)
     check_wanted(wanted, request.target)
 
-    def of_matrices(kernels: Kernels, problem: Problem):
+    def of_matrices(kernels: Kernels, problem: Problem) -> list[Tensor]:
         return kernels.scan(problem, wanted)
 
     return _run(request, backend, of_matrices, lambda: chunked.scan(request, wanted, backend))
 
 
-def _loss(*args) -> list[Tensor]:
+def _loss(*args: Any) -> list[Tensor]:
     *sources, normalizer, label_smoothing, z_loss, mean, wanted, needs, backend = args
     request, terms = _request(*sources, needs=needs), LossTerms(label_smoothing, z_loss, mean)
     check_wanted(wanted | OF_TARGET, request.target)
 
-    def of_matrices(kernels: Kernels, problem: Problem):
+    def of_matrices(kernels: Kernels, problem: Problem) -> list[Tensor]:
         return _loss_of_matrices(kernels, problem, normalizer, terms, wanted, needs)
 
-    def in_chunks():
+    def in_chunks() -> list[Tensor]:
         total, fields, grads = chunked.loss(request, normalizer, terms, wanted, by_source(needs), backend)
         return [total, *fields, *_picked(grads, needs)]
 
     return _run(request, backend, of_matrices, in_chunks)
 
 
-def _backward(*args) -> list[Tensor]:
+def _backward(*args: Any) -> list[Tensor]:
     *sources, max, log_denom, nll, base_max, base_log_denom, coefficients, needs, backend = args
     request, state = _request(*sources, needs=needs), RowState(max, log_denom, nll, base_max, base_log_denom)
     coefficients = check_coefficients(coefficients, state, request)
 
-    def of_matrices(kernels: Kernels, problem: Problem):
+    def of_matrices(kernels: Kernels, problem: Problem) -> list[Tensor]:
         grads = empty_gradients(problem, by_source(needs))
         kernels.backward(problem, state, coefficients, grads)
         return _in_order(grads)
 
-    def in_chunks():
+    def in_chunks() -> list[Tensor]:
         return _picked(chunked.backward(request, state, coefficients, by_source(needs), backend), needs)
 
     return _run(request, backend, of_matrices, in_chunks)
 
 
-def _rescale_(grad, factor, target, ignore_index: int, backend: str) -> None:
+def _rescale_(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int, backend: str) -> None:
     checks.rescaled(grad, factor, target)
     kernels: Kernels = dispatch.implementation("cross_entropy", backend, grad.is_cuda)
     kernels.rescale_(grad, factor, target, ignore_index)
 
 
-def _check_target(target, vocab_size: int, ignore_index: int) -> Tensor:
+def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
     raise_out_of_range(target, vocab_size, ignore_index)
     return target.clone()
 
@@ -237,13 +256,13 @@ def _check_target(target, vocab_size: int, ignore_index: int) -> Tensor:
 # -- fakes -------------------------------------------------------------------------------------------------------------
 
 
-def _scan_fake(*args) -> list[Tensor]:
+def _scan_fake(*args: Any) -> list[Tensor]:
     *sources, wanted, _ = args
     request = _request(*sources)
     return empty_rows(request.first(), request.shape(), request.compute(), wanted)
 
 
-def _loss_fake(*args) -> list[Tensor]:
+def _loss_fake(*args: Any) -> list[Tensor]:
     *sources, _, _, _, _, wanted, needs, _ = args
     request = _request(*sources)
     total = request.first().new_empty((), dtype=request.compute())
@@ -251,17 +270,18 @@ def _loss_fake(*args) -> list[Tensor]:
     return [total, *fields, *_empty_leaves(request, needs, keeps_wide=True)]
 
 
-def _backward_fake(*args) -> list[Tensor]:
+def _backward_fake(*args: Any) -> list[Tensor]:
     *sources, _, _, _, _, _, _, needs, _ = args
     return _empty_leaves(_request(*sources), needs, keeps_wide=False)
 
 
 def _empty_leaves(request: Request, needs: list[bool], keeps_wide: bool) -> list[Tensor]:
     """Room for the gradients. keeps_wide: those of float16 heads are float32, to be scaled before they are rounded."""
-    found = []
+    found: list[Any] = []
     for source in request.sources:
         is_wide = keeps_wide and source.weight is not None
-        for layout, leaf in zip(LAYOUTS, source[: len(LAYOUTS)], strict=True):
+        leaves: tuple[Any, ...] = source[: len(LAYOUTS)]
+        for layout, leaf in zip(LAYOUTS, leaves, strict=True):
             if leaf is None:
                 found.append(None)
             elif layout == NUMBERS:

@@ -6,6 +6,8 @@ the sources are, elsewhere that of the sources.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,16 +30,18 @@ def _divergence(log_p: Tensor, log_q: Tensor, a: Tensor) -> Tensor:
     near = torch.where(is_near, a, 0.0)
     shift = torch.log1p((q * torch.expm1(near)).sum(-1, keepdim=True))
     d = torch.where(is_near, near - shift, d)
-    small, series = d.clamp(-0.1, 0.1), 1.0  # p (d + expm1(-d)) cancels there
+    small: Tensor = d.clamp(-0.1, 0.1)
+    series: float | Tensor = 1.0  # p (d + expm1(-d)) cancels there
     for n in range(12, 2, -1):
         series = 1.0 - small * series / n
     terms = torch.where((d.abs() < 0.1) & ~is_masked, 0.5 * p * small * small * series, p * d + (q - p))
     return terms.sum(-1)
 
 
-def _classes(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _classes(target: Tensor | None, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Target safe to gather with, which rows are ignored, which hold no class (poisoned; none on CPU, which raises)."""
-    target = ops.check_target(target, vocab_size, ignore_index).long()
+    checked: Tensor = ops.check_target(target, vocab_size, ignore_index)
+    target = checked.long()
     ignored = is_ignored(target, ignore_index)
     poisoned = ((target < 0) | (target >= vocab_size)) & ~ignored
     return target.clamp(0, vocab_size - 1).masked_fill(ignored, 0), ignored, poisoned
@@ -77,7 +81,7 @@ def cross_entropy(
     return (loss.sum() / normalizer).to(compute)  # a 0-d float64 count must not promote a 0-d float32 loss
 
 
-def statistics(given: Arguments) -> dict[str, Tensor | None]:
+def statistics(given: Arguments) -> dict[str, Any]:
     """The fields of `LogitStats` as a dict, each [*]."""
     compute, options = given.compute, (given.autocast, given.vocab_size)
     ignored = poisoned = classes = None
@@ -88,7 +92,7 @@ def statistics(given: Arguments) -> dict[str, Tensor | None]:
     a = sum_of(given.aux, dtype, *options, ignored) if given.aux else torch.zeros_like(z_b)
     s = z_b + a
     (log_p, lse), (log_q, _) = softmax(s), softmax(z_b)
-    stats = {
+    stats: dict[str, Any] = {
         "log_prob": None if classes is None else picked(log_p, classes),
         "base_log_prob": None if classes is None else picked(log_q, classes),
         "lse": lse,
@@ -98,7 +102,7 @@ def statistics(given: Arguments) -> dict[str, Tensor | None]:
         "base_argmax": z_b.argmax(-1),
     }
     stats = {name: v.to(compute) if v is not None and v.is_floating_point() else v for name, v in stats.items()}
-    if ignored is None:
+    if ignored is None or poisoned is None:
         return stats
     for name, value in stats.items():
         if value.is_floating_point():

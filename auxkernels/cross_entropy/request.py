@@ -256,10 +256,10 @@ def empty_gradients(problem: Problem, needs: list[Leaves]) -> Gradients:
     """Room for the gradients that are wanted of base and auxiliary: in the values' dtype, in the compute dtype."""
     base, aux, like = problem.base.values, problem.aux, problem.base.values
     of_base, of_aux = needs[0], needs[1] if aux is not None else Leaves(False, scale=False)
-    rows = problem.shape() if of_base.scale or of_aux.scale else None
+    rows = problem.shape() if of_base.scale or of_aux.scale else ()
     return Gradients(
         base.new_empty(base.shape) if of_base.values else None,
-        aux.values.new_empty(aux.values.shape) if of_aux.values else None,
+        aux.values.new_empty(aux.values.shape) if aux is not None and of_aux.values else None,
         like.new_empty(rows, dtype=problem.compute()) if of_base.scale else None,
         like.new_empty(rows, dtype=problem.compute()) if of_aux.scale else None,
     )

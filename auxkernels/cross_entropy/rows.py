@@ -127,8 +127,8 @@ def coefficients_of(given: dict[str, Tensor | None], mean_sum: Tensor | None, me
     a = total(
         given.get("log_denom"),
         g_mean_sum,
-        None if g_mean_sum is None else -g_mean_sum * mean_sum,
-        None if g_mean_base is None else -g_mean_base * mean_base,
+        None if g_mean_sum is None else -g_mean_sum * mean_sum,  # type: ignore[operator]  # given with its gradient
+        None if g_mean_base is None else -g_mean_base * mean_base,  # type: ignore[operator]
     )
     q_b = total(given.get("base_log_denom"), g_base_nll)
     b_b = None if g_base_nll is None else -g_base_nll

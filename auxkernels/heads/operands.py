@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,15 @@ def are_one_product(parts: list[SourceTensors], autocast: torch.dtype | None) ->
     return len(plans) == 1 and plans.pop().is_exact()
 
 
-def bytes_per_row(operands, wants, vocab_size: int, compute, autocast, in_place: bool, keeps_all: bool = True) -> int:
+def bytes_per_row(
+    operands: Sequence[list[SourceTensors]],
+    wants: Sequence[list[bool]],
+    vocab_size: int,
+    compute: torch.dtype,
+    autocast: torch.dtype | None,
+    in_place: bool,
+    keeps_all: bool = True,
+) -> int:
     """What the buffers of a chunk take for each of its rows. operands: parts; wants: whether each gets a gradient."""
     total = 0
     for parts, wanted in zip(operands, wants, strict=True):
@@ -84,13 +93,13 @@ class Buffers:
     """The [rows, V] matrices of a chunk, each made once for a call and used for all of its chunks."""
 
     def __init__(self, context: Context, like: Tensor):
-        self.size = (context.chunk_size(), padded(context.vocab_size)) if context.chunks else None
+        self.num_rows = context.chunk_size() if context.chunks else 0
         self.like, self.vocab_size = like, context.vocab_size
-        self.made: dict = {}
+        self.made: dict[Hashable, Tensor] = {}
 
-    def get(self, key, dtype: torch.dtype, num_rows: int) -> Tensor:
+    def get(self, key: Hashable, dtype: torch.dtype, num_rows: int) -> Tensor:
         if key not in self.made:
-            self.made[key] = padded_matrix(self.like, self.size[0], self.vocab_size, dtype)
+            self.made[key] = padded_matrix(self.like, self.num_rows, self.vocab_size, dtype)
         return self.made[key][:num_rows]
 
 
@@ -108,7 +117,7 @@ class SourceChunks:
 
     def put_scale_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
         """One number for each row of the chunk, or None."""
-        if grad is not None:
+        if grad is not None and self.grad_scale is not None:
             self.context.rows.put(self.grad_scale, start, stop, grad)
 
     def scale_gradient(self) -> Tensor | None:
@@ -120,7 +129,8 @@ class LogitsChunks(SourceChunks):
 
     def __init__(self, part: SourceTensors, context: Context, needs: Leaves, buffers: Buffers):
         super().__init__(part, context, needs, buffers)
-        self.grad_dtype, self.width, self.grad = part.values.dtype, part.values.shape[-1], None
+        self.grad_dtype, self.width = part.values.dtype, part.values.shape[-1]
+        self.grad: Tensor | None = None
         if needs.values:
             self.grad = context.rows.new_output(part.values, (self.width,), self.grad_dtype)
 
@@ -130,12 +140,12 @@ class LogitsChunks(SourceChunks):
 
     def gradient_buffer(self, values: Tensor, start: int, stop: int) -> Tensor:
         """Where the row kernels write the gradient of `values`, the chunk's logits."""
-        if self.context.rows.keeps_all():
+        if self.grad is not None and self.context.rows.keeps_all():
             return self.grad[start:stop]
         return values if self.context.in_place else torch.empty_like(values)  # `values` are a copy of the rows
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
-        if grad is not None and grad.data_ptr() != self.grad[start:].data_ptr():
+        if grad is not None and self.grad is not None and grad.data_ptr() != self.grad[start:].data_ptr():
             self.context.rows.put(self.grad, start, stop, grad)
 
     def gradients(self) -> list[Leaves]:
@@ -151,7 +161,9 @@ class HeadChunks(SourceChunks):
         super().__init__(part, context, needs, buffers)
         self.plan = plan_of(part.values.dtype, context.autocast, part.values.device)
         self.grad_dtype, self.width = self.plan.operands, context.vocab_size
+        assert part.weight is not None, "a head has one"
         tensors, shared = (part.values, part.weight, part.bias), (context.rows, len(context.chunks))
+        self.products: HeadProducts | SummedHeads
         self.products = HeadProducts(*tensors, self.plan, self.width, *shared, needs, context.grad_dtype)
 
     def add_values(self, start: int, stop: int, out: Tensor, accumulate: bool) -> None:
@@ -174,7 +186,7 @@ class HeadChunks(SourceChunks):
             self.products.add_gradient(start, stop, ignored, grad[:, : self.context.vocab_size])
 
     def gradients(self) -> list[Leaves]:
-        return [Leaves(*self.products.gradients(), self.scale_gradient())]
+        return [of_head._replace(scale=self.scale_gradient()) for of_head in self.products.gradients()]
 
 
 class SharedHeadChunks(HeadChunks):
@@ -213,7 +225,10 @@ class NoOperand:
     def matrix(self, start: int, stop: int) -> None:
         return None
 
-    def take_gradient(self, start: int, stop: int, grad: None, grad_scale: None) -> None:
+    def gradient_buffer(self, start: int, stop: int) -> None:
+        return None
+
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
         pass
 
     def gradients(self) -> list[Leaves]:
@@ -223,7 +238,9 @@ class NoOperand:
 class OneSource:
     """One source: the row kernels apply its softcap and scale."""
 
-    def __init__(self, groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers):
+    def __init__(
+        self, groups: list[list[SourceTensors]], context: Context, needs: list[list[Leaves]], buffers: Buffers
+    ):
         self.source = source_chunks(groups[0], context, needs[0], buffers)
 
     def needs(self) -> tuple[bool, bool]:
@@ -248,7 +265,9 @@ class OneSource:
 class SumOfSources:
     """Several sources, summed in the compute dtype."""
 
-    def __init__(self, groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers):
+    def __init__(
+        self, groups: list[list[SourceTensors]], context: Context, needs: list[list[Leaves]], buffers: Buffers
+    ):
         self.sources = [source_chunks(group, context, n, buffers) for group, n in zip(groups, needs, strict=True)]
         self.context, self.buffers = context, buffers
         self.dtype = self.grad_dtype = context.compute
@@ -275,7 +294,7 @@ class SumOfSources:
             return self.values
         return self.buffers.get(("gradient of sum", id(self)), self.grad_dtype, stop - start)
 
-    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: None) -> None:
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
         if grad is None:
             return
         ignored, scratch = self.context.ignored_in(start, stop), self.scratch()
@@ -294,16 +313,19 @@ class SumOfSources:
 class SumOfProducts(SumOfSources):
     """Heads whose products are added up in one buffer (`are_one_product`), whose gradient is that of each head."""
 
-    def __init__(self, groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers):
+    def __init__(
+        self, groups: list[list[SourceTensors]], context: Context, needs: list[list[Leaves]], buffers: Buffers
+    ):
         super().__init__(groups, context, needs, buffers)
-        plan = self.sources[0].plan
+        self.heads = [source for source in self.sources if isinstance(source, HeadChunks)]  # which all of them are
+        plan = self.heads[0].plan
         self.dtype, self.grad_dtype = plan.logits, plan.operands
 
     def add_up(self, start: int, stop: int) -> None:
-        for i, source in enumerate(self.sources):
+        for i, source in enumerate(self.heads):
             source.add_values(start, stop, self.values, accumulate=i > 0)
 
-    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: None) -> None:
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
         for source in self.sources:
             if source.needs_values:
                 source.take_gradient(start, stop, grad)
@@ -312,7 +334,9 @@ class SumOfProducts(SumOfSources):
 Operand = NoOperand | OneSource | SumOfSources
 
 
-def operand_of(groups: list[list[SourceTensors]], context: Context, needs: list, buffers: Buffers) -> Operand:
+def operand_of(
+    groups: list[list[SourceTensors]], context: Context, needs: list[list[Leaves]], buffers: Buffers
+) -> Operand:
     if not groups:
         return NoOperand()
     if len(groups) == 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import native
+from ..sources import Leaves
 from .rows import Rows
 
 
@@ -82,18 +84,31 @@ class HeadProducts:
     grad_dtype(dtype) is what a gradient is returned in.
     """
 
-    def __init__(self, hidden, weight, bias, plan: Plan, V: int, rows: Rows, num_chunks: int, needs, grad_dtype):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: Plan,
+        V: int,
+        rows: Rows,
+        num_chunks: int,
+        needs: Leaves,
+        grad_dtype: Callable[[torch.dtype], torch.dtype],
+    ) -> None:
         self.hidden, self.plan, self.rows = hidden, plan, rows
         weights = weight[:V].to(plan.operands)
         self.weight = weights if 1 in weights.stride() else weights.contiguous()  # else every product would copy it
         self.bias = None if bias is None else bias[:V].to(plan.operands).to(plan.logits)
         width = hidden.shape[-1]
-        self.grad_hidden = self.grad_weight = self.grad_bias = None
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: WeightGradient | None = None
+        self.grad_bias: Tensor | None = None
         if needs.values:
             self.grad_hidden = rows.new_output(hidden, (width,), grad_dtype(hidden.dtype))
         if needs.weight:
             self.grad_weight = WeightGradient(weight, V, plan, num_chunks, grad_dtype(weight.dtype))
-        if needs.bias:
+        if needs.bias and bias is not None:
             dtype = torch.promote_types(plan.operands, torch.float32)
             self.grad_bias = bias.new_zeros(bias.shape, dtype=dtype)
             self.bias_dtype = grad_dtype(bias.dtype)
@@ -109,7 +124,7 @@ class HeadProducts:
     def add_gradient(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
         """From the gradient [stop - start, V] of a chunk's logits; of the chunk that `logits` has been called with."""
         if self.grad_hidden is not None:
-            self._put_hidden(start, stop, ignored, grad)
+            self._put_hidden(self.grad_hidden, start, stop, ignored, grad)
         if self.grad_weight is not None:
             self.grad_weight.add(grad, self.chunk)
         if self.grad_bias is not None:
@@ -117,25 +132,25 @@ class HeadProducts:
                 columns = slice(first, min(first + CPU_COLUMNS, grad.shape[1]))
                 self.grad_bias[columns] += grad[:, columns].sum(0, dtype=self.grad_bias.dtype)
 
-    def _put_hidden(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
-        wanted = self.grad_hidden.dtype
+    def _put_hidden(self, out: Tensor, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
+        wanted = out.dtype
         dtype = wanted if self.plan.is_wide and wanted == torch.float32 else self.plan.operands
         if self.rows.keeps_all() and dtype == wanted:
-            product = self.grad_hidden[start:stop]
+            product = out[start:stop]
             multiply(grad, self.weight, product)
         else:
             product = grad.new_empty((stop - start, self.weight.shape[1]), dtype=dtype)
             multiply(grad, self.weight, product)
-            self.rows.put(self.grad_hidden, start, stop, product)
+            self.rows.put(out, start, stop, product)
         if ignored is not None:  # whatever the weight holds
-            self.grad_hidden[start:stop].masked_fill_(ignored.unsqueeze(-1), 0.0)
+            out[start:stop].masked_fill_(ignored.unsqueeze(-1), 0.0)
 
-    def gradients(self) -> list[Tensor | None]:
-        """Of hidden, weight and bias; None where none was asked for."""
+    def gradients(self) -> list[Leaves]:
+        """Of the one head: of hidden, weight and bias; None where none was asked for."""
         hidden = None if self.grad_hidden is None else self.grad_hidden.view(self.hidden.shape)
         weight = None if self.grad_weight is None else self.grad_weight.out
         bias = None if self.grad_bias is None else self.grad_bias.to(self.bias_dtype)
-        return [hidden, weight, bias]
+        return [Leaves(hidden, weight, bias)]
 
 
 class WeightGradient:

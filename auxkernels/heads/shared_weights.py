@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,9 @@ def are_added_first(one: SourceTensors, other: SourceTensors, autocast: torch.dt
     A sum of 16-bit hidden states does not fit into 16 bits, and no library multiplies float32 by a 16-bit weight: those
     keep their two products. Under autocast float32 hidden states are rounded in any case, here once instead of twice.
     """
-    weights = (one.weight, other.weight)
-    if None in weights or not _are_one_tensor(*weights) or one.softcap is not None or other.softcap is not None:
+    if one.weight is None or other.weight is None or not _are_one_tensor(one.weight, other.weight):
+        return False
+    if one.softcap is not None or other.softcap is not None:
         return False
     plans = [plan_of(part.values.dtype, autocast, part.values.device) for part in (one, other)]
     if plans[0] != plans[1]:
@@ -34,12 +37,18 @@ def _are_one_tensor(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def groups_of(parts: list[SourceTensors], needs: list[Leaves], num_base: int, autocast, is_base_wanted: bool):
+def groups_of(
+    parts: list[SourceTensors],
+    needs: list[Leaves],
+    num_base: int,
+    autocast: torch.dtype | None,
+    is_base_wanted: bool,
+) -> tuple[list[list[int]], list[list[int]]]:
     """The sources of base and auxiliary by number, those that are added before their product in one group.
 
     Groups span both where the base does not count by itself, and then belong to the base.
     """
-    operands: tuple[list, list] = ([], [])
+    operands: tuple[list[list[int]], list[list[int]]] = ([], [])
     for i in range(len(parts)):
         operand = operands[i >= num_base]
         candidates = operand if is_base_wanted else [*operands[0], *(operand if i >= num_base else [])]
@@ -51,7 +60,9 @@ def groups_of(parts: list[SourceTensors], needs: list[Leaves], num_base: int, au
     return operands
 
 
-def _joins(i: int, group: list[int], parts: list[SourceTensors], needs: list[Leaves], autocast) -> bool:
+def _joins(
+    i: int, group: list[int], parts: list[SourceTensors], needs: list[Leaves], autocast: torch.dtype | None
+) -> bool:
     is_shared = are_added_first(parts[group[0]], parts[i], autocast)
     return is_shared and all(_has_constant_bias(parts[j], needs[j]) for j in (group[0], i))
 
@@ -70,11 +81,20 @@ class SummedHeads:
     """Stands for the `HeadProducts` of a group. needs: of hidden, weight, bias and scale of each head."""
 
     def __init__(
-        self, parts: list[SourceTensors], plan: Plan, V: int, rows: Rows, num_chunks: int, needs, grad_dtype, compute
-    ):
+        self,
+        parts: list[SourceTensors],
+        plan: Plan,
+        V: int,
+        rows: Rows,
+        num_chunks: int,
+        needs: list[Leaves],
+        grad_dtype: Callable[[torch.dtype], torch.dtype],
+        compute: torch.dtype,
+    ) -> None:
         self.parts, self.plan, self.rows, self.needs, self.compute = parts, plan, rows, needs, compute
         self.grad_dtype = grad_dtype
         first = parts[0].weight
+        assert first is not None, "heads have one"
         weight = first[:V].to(plan.operands)
         self.weight = weight if 1 in weight.stride() else weight.contiguous()  # else every product would copy it
         biases = [_scaled(part.bias[:V].to(compute), part.scale) for part in parts if part.bias is not None]
@@ -85,17 +105,20 @@ class SummedHeads:
     def _new_gradients(self, part: SourceTensors, needs: Leaves, V: int, num_chunks: int) -> Leaves:
         """Where they are collected; None: not wanted."""
         hidden, weight, bias = part.values, part.weight, part.bias
+        assert weight is not None, "heads have one"
         of_bias = torch.promote_types(self.plan.operands, torch.float32)
         return Leaves(
             self.rows.new_output(hidden, hidden.shape[-1:], self.grad_dtype(hidden.dtype)) if needs.values else None,
             WeightGradient(weight, V, self.plan, num_chunks, self.grad_dtype(weight.dtype)) if needs.weight else None,
-            bias.new_zeros(bias.shape, dtype=of_bias) if needs.bias else None,
+            bias.new_zeros(bias.shape, dtype=of_bias) if needs.bias and bias is not None else None,
             self.rows.new_output(hidden, (), self.compute) if needs.scale else None,
         )
 
     def logits(self, start: int, stop: int, ignored: Tensor | None, out: Tensor, accumulate: bool = False) -> None:
         """Writes (adds) the chunk's logits to `out` [stop - start, V]."""
-        self.hidden, self.scales, terms = [], [], []
+        self.hidden: list[Tensor] = []
+        self.scales: list[Tensor | None] = []
+        terms = []
         for part in self.parts:
             hidden, scale = self.rows.take(part.values, start, stop).to(self.compute), part.scale
             if scale is not None and scale.dim():
@@ -112,20 +135,20 @@ class SummedHeads:
 
     def add_gradient(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
         """From the gradient [stop - start, V] of a chunk's logits; of the chunk that `logits` has been called with."""
-        of_sum = None
+        of_sum: Tensor | None = None
         if any(needs.values or needs.scale for needs in self.needs):
             dtype = torch.float32 if self.plan.is_wide else self.plan.operands
             of_sum = grad.new_empty((stop - start, self.weight.shape[1]), dtype=dtype)
             multiply(grad, self.weight, of_sum)
         of_bias = self._sum_of_rows(grad) if any(needs.bias for needs in self.needs) else None
         for hidden, scale, grads in zip(self.hidden, self.scales, self.grads, strict=True):
-            if grads.values is not None:
+            if grads.values is not None and of_sum is not None:
                 self.rows.put(grads.values, start, stop, _without(ignored, _scaled(of_sum, scale)))
             if grads.weight is not None:
                 grads.weight.add(grad, _scaled(hidden, scale).to(self.plan.operands))
-            if grads.bias is not None:
+            if grads.bias is not None and of_bias is not None:
                 grads.bias[: self.num_columns] += _scaled(of_bias, scale)
-            if grads.scale is not None:
+            if grads.scale is not None and of_sum is not None:
                 self.rows.put(grads.scale, start, stop, _without(ignored, (of_sum * hidden).sum(-1)))
 
     def _sum_of_rows(self, grad: Tensor) -> Tensor:
@@ -141,7 +164,7 @@ class SummedHeads:
                 Leaves(
                     None if hidden is None else hidden.view(part.values.shape),
                     None if weight is None else weight.out,
-                    None if bias is None else bias.to(self.grad_dtype(part.bias.dtype)),
+                    None if bias is None or part.bias is None else bias.to(self.grad_dtype(part.bias.dtype)),
                     None if scale is None else scale.view(self.rows.shape),
                 )
             )

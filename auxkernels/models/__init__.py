@@ -7,7 +7,7 @@ except ImportError as error:
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .auxiliary import AuxiliaryCausalLMOutput, AuxiliaryForCausalLM
+from .auxiliary import AuxiliaryForCausalLM
 from .collators import DataCollatorForPrefixes, DataCollatorForSegments
 from .conditioning import predicted_segments
 from .configuration import AuxiliaryConfig
@@ -18,6 +18,7 @@ from .paired_cache import PairedCache
 from .planner import PlannerCausalLMOutput, PlannerForCausalLM
 from .planner_config import PlannerConfig
 from .planner_training import UnfreezePlanner
+from .sums import AuxiliaryCausalLMOutput
 
 for config, model in (
     (AuxiliaryConfig, AuxiliaryForCausalLM),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 PARTS = ("base", "aux", "lm")
 
 
-def language_model(name: str, given):
+def language_model(name: str, given: Any) -> Any:
     """The model that a `PeftModel` has put its layers into; anything else as it is. TypeError for prompt learning."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(given, peft.PeftModel):
@@ -31,7 +32,7 @@ def language_model(name: str, given):
 class PartsWithAdapters:
     """Lets a composite's parts be assigned as `PeftModel`s: `model.aux = get_peft_model(model.aux, config)`."""
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, language_model(name, value) if name in PARTS else value)
 
 
@@ -40,7 +41,7 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return next(_layers(model), None) is not None
 
 
-def check_saveable(model) -> None:
+def check_saveable(model: PreTrainedModel) -> None:
     """ValueError where a composite has adapters that a folder cannot say: in all of it, or merged and still there."""
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise ValueError("the model must have no adapters: save the PeftModel, or merge_and_unload first")
@@ -50,7 +51,7 @@ def check_saveable(model) -> None:
         )
 
 
-def described(aux: PreTrainedModel) -> dict | None:
+def described(aux: PreTrainedModel) -> dict[str, Any] | None:
     """What a configuration says of an auxiliary's adapters; None where it has none.
 
     configs   of each by its name, as PEFT's; active: names of those in use
@@ -67,7 +68,7 @@ def described(aux: PreTrainedModel) -> dict | None:
     }
 
 
-def plain_weights(weights: dict[str, Tensor], aux_adapters: dict | None) -> dict[str, Tensor]:
+def plain_weights(weights: dict[str, Tensor], aux_adapters: dict[str, Any] | None) -> dict[str, Tensor]:
     """The weights of the model without adapters, by its own names, from those of one with adapters."""
     if not aux_adapters:
         return weights
@@ -83,7 +84,7 @@ def plain_weights(weights: dict[str, Tensor], aux_adapters: dict | None) -> dict
     return plain
 
 
-def put_in(aux: PreTrainedModel, weights: dict[str, Tensor], aux_adapters: dict) -> None:
+def put_in(aux: PreTrainedModel, weights: dict[str, Tensor], aux_adapters: dict[str, Any]) -> None:
     """Puts adapters that were `described` into an auxiliary, with their weights."""
     try:
         import peft
@@ -120,7 +121,7 @@ def merge(model: PreTrainedModel) -> None:
         vars(model).pop(mark, None)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """PEFT's layers that are in no other, by name."""
     if "peft" not in sys.modules:
         return
@@ -145,7 +146,7 @@ def _without_adapters(name: str, layers: list[tuple[str, nn.Module]]) -> str | N
     return name if rest.startswith(("base_layer.", "original_module.")) else None
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """A configuration of PEFT as JSON holds it."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}

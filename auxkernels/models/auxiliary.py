@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from .paired_cache import PairedCache
 from .small import check_zero_init, drop_unread_weights, hidden_width, is_frozen_at_zero, new_head, small_model
 from .sums import AuxiliaryCausalLMOutput
 from .vocabulary import check_tokenizers, shared_width
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 
 class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, GenerationMixin):
@@ -70,6 +74,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         if config.head != "own":
             dtype, inputs = aux.get_output_embeddings().weight.dtype, hidden_width(aux)
             width = hidden_width(base) if config.head == "shared" else config.num_valid_tokens
+            assert width is not None, "`_join` has said it"
             self.aux_head = new_head(inputs, width, config.head_rank, device=device_of(aux), dtype=dtype)
         drop_unread_weights(aux, config.head, config.trunk_layer)
         self.post_init()
@@ -101,9 +106,9 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         vocab_policy: str = "strict",
         aux_scale: float = 1.0,
         dtype: torch.dtype | str | None = None,
-        device_map: str | int | dict | torch.device | None = None,
-        base_kwargs: dict | None = None,
-        aux_kwargs: dict | None = None,
+        device_map: str | int | dict[str, Any] | torch.device | None = None,
+        base_kwargs: dict[str, Any] | None = None,
+        aux_kwargs: dict[str, Any] | None = None,
     ) -> AuxiliaryForCausalLM:
         """Joins a base and an auxiliary model. Both are taken, not copied; a base may be shared by several.
 
@@ -161,7 +166,9 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         return cls._join(config, base_model, aux_model, zero_init)
 
     @classmethod
-    def _join(cls, config: AuxiliaryConfig, base, aux, zero_init: bool) -> AuxiliaryForCausalLM:
+    def _join(
+        cls, config: AuxiliaryConfig, base: PreTrainedModel, aux: PreTrainedModel, zero_init: bool
+    ) -> AuxiliaryForCausalLM:
         if aux is base or aux.get_output_embeddings() is base.get_output_embeddings():
             raise ValueError("aux must be another model than base, with a head of its own: the base is frozen")
         widths = [head_width(model) for model in (base, aux)]
@@ -170,7 +177,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
             check_trunk(base, config.trunk_layer, probe(base))
             if config.head != "own":
                 widths[1] = widths[0]  # the auxiliary has no vocabulary
-        config.vocab_size, config.num_valid_tokens = widths[0], shared_width(*widths, config.vocab_policy)
+        config.vocab_size, config.num_valid_tokens = widths[0], shared_width(widths[0], widths[1], config.vocab_policy)
         for model in (base, aux) if config.head == "own" else (base,):
             check_output_head(model)
         if zero_init and config.head == "own":
@@ -179,8 +186,16 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
 
     @classmethod
     def from_pretrained(
-        cls, folder, *, base=None, base_kwargs=None, check_base=True, config=None, output_loading_info=False, **kwargs
-    ):
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        base: PreTrainedModel | str | None = None,
+        base_kwargs: dict[str, Any] | None = None,
+        check_base: bool = True,
+        config: AuxiliaryConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Loads what `save_pretrained` wrote, in eval mode.
 
         folder       path, or name on the hub. A pointer says also which of from_pretrained's options the base's weights
@@ -203,7 +218,14 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         model.config.name_or_path = os.fspath(folder)
         return (model, {problem: set() for problem in saving.PROBLEMS}) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *, save_base: bool = False, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_base: bool = False,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Saves the auxiliary, with a pointer to the base (name, revision, fingerprint of its weights).
 
         save_base   also saves the base, in the folder's "base/"
@@ -246,10 +268,10 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         elif not is_blocked:
             self._has_known_head = True
 
-    def _set_gradient_checkpointing(self, *args, **kwargs):
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         self.aux._set_gradient_checkpointing(*args, **kwargs)  # the base keeps no activations
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.aux.get_input_embeddings()
 
     # -- forward -------------------------------------------------------------------------------------------------------
@@ -270,7 +292,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         skip_logits: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> AuxiliaryCausalLMOutput:
         """Summed logits, or with labels their loss, for which no [N, V] tensor is made.
 
@@ -309,15 +331,23 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         scale = self.config.aux_scale if aux_scale is None else aux_scale
         return self._called(call, [Given(scale, aux_input_ids, aux_attention_mask)], kwargs)
 
-    def _run_aux(self, text: reading.Text, behind: reading.AuxText, use_cache: bool, states, kwargs: dict):
+    def _run_aux(
+        self,
+        text: reading.Text,
+        behind: reading.AuxText,
+        use_cache: bool,
+        states: tuple[Tensor, ...] | None,
+        kwargs: dict[str, Any],
+    ) -> ModelOutput:
         """What the auxiliary returns (`run`) for prefix and text, in the order in which they are read."""
         prefix = behind.prefix
         if self.config.trunk_layer is None:
             tokens = text.input_ids if prefix is None else torch.cat([prefix, text.input_ids], dim=1)
             inputs = {"input_ids": behind.arranged(tokens)}
         else:
+            assert states is not None, "the base gives them where there is a trunk layer"
             features = states[self.config.trunk_layer]
-            if prefix is not None:
+            if prefix is not None and behind.prefix_mask is not None:
                 features = torch.cat([self._trunk_of_prefix(prefix, behind.prefix_mask, kwargs), features], dim=1)
             features = behind.arranged(features).to(self.trunk_projection.weight.dtype)
             inputs = {"inputs_embeds": self.trunk_projection(features)}
@@ -332,7 +362,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         )
 
     @torch.no_grad()
-    def _trunk_of_prefix(self, prefix: Tensor, mask: Tensor, kwargs: dict) -> Tensor:
+    def _trunk_of_prefix(self, prefix: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The base's hidden states of a prefix [batch, prefix, D], which it reads apart from the text."""
         output = run(
             self.base,

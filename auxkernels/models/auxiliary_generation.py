@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .caches import paired_cache
+from .mixins import Model
 from .paired_cache import PairedCache
 
 
-class GenerationWithPairs:
+class GenerationWithPairs(Model):
     """Mixed in before `OnFrozenBase`, for a model with `base`, `aux` and a `forward` that takes aux_*."""
 
-    def generate(self, *args, aux_scale: float | Tensor | None = None, **kwargs):
+    def generate(self, *args: Any, aux_scale: float | Tensor | None = None, **kwargs: Any) -> Any:
         """As of transformers, with the arguments of `forward` for the auxiliary.
 
         They hold in every branch: under guidance_scale also for the unconditional text, and an assistant_model gets
@@ -30,7 +33,7 @@ class GenerationWithPairs:
         *,
         max_cache_len: int | None = None,
         prefix_length: int = 0,
-        cache_config: dict | None = None,
+        cache_config: dict[str, Any] | None = None,
     ) -> PairedCache:
         """An empty cache for both models, of a kind that `generate` knows.
 
@@ -43,6 +46,6 @@ class GenerationWithPairs:
         """
         return paired_cache(self.base, self.aux, cache_implementation, max_cache_len, prefix_length, cache_config)
 
-    def _cache_of_kind(self, kind: str | None, model_kwargs: dict, **options) -> PairedCache:
+    def _cache_of_kind(self, kind: str | None, model_kwargs: dict[str, Any], **options: Any) -> PairedCache:
         prefix = model_kwargs.get("aux_input_ids")
         return self.new_cache(kind, prefix_length=0 if prefix is None else prefix.shape[1], **options)

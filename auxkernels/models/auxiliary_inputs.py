@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class AuxText:
         """Prefix and text [batch, prefix + new, *] in the order in which they are read."""
         return tokens if self.order is None else _gathered(tokens, self.order)
 
-    def with_token_types(self, inputs: dict) -> dict:
+    def with_token_types(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Further inputs of the auxiliary; the types of the text's tokens get those of the prefix in front, zeros."""
         if self.prefix is None:
             return inputs
@@ -118,7 +119,9 @@ class Readers:
         names = [name for name, leads in zip(("base", "aux"), self.is_multimodal, strict=True) if leads]
         return next(iter(names), None), len(names), len(names) == 1 or any(self.offsets)
 
-    def split(self, text: Text, inputs: dict, has_prefix: bool) -> tuple[Text, dict, Text, dict]:
+    def split(
+        self, text: Text, inputs: dict[str, Any], has_prefix: bool
+    ) -> tuple[Text, dict[str, Any], Text, dict[str, Any]]:
         """(text, further inputs) of the base and of the auxiliary. inputs lose what neither of them gets.
 
         One that reads text alone gets no images, and positions of its own where those are of images too.
@@ -145,7 +148,7 @@ class Readers:
         are_shared, texts = not (any(self.is_multimodal) or any(self.offsets)), []
         for is_leader, offset in zip(self.is_multimodal, self.offsets, strict=True):
             given = positions if is_leader or are_shared else plain
-            if text_positions is not None and not is_leader:
+            if text_positions is not None and given is not None and not is_leader:
                 given = given + offset
             texts.append(replace(text, position_ids=given, offset=offset))
         return texts[0], of_base, texts[1], of_aux
@@ -169,7 +172,7 @@ def aux_text(
     prefix, mask = prefix_to_read(text, input_ids, mask, pad_token_id)
     if text.cache is not None:
         text.cache.check_room(text.input_ids.shape[1], 0 if mask is None else mask.shape[1])
-    if prefix is not None and prefix_keeps_state:
+    if prefix is not None and mask is not None and prefix_keeps_state:
         order = _padding_first(mask)
         prefix, mask = prefix.gather(1, order), mask.gather(1, order)
     behind = AuxText(prefix, mask, *text.behind(mask, prefix))
@@ -178,24 +181,26 @@ def aux_text(
 
 def _without_gaps(text: Text, behind: AuxText) -> AuxText:
     """The text's left padding is read before the prefix; ValueError for padding that can no longer be moved there."""
+    attention_mask, positions = behind.attention_mask, behind.position_ids
+    assert behind.prefix_mask is not None and attention_mask is not None and positions is not None, "see Text.behind"
     length = behind.prefix_mask.shape[1]
     if behind.prefix is not None:
         if text.attention_mask is None:
             return behind
         is_text = _text_mask(text.attention_mask, len(behind.prefix), text.past + text.input_ids.shape[1], None) != 0
         order = _padding_first(torch.cat([behind.prefix_mask != 0, is_text.cumsum(dim=1) > 0], dim=1))
-        mask = behind.attention_mask.gather(1, order)
-        positions = behind.position_ids.expand(len(order), -1).gather(1, order)
+        mask = attention_mask.gather(1, order)
+        positions = positions.expand(len(order), -1).gather(1, order)
         return replace(behind, attention_mask=mask, position_ids=positions, order=order, arranged_mask=mask)
-    first = text.cache.arranged_mask
-    first = behind.attention_mask[:, : length + text.past] if first is None else first[:, : length + text.past]
-    later = behind.attention_mask[:, first.shape[1] :]
+    assert text.cache is not None, "that is where the prefix is"
+    arranged = text.cache.arranged_mask
+    first = (attention_mask if arranged is None else arranged)[:, : length + text.past]
+    later = attention_mask[:, first.shape[1] :]
     if not torch.compiler.is_compiling() and (later[:, 1:] > later[:, :-1]).any():
         raise ValueError(
             "attention_mask must have its left padding in the call that reads the prefix, where the auxiliary keeps a "
             "recurrent or convolutional state: give the whole prompt at once"
         )
-    arranged = text.cache.arranged_mask
     return replace(behind, attention_mask=torch.cat([first, later], dim=1), arranged_mask=arranged)
 
 
@@ -269,7 +274,9 @@ def check_cache(cache: object) -> None:
         raise TypeError(f"past_key_values must be a PairedCache (model.new_cache()), got {type(cache).__name__}")
 
 
-def check_inputs(input_ids, target, num_items_in_batch, kwargs: dict) -> None:
+def check_inputs(
+    input_ids: Tensor | None, target: Tensor | None, num_items_in_batch: int | Tensor | None, kwargs: dict[str, Any]
+) -> None:
     unknown = sorted(name for name in kwargs if name.startswith("aux_"))
     if unknown:
         raise TypeError(

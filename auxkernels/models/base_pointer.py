@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,9 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
 from .adapters import has_adapters
+
+if TYPE_CHECKING:
+    from .frozen_base import OnFrozenBase
 
 # from_pretrained's options that say where files come from, where weights are put and how they are computed with. The
 # others say which weights a base has: subfolder, gguf_file, variant, quantization_config, values of its configuration.
@@ -31,7 +35,7 @@ _NOT_OF_THE_WEIGHTS = {
 _OF_THE_PLACE = ("subfolder", "gguf_file", "variant", "use_safetensors")  # they go with the name
 
 
-def weight_options(base: PreTrainedModel, kwargs: dict) -> dict:
+def weight_options(base: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What from_pretrained must be told again to load the weights that `base` has, as JSON has it.
 
     kwargs   with which the base was loaded; of a model that the user loaded only its quantisation is known
@@ -57,8 +61,14 @@ def has_own_code(model: PreTrainedModel) -> bool:
 
 
 def loading_options(
-    saved: dict | None, kind: str, kwargs: dict, *, argument: str, name: str | None, config: PretrainedConfig
-) -> dict:
+    saved: dict[str, Any] | None,
+    kind: str,
+    kwargs: dict[str, Any],
+    *,
+    argument: str,
+    name: str | None,
+    config: PretrainedConfig,
+) -> dict[str, Any]:
     """Those of the saved options under the call's own kwargs.
 
     kind       where the model is loaded from: "pointer", its name; "folder", which holds it as it was; "moved", a new
@@ -83,14 +93,14 @@ def loading_options(
     if options.get("config") is True:
         options["config"] = copy.deepcopy(config)
         if quantization is not None:  # or it would say that the weights are quantised already
-            vars(options["config"]).pop("quantization_config", None)
+            options["config"].__dict__.pop("quantization_config", None)
     return {**options, **kwargs}
 
 
 # -- pointers that will not do -----------------------------------------------------------------------------------------
 
 
-def way_to_save(model) -> str:
+def way_to_save(model: OnFrozenBase) -> str:
     """How a base without a name, or with that of other weights, is saved so that it loads again."""
     if has_adapters(model.base):
         return "join it by the name of the folder that holds its adapters, or merge_and_unload, save and load it"
@@ -102,7 +112,7 @@ def way_to_save(model) -> str:
     return "save the base to a folder, load it from there, and join it with the auxiliary anew"
 
 
-def warn_of_pointer(model) -> None:
+def warn_of_pointer(model: OnFrozenBase) -> None:
     """UserWarning where what is trained now could not be saved with a pointer to its base, or not be loaded."""
     name = model.config.base_name_or_path
     if not name:
@@ -122,7 +132,7 @@ def warn_of_pointer(model) -> None:
         )
 
 
-def _other_than_named(base: PreTrainedModel, name: str, config) -> str | None:
+def _other_than_named(base: PreTrainedModel, name: str, config: PretrainedConfig) -> str | None:
     """What a base has other than the files on this machine under its name (resized, merged); None: nothing, or unknown.
 
     The first row of each weight is looked at, and only where the files call them as the model does.
@@ -147,7 +157,7 @@ def _other_than_named(base: PreTrainedModel, name: str, config) -> str | None:
     return None
 
 
-def _files(name: str, where: dict) -> list[str]:
+def _files(name: str, where: dict[str, Any]) -> list[str]:
     try:
         with open(cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **where), encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
@@ -156,7 +166,7 @@ def _files(name: str, where: dict) -> list[str]:
     return [cached_file(name, one, **where) for one in names]
 
 
-def _differs(weight: Tensor, saved) -> bool:
+def _differs(weight: Tensor, saved: Any) -> bool:
     """Whether the first row of a weight is another one than was saved, beyond the coarser dtype's rounding."""
     if type(weight) is not nn.Parameter or weight.is_meta or list(weight.shape) != saved.get_shape():
         return False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+from typing import Any
+
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .causal_lm import has_cache
@@ -25,7 +27,11 @@ def is_static(kind: str | None) -> bool:
 
 
 def new_cache(
-    model, kind: str | None = None, *, max_cache_len: int | None = None, cache_config: dict | None = None
+    model: PreTrainedModel,
+    kind: str | None = None,
+    *,
+    max_cache_len: int | None = None,
+    cache_config: dict[str, Any] | None = None,
 ) -> Cache:
     """An empty cache of one model.
 
@@ -45,14 +51,14 @@ def new_cache(
     if not has_cache(model):
         raise ValueError(f"use_cache must be False: {type(model).__name__} has no cache that can be paired")
     offloading = str(kind).startswith("offloaded") and device_of(model).type != "cpu"
-    if is_static(kind):
+    if max_cache_len is not None:
         return _static_cache(model, max_cache_len, offloading)
     if kind == "quantized":
         return _quantized_cache(model, **(cache_config or {}))
     return DynamicCache(config=model.config, offloading=offloading)
 
 
-def _static_cache(model, max_cache_len: int, offloading: bool) -> StaticCache:
+def _static_cache(model: PreTrainedModel, max_cache_len: int, offloading: bool) -> StaticCache:
     if max_cache_len < 1:
         raise ValueError(f"max_cache_len must be a positive number of tokens, got {max_cache_len}")
     refusal = f"cache_implementation must be 'dynamic' for {type(model).__name__}"
@@ -64,7 +70,7 @@ def _static_cache(model, max_cache_len: int, offloading: bool) -> StaticCache:
         raise ValueError(f"{refusal}: layers of type {error} have no static cache") from error
 
 
-def _quantized_cache(model, backend: str = "quanto", **options) -> QuantizedCache:
+def _quantized_cache(model: PreTrainedModel, backend: str = "quanto", **options: Any) -> QuantizedCache:
     try:
         return QuantizedCache(backend=backend, config=model.config, **options)
     except ValueError as error:
@@ -72,7 +78,12 @@ def _quantized_cache(model, backend: str = "quanto", **options) -> QuantizedCach
 
 
 def paired_cache(
-    base, aux, kind: str | None, max_cache_len: int | None, prefix_length: int, cache_config: dict | None
+    base: PreTrainedModel,
+    aux: PreTrainedModel,
+    kind: str | None,
+    max_cache_len: int | None,
+    prefix_length: int,
+    cache_config: dict[str, Any] | None,
 ) -> PairedCache:
     """Two empty caches of one kind; arguments as of `AuxiliaryForCausalLM.new_cache`."""
     lengths = max_cache_len, None if max_cache_len is None else max_cache_len + prefix_length

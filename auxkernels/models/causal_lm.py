@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from .heads import OutputHead
 from .modalities import input_names
 from .modules import backbone, features, run
 
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
 # -- recurrent and convolutional states --------------------------------------------------------------------------------
 
 
@@ -24,7 +28,7 @@ def is_stateful(*models: nn.Module) -> bool:
     return any(getattr(module, "_is_stateful", False) for model in models for module in model.modules())
 
 
-def keeps_state(model) -> bool:
+def keeps_state(model: PreTrainedModel) -> bool:
     """Whether a model carries a recurrent or convolutional state along the tokens, padding between them included."""
     if is_stateful(model):
         return True
@@ -34,7 +38,7 @@ def keeps_state(model) -> bool:
 # -- caches ------------------------------------------------------------------------------------------------------------
 
 
-def has_cache(model) -> bool:
+def has_cache(model: PreTrainedModel) -> bool:
     """Whether a model reads on from a `DynamicCache` (past_key_values) that tells how many tokens it holds.
 
     Some have none (OpenAI-GPT, XLM), some one of their own (RWKV, XLNet, Reformer), and one that holds recurrent states
@@ -51,7 +55,7 @@ def has_cache(model) -> bool:
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
-def position_offset(model) -> int:
+def position_offset(model: PreTrainedModel) -> int:
     """The position of a text's first token where a model is given none.
 
     RoBERTa and its like count from behind the padding token's id. transformers' generation passes positions from 0 on,
@@ -72,7 +76,7 @@ def trunk_index(given: int, num_layers: int) -> int:
     return given if given >= 0 else given + num_layers + 1
 
 
-def check_trunk(base, index: int, tokens: Tensor) -> None:
+def check_trunk(base: PreTrainedModel, index: int, tokens: Tensor) -> None:
     """ValueError where a base has no hidden states [batch, n, width] at that index, which an auxiliary could read."""
     states = _tried(base, tokens, output_hidden_states=True).get("hidden_states")
     want = [*tokens.shape, base.config.get_text_config().hidden_size]
@@ -81,14 +85,14 @@ def check_trunk(base, index: int, tokens: Tensor) -> None:
         raise ValueError(f"trunk_layer {index} of {type(base).__name__} must be [batch, n, width] = {want}, got {got}")
 
 
-def check_layers(lm, layers: list[nn.Module], tokens: Tensor, width: int | None = None) -> None:
+def check_layers(lm: PreTrainedModel, layers: list[nn.Module], tokens: Tensor, width: int | None = None) -> None:
     """ValueError where layers do not take hidden states [..., batch, n, width], one for each token.
 
     width   None: of any width
     """
     shapes = []
 
-    def note(module, args, kwargs):
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shapes.append(list((args[0] if args else kwargs["hidden_states"]).shape))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
@@ -107,7 +111,7 @@ def check_layers(lm, layers: list[nn.Module], tokens: Tensor, width: int | None 
 
 
 @torch.no_grad()
-def _tried(model, tokens: Tensor, **options):
+def _tried(model: PreTrainedModel, tokens: Tensor, **options: Any) -> ModelOutput:
     was_training = model.training
     model.eval()
     try:
@@ -132,21 +136,21 @@ def are_packed(attention_mask: Tensor | None, position_ids: Tensor | None) -> bo
 class _Given(nn.Module):
     """Stands for a module that has been run, and returns what it returned."""
 
-    def __init__(self, outputs):
+    def __init__(self, outputs: Any) -> None:
         super().__init__()
         self.outputs = outputs
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.outputs
 
 
-def wants_router_logits(model, given: bool | None) -> bool:
+def wants_router_logits(model: PreTrainedModel, given: bool | None) -> bool:
     """Whether a model's routers are balanced: as the call says, else as its configuration does; if it has routers."""
     configured = getattr(model.config.get_text_config(), "output_router_logits", None)
     return configured is not None and bool(configured if given is None else given)
 
 
-def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:
+def router_loss(model: PreTrainedModel, outputs: ModelOutput, attention_mask: Tensor | None) -> Tensor | None:
     """The weighted balancing loss that a mixture of experts adds to its own loss: 0-d, with a gradient.
 
     outputs   what `run` returned of it, with router logits; None is returned where there are none
@@ -168,7 +172,7 @@ def router_loss(model, outputs, attention_mask: Tensor | None) -> Tensor | None:
         head = model.get_output_embeddings()
         stand_ins |= {name: nn.Identity() for name, module in model._modules.items() if module is head}
 
-    def no_loss(*args, **kwargs):
+    def no_loss(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return hidden.new_zeros((), dtype=torch.float32)
 

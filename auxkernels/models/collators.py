@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,10 @@ class DataCollatorForSegments:
     padding_side: str = "right"
     is_packed: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_side("padding_side", self.padding_side)
 
-    def __call__(self, examples: Sequence[Mapping]) -> dict:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not self.is_packed:
             return collate_segments(examples, self.pad_token_id, self.padding_side)
         segment_ids, of_segments = joined_segments(examples)
@@ -70,11 +71,11 @@ class DataCollatorForPrefixes:
     padding_side: str = "right"
     aux_padding_side: str = "left"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_side("padding_side", self.padding_side)
         _check_side("aux_padding_side", self.aux_padding_side)
 
-    def __call__(self, examples: Sequence[Mapping]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         texts = [torch.as_tensor(example["input_ids"], dtype=torch.int64) for example in examples]
         labels = [torch.as_tensor(e.get("labels", e["input_ids"]), dtype=torch.int64) for e in examples]
         prefixes = [torch.as_tensor(example.get("aux_input_ids", ()), dtype=torch.int64) for example in examples]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessor
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .caches import is_dynamic, is_static
+from .mixins import Model
 from .modalities import has_more_than_text, input_names
 from .paired_cache import check_takes
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 # of one model's generation config: asked for by nobody who calls the composite, which some of them would refuse
 _OF_ONE_MODEL = (
@@ -36,7 +40,7 @@ def inherited(generation_config: GenerationConfig) -> GenerationConfig:
     return copied
 
 
-class GenerationOfComposites:
+class GenerationOfComposites(Model):
     """Mixed in before transformers' generation.
 
     _has_cache       whether the models inside have caches; if not, all tokens are read again at each step
@@ -55,7 +59,7 @@ class GenerationOfComposites:
     _has_text_positions = False
     _position_offset = 0
     _own_arguments: ClassVar[tuple[str, ...]] = ()
-    _unconditional_arguments: ClassVar[dict] = {}
+    _unconditional_arguments: ClassVar[dict[str, Any]] = {}
     # the others are code from elsewhere, which reads one model's head, states and cache
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [
         GenerationMode.GREEDY_SEARCH,
@@ -65,7 +69,12 @@ class GenerationOfComposites:
         GenerationMode.ASSISTED_GENERATION,
     ]
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+    def _validate_generation_mode(
+        self,
+        generation_mode: GenerationMode,
+        generation_config: GenerationConfig,
+        generation_mode_kwargs: dict[str, Any],
+    ) -> None:
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         is_simple = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         if has_guidance(generation_config) and not is_simple:
@@ -77,9 +86,12 @@ class GenerationOfComposites:
             if getattr(generation_config, name, None):
                 raise ValueError(f"{name} must not be set: its drafts come from a part of one model")
 
-    def _get_logits_processor(self, generation_config, *args, model_kwargs: dict | None = None, **kwargs):
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
-        own = {name: model_kwargs[name] for name in self._own_arguments if (model_kwargs or {}).get(name) is not None}
+        given = model_kwargs or {}
+        own = {name: given[name] for name in self._own_arguments if given.get(name) is not None}
         own |= self._unconditional_arguments
         for i, processor in enumerate(processors):
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
@@ -87,7 +99,14 @@ class GenerationOfComposites:
                 processors[i] = _GuidanceOfTheRest(processor)
         return processors
 
-    def _get_candidate_generator(self, generation_config, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+    def _get_candidate_generator(
+        self,
+        generation_config: GenerationConfig,
+        *args: Any,
+        model_kwargs: dict[str, Any],
+        assistant_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if assistant_model is not None and generation_config.cache_implementation is not None:
             generation_config = copy.copy(generation_config)
             generation_config.cache_implementation = None  # an assistant is handed its own cache from draft to draft
@@ -97,17 +116,22 @@ class GenerationOfComposites:
             generation_config, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
 
-    def _shares_arguments(self, assistant) -> bool:
+    def _shares_arguments(self, assistant: object) -> bool:
         """Whether an assistant takes `_own_arguments` for what this model takes them for."""
         return isinstance(assistant, type(self))
 
-    def _cache_of_kind(self, kind: str | None, model_kwargs: dict, **options) -> Cache:
+    def _cache_of_kind(self, kind: str | None, model_kwargs: dict[str, Any], **options: Any) -> Cache:
         """An empty cache for a call of `generate`; options as of `caches.new_cache`."""
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
         """The cache that a call asks for; ValueError where a model has none of that kind, or drafts need another."""
         cache, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         if not self._has_cache and is_dynamic(kind):
@@ -134,24 +158,26 @@ class GenerationOfComposites:
     # -- images, video and sound ---------------------------------------------------------------------------------------
 
     @property
-    def _leader(self):
+    def _leader(self) -> PreTrainedModel | None:
         return None if self._leader_name is None else getattr(self, self._leader_name)
 
-    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         known = () if self._leader is None else input_names(self._leader)
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         if self._leader is None:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + self._position_offset
         return self._leader._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
-    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         if self._leader is None or self._num_leaders > 1:
             return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
         return self._leader._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         if self._leader is None or expand_size == 1:
             return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         if self._num_leaders > 1 and has_more_than_text(kwargs):
@@ -161,11 +187,15 @@ class GenerationOfComposites:
             )
         return self._leader._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        updated = super() if self._leader is None else self._leader
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        updated: Any = super() if self._leader is None else self._leader
         return updated._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """transformers' own; what enters beside the tokens, and their positions, as the model has it that reads it.
 
         `text_position_ids` are the positions for a model that reads text alone, where they are known.
@@ -174,7 +204,7 @@ class GenerationOfComposites:
         positions = inputs.get("position_ids")
         if self._has_text_positions and positions is not None and positions.dim() == 2:
             inputs["text_position_ids"] = positions
-        if self._leader is None:
+        if self._leader is None or self._leader_name is None:
             return inputs
         cache = getattr(past_key_values, self._leader_name, past_key_values)  # of a pair
         known = {name: value for name, value in kwargs.items() if name not in self._own_arguments}
@@ -182,7 +212,7 @@ class GenerationOfComposites:
         own = ("past_key_values", "text_position_ids", *self._own_arguments)
         return of_leader | {name: inputs[name] for name in own if name in inputs}
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises ValueError: continuous batching has one cache, and no place for the arguments of each text."""
         raise ValueError(f"{type(self).__name__} cannot batch continuously (generate_batch): use generate")
 
@@ -197,6 +227,6 @@ class _GuidanceOfTheRest(LogitsProcessor):
         return self.guidance(input_ids, scores).masked_fill(scores == -torch.inf, -torch.inf)
 
 
-def has_guidance(generation_config) -> bool:
+def has_guidance(generation_config: GenerationConfig) -> bool:
     """Whether a configuration asks for classifier-free guidance."""
     return getattr(generation_config, "guidance_scale", None) not in (None, 1)

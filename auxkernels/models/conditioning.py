@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from .. import checks
 from ..soft_embedding import soft_embedding
 from ..soft_embedding.segments import segments_to_tokens
 from .modules import backbone
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+    from ..soft_embedding import LookupStats
 
 # -- what is added -----------------------------------------------------------------------------------------------------
 
@@ -42,7 +49,7 @@ class Conditioning(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        options = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.codebooks = nn.Parameter(torch.empty((num_layers, num_labels, label_dim), **options))
         self.weight = nn.Parameter(torch.empty((num_layers, hidden_size, label_dim), **options))
         self.bias = nn.Parameter(torch.empty((num_layers, hidden_size), **options))
@@ -71,7 +78,9 @@ class Conditioning(nn.Module):
             raise ValueError(f"codebook must be [num_labels, label_dim] = {want}, got {got}")
         self.codebooks.copy_(codebook)
 
-    def forward(self, scores: Tensor, *, folded: bool | None = None, are_labels: bool = False, **options):
+    def forward(
+        self, scores: Tensor, *, folded: bool | None = None, are_labels: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, LookupStats]:
         """The rows of segments whose labels are predicted, or given (`of_labels`, through the module and its hooks).
 
         scores    [S, K] floating point; with are_labels, labels [S], for which the rows alone are returned
@@ -166,14 +175,14 @@ def predicted_segments(segment_ids: Tensor, attention_mask: Tensor | None = None
     return torch.where(is_followed, of_successors, segment_ids)
 
 
-def token_mask(attention_mask, shape) -> Tensor | None:
+def token_mask(attention_mask: object, shape: torch.Size) -> Tensor | None:
     """The mask [batch, seq] of the given tokens alone; None where a mask does not tell."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < shape[1]:
         return None
     return attention_mask[:, attention_mask.shape[1] - shape[1] :]
 
 
-def checked_segments(segment_ids: Tensor | None, mode: str, shape, device) -> Tensor:
+def checked_segments(segment_ids: Tensor | None, mode: str, shape: torch.Size, device: torch.device) -> Tensor:
     """The segment of each token, [batch, seq], as it is given. Mode "fixed" needs none."""
     if segment_ids is None:
         if mode != "fixed":
@@ -185,7 +194,9 @@ def checked_segments(segment_ids: Tensor | None, mode: str, shape, device) -> Te
     return segment_ids
 
 
-def conditioning_segments(segment_ids: Tensor, are_aligned: bool, attention_mask, num_segments: int | None) -> Tensor:
+def conditioning_segments(
+    segment_ids: Tensor, are_aligned: bool, attention_mask: Tensor | None, num_segments: int | None
+) -> Tensor:
     """The row of segments that conditions each token, [batch, seq]; num_segments None: a single row for all."""
     if num_segments is None:
         segment_ids = segment_ids.clamp(max=0)
@@ -231,7 +242,7 @@ class ActiveRows(threading.local):
     rows: tuple[Tensor, ...] | None = None
     segment_ids: Tensor | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[ActiveRows], tuple[()]]:
         return type(self), ()
 
     def set(self, rows: tuple[Tensor, ...] | None, segment_ids: Tensor | None) -> None:
@@ -247,7 +258,9 @@ class AddRows:
     def __init__(self, active: ActiveRows, index: int):
         self.active, self.index = active, index
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.active.rows is None:
             return None
         self.has_run = True
@@ -257,8 +270,10 @@ class AddRows:
         return args, {**kwargs, name: self._added(kwargs[name])}
 
     def _added(self, hidden: Tensor) -> Tensor:
-        rows = self.active.rows[self.index].to(device=hidden.device, dtype=hidden.dtype)
-        added = segments_to_tokens(rows, self.active.segment_ids.to(hidden.device))
+        rows, segment_ids = self.active.rows, self.active.segment_ids
+        assert rows is not None and segment_ids is not None, "both are set where one is"
+        of_layer = rows[self.index].to(device=hidden.device, dtype=hidden.dtype)
+        added = segments_to_tokens(of_layer, segment_ids.to(hidden.device))
         return hidden + (added.flatten(0, 1) if hidden.dim() == 2 else added)  # some flatten tokens inside a layer
 
 
@@ -278,32 +293,32 @@ class LayerHooks:
         """Row sets that have never been added, where hooks were never called."""
         return sorted({hook.index for hook in self.added if not hook.has_run})
 
-    def __getstate__(self):
+    def __getstate__(self) -> tuple[list[RemovableHandle], list[AddRows]]:
         return self.handles, self.added
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: tuple[list[RemovableHandle], list[AddRows]]) -> None:
         self.handles, self.added = state
         self.remove = _remover(self)
 
 
-def _remover(hooks: LayerHooks) -> weakref.finalize:
+def _remover(hooks: LayerHooks) -> weakref.finalize[..., LayerHooks]:
     remover = weakref.finalize(hooks, _remove, hooks.handles)
     remover.atexit = False
     return remover
 
 
-def _remove(handles: list) -> None:
+def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
 
 
-def _text_parts(lm) -> list[nn.Module]:
+def _text_parts(lm: PreTrainedModel) -> list[nn.Module]:
     """Where the layers of the text are: not in the towers of other modalities, which may have as many."""
     part = lm.get_decoder() if hasattr(lm, "get_decoder") else None  # in ModernBERT's decoder that is the output layer
     return [part, backbone(lm)] if isinstance(part, nn.Module) and part is not lm else [backbone(lm)]
 
 
-def decoder_layers(lm) -> nn.ModuleList:
+def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a transformers causal LM: the outermost list of as many modules as the config has layers.
 
     Raises   ValueError where there is no such list, TypeError for an encoder-decoder model.
@@ -324,7 +339,7 @@ def decoder_layers(lm) -> nn.ModuleList:
     raise ValueError(f"{type(lm).__name__} has no list of {count} decoder layers")
 
 
-def chosen_layers(layers, count: int) -> list[int]:
+def chosen_layers(layers: Any, count: int) -> list[int]:
     """Checked indices of decoder layers, ascending; None: all but the first two, as in the paper."""
     if layers is None:
         if count < 3:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -13,7 +13,7 @@ VOCAB_POLICIES = ("strict", "pad")
 HEADS = ("own", "shared", "low_rank")
 
 
-def as_config(name: str, given: PretrainedConfig | dict | None) -> PretrainedConfig | None:
+def as_config(name: str, given: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:
     """A configuration, also of a dict with model_type. Raises TypeError."""
     if given is None or isinstance(given, PretrainedConfig):
         return given
@@ -67,8 +67,8 @@ class AuxiliaryConfig(PretrainedConfig):
     """
 
     model_type = "auxiliary"
-    auto_map: ClassVar[dict] = {}  # of remote code; TRL reads it where transformers has no such class
-    sub_configs: ClassVar[dict] = {"base_config": AutoConfig, "aux_config": AutoConfig}
+    auto_map: ClassVar[dict[str, Any]] = {}  # of remote code; TRL reads it where transformers has no such class
+    sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig, "aux_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
         "hidden_states",
@@ -83,8 +83,8 @@ class AuxiliaryConfig(PretrainedConfig):
 
     def __init__(
         self,
-        base_config: PretrainedConfig | dict | None = None,
-        aux_config: PretrainedConfig | dict | None = None,
+        base_config: PretrainedConfig | dict[str, Any] | None = None,
+        aux_config: PretrainedConfig | dict[str, Any] | None = None,
         *,
         trunk_layer: int | None = None,
         head: str = "own",
@@ -97,13 +97,13 @@ class AuxiliaryConfig(PretrainedConfig):
         skip_logits_in_evaluation: bool = False,
         base_name_or_path: str | None = None,
         base_revision: str | None = None,
-        base_fingerprint: dict | None = None,
-        base_options: dict | None = None,
+        base_fingerprint: dict[str, Any] | None = None,
+        base_options: dict[str, Any] | None = None,
         base_is_saved: bool = False,
-        aux_adapters: dict | None = None,
+        aux_adapters: dict[str, Any] | None = None,
         use_cache: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if vocab_policy not in VOCAB_POLICIES:
             raise ValueError(f"vocab_policy must be one of {', '.join(VOCAB_POLICIES)}, got {vocab_policy!r}")
         head_rank = check_head(head, head_rank)

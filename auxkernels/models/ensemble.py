@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ from .modalities import has_more_than_text
 from .sums import AuxiliaryCausalLMOutput, Scale
 from .vocabulary import check_tokenizers
 
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+    from typing_extensions import Self
+
+    from .paired_cache import PairedCache
+
+_Scale = TypeVar("_Scale", bound="Scale | None")
+
 
 class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
     """softmax(base_scale * base logits + the sum of aux_scale * aux logits): `from_members` or `from_pretrained`.
@@ -44,7 +52,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
     config_class = AuxiliaryEnsembleConfig
     main_input_name = "input_ids"
     _own_arguments = ("aux_input_ids", "aux_attention_mask", "aux_scale", "base_scale", "base_floor")
-    _unconditional_arguments: ClassVar[dict] = {"base_floor": 0.0}  # a difference of two floors would be NaN
+    _unconditional_arguments: ClassVar[dict[str, Any]] = {"base_floor": 0.0}  # a difference of two floors would be NaN
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -65,7 +73,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         super().__init__(config)
         _check_members(base, members)
         self.base = base
-        self.members = nn.ModuleDict(members)
+        self.members: Mapping[str, AuxiliaryForCausalLM] = nn.ModuleDict(members)  # type: ignore[assignment]
         auxiliaries = self._auxiliaries
         config.base_config, config.base_fingerprint = base.config, auxiliaries[0].config.base_fingerprint
         config.vocab_size = auxiliaries[0].config.vocab_size
@@ -100,7 +108,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         base_floor: float | None = None,
         frozen: Iterable[str] = (),
         vocab_policy: str = "strict",
-        base_kwargs: dict | None = None,
+        base_kwargs: dict[str, Any] | None = None,
     ) -> AuxiliaryEnsembleForCausalLM:
         """Joins a base and members. All are taken, not copied; the base is frozen for good.
 
@@ -143,8 +151,16 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
 
     @classmethod
     def from_pretrained(
-        cls, folder, *, base=None, base_kwargs=None, check_base=True, config=None, output_loading_info=False, **kwargs
-    ):
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        base: PreTrainedModel | str | None = None,
+        base_kwargs: dict[str, Any] | None = None,
+        check_base: bool = True,
+        config: AuxiliaryEnsembleConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Loads what `save_pretrained` wrote, in eval mode: the base once, and the members on it.
 
         Arguments and errors as in `AuxiliaryForCausalLM.from_pretrained`; **kwargs are those of all models.
@@ -157,7 +173,14 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         model.config.name_or_path = os.fspath(folder)
         return (model, {problem: set() for problem in saving.PROBLEMS}) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *, save_base: bool = False, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_base: bool = False,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Saves the ensemble's configuration, and each member in "members/<name>/" as by its own `save_pretrained`.
 
         save_base   also saves the base, in the folder's "base/"; members by themselves are then loaded with base=
@@ -179,29 +202,35 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         return ensemble_saving.keys_kept_elsewhere(self)
 
     @_keys_to_ignore_on_save.setter
-    def _keys_to_ignore_on_save(self, keys) -> None:
+    def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
         """Nothing: transformers sets what it has found in direct children."""
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for one in self._auxiliaries:
             if not is_trained(one):
                 one.eval()
         return self
 
-    def _set_gradient_checkpointing(self, *args, **kwargs):
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         for one in self._auxiliaries:  # the base keeps no activations, nor do members that are frozen
             if is_trained(one):
                 one._set_gradient_checkpointing(*args, **kwargs)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         """Of the first member that is trained, or of the first."""
         trained = [one for one in self._auxiliaries if is_trained(one)]
         return (trained or self._auxiliaries)[0].get_input_embeddings()
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
-    def generate(self, *args, aux_scale=None, base_scale: Scale | None = None, **kwargs):
+    def generate(
+        self,
+        *args: Any,
+        aux_scale: Mapping[str, Scale] | Tensor | None = None,
+        base_scale: Scale | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As of transformers, with the arguments of `forward` for the members.
 
         They hold in every branch: under guidance_scale also for the unconditional text, but for the floor, and an
@@ -216,7 +245,9 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
             aux_scale = {name: _as_number(scale) for name, scale in aux_scale.items()}
         return super().generate(*args, aux_scale=aux_scale, base_scale=_as_number(base_scale), **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if expand_size > 1:
             for argument in self._own_arguments:
@@ -225,14 +256,21 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
                     model_kwargs[argument] = {name: _repeated(one, expand_size) for name, one in given.items()}
         return input_ids, model_kwargs
 
-    def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs, *args, **kwargs):
+    def _maybe_initialize_input_ids_for_generation(
+        self,
+        inputs: Tensor | None,
+        bos_token_id: Tensor | None,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, str, dict[str, Any]]:
         if inputs is None:  # the batch is looked for in tensors alone
             given = [model_kwargs.get(argument) for argument in self._own_arguments]
             tensors = {name: one for each in given if isinstance(each, Mapping) for name, one in each.items()}
             model_kwargs = {**tensors, **model_kwargs}
         return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs, *args, **kwargs)
 
-    def _shares_arguments(self, assistant) -> bool:
+    def _shares_arguments(self, assistant: Any) -> bool:
         return super()._shares_arguments(assistant) and list(assistant.members) == list(self.members)
 
     def new_cache(self) -> EnsembleCache:
@@ -244,12 +282,12 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         configs = {name: one.aux.config for name, one in self.members.items()}
         return EnsembleCache.of_configs(self.base.config, configs)
 
-    def _cache_of_kind(self, kind: str | None, model_kwargs: dict, **options) -> EnsembleCache:
+    def _cache_of_kind(self, kind: str | None, model_kwargs: dict[str, Any], **options: Any) -> EnsembleCache:
         if not is_dynamic(kind):
             raise ValueError(f"cache_implementation must be 'dynamic' for several auxiliaries, got {kind!r}")
         return self.new_cache()
 
-    def _check_cache(self, cache) -> None:
+    def _check_cache(self, cache: object) -> None:
         if not isinstance(cache, EnsembleCache):
             raise TypeError(f"past_key_values must be an EnsembleCache (model.new_cache()), got {type(cache).__name__}")
         if list(cache.pairs) != list(self.members):
@@ -257,7 +295,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
                 f"past_key_values must be of the members {', '.join(self.members)}, got {', '.join(cache.pairs)}"
             )
 
-    def _pairs(self, cache: EnsembleCache) -> list:
+    def _pairs(self, cache: EnsembleCache) -> list[PairedCache]:
         return list(cache.pairs.values())
 
     # -- forward -------------------------------------------------------------------------------------------------------
@@ -280,7 +318,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         skip_logits: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> AuxiliaryCausalLMOutput:
         """Summed logits, or with labels their loss, for which no [N, V] tensor is made.
 
@@ -318,7 +356,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         base_floor = check_floor(self.config.base_floor if base_floor is None else base_floor)
         return self._called(call, given, kwargs, base_scale, base_floor)
 
-    def _scales(self, given, batch: int | None) -> list[Scale]:
+    def _scales(self, given: Mapping[str, Scale] | Tensor | None, batch: int | None) -> list[Scale]:
         """Of each member: a number, 0-d or [batch]. batch: None where it is not known."""
         names, defaults = list(self.members), self.config.aux_scales
         if given is None:
@@ -356,7 +394,15 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         except ValueError as error:
             raise ValueError(f"of the member {list(self.members)[index]!r}: {error}") from error
 
-    def _run_one(self, one, text: reading.Text, own: reading.AuxText, use_cache: bool, states, kwargs: dict):
+    def _run_one(
+        self,
+        one: AuxiliaryForCausalLM,
+        text: reading.Text,
+        own: reading.AuxText,
+        use_cache: bool,
+        states: tuple[Tensor, ...] | None,
+        kwargs: dict[str, Any],
+    ) -> ModelOutput:
         needs_grad = torch.is_grad_enabled() and is_trained(one)
         if one.aux.training and not is_trained(one):  # it was frozen after `train()`
             one.eval()
@@ -364,7 +410,9 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
             return super()._run_one(one, text, own, use_cache, states, kwargs)
 
 
-def _member(name, given, base, base_name: str | None, base_kwargs: dict, vocab_policy: str) -> AuxiliaryForCausalLM:
+def _member(
+    name: str, given: Any, base: PreTrainedModel, base_name: str | None, base_kwargs: dict[str, Any], vocab_policy: str
+) -> AuxiliaryForCausalLM:
     """A member that is given in any of the ways that `from_members` knows."""
     given = adapters.language_model(f"members[{name!r}]", given)
     if isinstance(given, AuxiliaryForCausalLM):
@@ -406,10 +454,10 @@ def _check_members(base: PreTrainedModel, members: Mapping[str, AuxiliaryForCaus
         seen[id(one.aux)] = name
 
 
-def _as_number(scale: Scale | None) -> Scale | None:
+def _as_number(scale: _Scale) -> _Scale | float:
     """A 0-d tensor as a number; anything else as it is."""
     return scale.item() if isinstance(scale, Tensor) and scale.dim() == 0 else scale
 
 
-def _repeated(value, times: int):
+def _repeated(value: Any, times: int) -> Any:
     return value.repeat_interleave(times, dim=0) if isinstance(value, Tensor) else value

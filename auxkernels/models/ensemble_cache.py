@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
@@ -36,7 +37,7 @@ class EnsembleCache(Cache):
         return cls(base, {n: PairedCache(base, DynamicCache(config=one)) for n, one in aux_configs.items()})
 
     @property
-    def layers(self) -> list:
+    def layers(self) -> list[Any]:
         """Of all: what `Cache` does to its layers is done once to each of them."""
         return [*self.base.layers, *(layer for pair in self.pairs.values() for layer in pair.aux.layers)]
 
@@ -69,7 +70,7 @@ class EnsembleCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.base.get_mask_sizes(query_length, layer_idx)
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("EnsembleCache holds several models' caches: update .base or .pairs[name].aux")
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
@@ -60,13 +60,13 @@ class AuxiliaryEnsembleConfig(PretrainedConfig):
     """
 
     model_type = "auxiliary_ensemble"
-    auto_map: ClassVar[dict] = {}
-    sub_configs: ClassVar[dict] = {"base_config": AutoConfig}
+    auto_map: ClassVar[dict[str, Any]] = {}
+    sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = AuxiliaryConfig.keys_to_ignore_at_inference
 
     def __init__(
         self,
-        base_config: PretrainedConfig | dict | None = None,
+        base_config: PretrainedConfig | dict[str, Any] | None = None,
         *,
         member_names: Iterable[str] = (),
         aux_scales: Mapping[str, float] | None = None,
@@ -79,12 +79,12 @@ class AuxiliaryEnsembleConfig(PretrainedConfig):
         skip_logits_in_evaluation: bool = False,
         base_name_or_path: str | None = None,
         base_revision: str | None = None,
-        base_fingerprint: dict | None = None,
-        base_options: dict | None = None,
+        base_fingerprint: dict[str, Any] | None = None,
+        base_options: dict[str, Any] | None = None,
         base_is_saved: bool = False,
         use_cache: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         member_names, frozen_members = list(member_names), list(frozen_members)
         if member_names:
             check_names(member_names)

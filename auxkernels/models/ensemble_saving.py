@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from . import saving
 from .auxiliary import AuxiliaryForCausalLM
 from .ensemble_config import AuxiliaryEnsembleConfig
+
+if TYPE_CHECKING:
+    from .ensemble import AuxiliaryEnsembleForCausalLM
 
 MEMBERS = "members"
 _POINTER = ("base_name_or_path", "base_revision", "base_options")
@@ -21,7 +26,7 @@ def is_trained(member: AuxiliaryForCausalLM) -> bool:
     return any(weight.requires_grad for part in own for weight in part.parameters())
 
 
-def keys_kept_elsewhere(model) -> set[str]:
+def keys_kept_elsewhere(model: AuxiliaryEnsembleForCausalLM) -> set[str]:
     """Of an ensemble's state dict, what loads from other files than its folder's own: all but the trained members'."""
     prefixes = {f"{MEMBERS}.{name}.": one for name, one in model.members.items()}
     base = model.base.state_dict().keys()
@@ -32,7 +37,7 @@ def keys_kept_elsewhere(model) -> set[str]:
     return keys
 
 
-def _unread_keys(model) -> set[str]:
+def _unread_keys(model: AuxiliaryEnsembleForCausalLM) -> set[str]:
     return {f"{MEMBERS}.{name}.{key}" for name, one in model.members.items() for key in one._unread_keys}
 
 
@@ -57,7 +62,14 @@ def _give_pointer(config: AuxiliaryEnsembleConfig, members: list[AuxiliaryForCau
 # -- save --------------------------------------------------------------------------------------------------------------
 
 
-def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs: dict) -> None:
+def save(
+    model: AuxiliaryEnsembleForCausalLM,
+    write: Callable[..., None],
+    folder: str | os.PathLike[str],
+    save_base: bool,
+    state_dict: dict[str, Any] | None,
+    kwargs: dict[str, Any],
+) -> None:
     """Writes beside the folder's own files and moves them in, the configuration last.
 
     write   `PreTrainedModel.save_pretrained` of the model
@@ -80,7 +92,7 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
     # a Trainer loads these by their names in the model, not by those that a family's files have
     own_kwargs = {**kwargs, "save_original_format": False}
 
-    def write_all(new) -> None:
+    def write_all(new: str | os.PathLike[str]) -> None:
         write(new, state_dict=own, **own_kwargs)
         for name, one in members.items():
             prefix = f"{MEMBERS}.{name}."
@@ -102,7 +114,13 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
 
 
 def load(
-    folder, config, *, base, base_kwargs: dict | None, check_base: bool, **kwargs
+    folder: str | os.PathLike[str],
+    config: PretrainedConfig | None,
+    *,
+    base: PreTrainedModel | str | None,
+    base_kwargs: dict[str, Any] | None,
+    check_base: bool,
+    **kwargs: Any,
 ) -> tuple[AuxiliaryEnsembleConfig, PreTrainedModel, dict[str, AuxiliaryForCausalLM]]:
     """(config, base, members) of a saved folder; arguments as for `from_pretrained`."""
     where = saving.hub_options(kwargs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 
 from . import adapters, base_pointer
 from . import auxiliary_inputs as reading
@@ -16,6 +17,14 @@ from .heads import kept_positions
 from .modules import features, run
 from .sums import AuxiliaryCausalLMOutput, Scale, Sum, Term
 from .token_statistics import OwnTokenStatistics, check_no_further_loss
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+    from typing_extensions import Self
+
+    from .auxiliary import AuxiliaryForCausalLM
+    from .paired_cache import PairedCache
+    from .token_statistics import TokenStatisticsOutput
 
 
 @dataclass
@@ -50,33 +59,35 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
     _auxiliaries   the `AuxiliaryForCausalLM`s whose auxiliaries are added: a composite of one is that itself
     """
 
+    _is_pointer_checked: bool
+
     @property
-    def _auxiliaries(self) -> list:
+    def _auxiliaries(self) -> list[AuxiliaryForCausalLM]:
         raise NotImplementedError
 
     # -- the base stays frozen -----------------------------------------------------------------------------------------
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Nothing: all models come with their weights."""
 
     def _freeze_base(self) -> None:
         self.base.requires_grad_(False)
         self.base.eval()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.base.eval()
         return self
 
-    def requires_grad_(self, requires_grad: bool = True):
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         super().requires_grad_(requires_grad)
         self.base.requires_grad_(False)
         return self
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> None:
         return None  # no single layer makes the sum
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("resize_token_embeddings must be called on base and aux before they are joined")
 
     def _check_pointer(self) -> None:
@@ -93,11 +104,13 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
     def _check_cache(self, cache: Cache) -> None:
         reading.check_cache(cache)
 
-    def _pairs(self, cache: Cache) -> list:
+    def _pairs(self, cache: Any) -> list[PairedCache]:
         """The `PairedCache` of each auxiliary."""
         return [cache]
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if model_kwargs.get("past_key_values") is not None:
             self._check_cache(model_kwargs["past_key_values"])
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -118,10 +131,10 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         self,
         call: Call,
         given: list[Given],
-        kwargs: dict,
+        kwargs: dict[str, Any],
         base_scale: Scale = 1.0,
         base_floor: float | None = None,
-    ):
+    ) -> AuxiliaryCausalLMOutput | TokenStatisticsOutput:
         """What `forward` returns. given: of each auxiliary; base_floor: of the logits, as for `Sum.logits`."""
         # not in the signature, where Trainer would take it for a second label that every batch must have
         shift_labels, token_statistics = kwargs.pop("shift_labels", None), kwargs.pop("token_statistics", None)
@@ -144,7 +157,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
             base, aux = total.sources()
             is_shifted, width = shift_labels is not None, self.config.num_valid_tokens
             return token_statistics(base, aux or [], target, is_shifted, width, call.num_items_in_batch)
-        numbers = {}
+        numbers: dict[str, Any] = {}
         if target is not None:
             label_smoothing = self.config.label_smoothing if self.training else 0.0
             numbers = total.loss(target, label_smoothing, call.num_items_in_batch, self.training)
@@ -170,16 +183,18 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         cache: Cache | None,
         use_cache: bool,
         wants_balance: list[bool],
-        kwargs: dict,
+        kwargs: dict[str, Any],
         base_scale: Scale,
     ) -> tuple[Sum, tuple[Tensor, ...] | None, Tensor | None]:
         """Runs the base once and each auxiliary once: (sum, the base's hidden states if wanted, balancing loss)."""
+        input_ids = call.input_ids
+        assert input_ids is not None, "they have been checked"
         past = 0 if cache is None else cache.get_seq_length()
         pairs = [None] * len(given) if cache is None else self._pairs(cache)
-        texts = [reading.Text(call.input_ids, call.attention_mask, call.position_ids, pair, past) for pair in pairs]
+        texts = [reading.Text(input_ids, call.attention_mask, call.position_ids, pair, past) for pair in pairs]
         base_text, base_kwargs, split = self._split(texts, given, kwargs)
-        scales = [reading.row_scale(one.scale, call.input_ids.shape) for one in given]
-        base_scale = reading.row_scale(base_scale, call.input_ids.shape, "base_scale")
+        scales = [reading.row_scale(one.scale, input_ids.shape) for one in given]
+        base_scale = reading.row_scale(base_scale, input_ids.shape, "base_scale")
         behind = [self._aux_text(i, text, one) for i, ((text, _), one) in enumerate(zip(split, given, strict=True))]
         if cache is not None:
             cache.is_complete = False
@@ -201,8 +216,8 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         return Sum(self.base, h_base, terms, self.config.num_valid_tokens, base_scale), states, router
 
     def _split(
-        self, texts: list[reading.Text], given: list[Given], kwargs: dict
-    ) -> tuple[reading.Text, dict, list[tuple[reading.Text, dict]]]:
+        self, texts: list[reading.Text], given: list[Given], kwargs: dict[str, Any]
+    ) -> tuple[reading.Text, dict[str, Any], list[tuple[reading.Text, dict[str, Any]]]]:
         """(text, further inputs) of the base, and of each auxiliary: none gets what another one alone reads."""
         readers = [one._readers for one in self._auxiliaries]
         found = [
@@ -225,7 +240,9 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         pad_token_id = getattr(reader.config.get_text_config(), "pad_token_id", None)
         return reading.aux_text(text, given.input_ids, given.attention_mask, pad_token_id, *one._keep_states)
 
-    def _run_base(self, text: reading.Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict):
+    def _run_base(
+        self, text: reading.Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`features` [batch, new, D] and, where they are wanted, all of them."""
         wants_states = bool(output_hidden_states) or any(
             one.config.trunk_layer is not None for one in self._auxiliaries
@@ -245,5 +262,13 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
             )
         return features(output), output.hidden_states if wants_states else None
 
-    def _run_one(self, one, text: reading.Text, own: reading.AuxText, use_cache: bool, states, kwargs: dict):
+    def _run_one(
+        self,
+        one: AuxiliaryForCausalLM,
+        text: reading.Text,
+        own: reading.AuxText,
+        use_cache: bool,
+        states: tuple[Tensor, ...] | None,
+        kwargs: dict[str, Any],
+    ) -> ModelOutput:
         return one._run_aux(text, own, use_cache, states, kwargs)

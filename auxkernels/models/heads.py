@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from .. import checks
 from ..sources import Head, Logits, Source
 from .modules import backbone, call_of, device_of, features, head_width, is_called_whole, is_plain, run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LowRank(NamedTuple):
@@ -84,7 +87,7 @@ _WITHOUT_SCALE = ("aya_vision", "cohere2_vision")  # whose text models alone app
 _OF_THE_MODEL = CalledHead(lambda logits: logits)  # behind a model that is called whole
 
 
-def output_head(model) -> OutputHead | CalledHead:
+def output_head(model: PreTrainedModel) -> OutputHead | CalledHead:
     """What turns `features` of a transformers causal LM into logits. `check_output_head` compares with the model.
 
     PEFT's wrappers are looked through: a head trained whole (`modules_to_save`), and LoRA on it. A head, or a model,
@@ -114,7 +117,8 @@ def output_head(model) -> OutputHead | CalledHead:
         return CalledHead(lambda h: called(h)[..., :width], scale, softcap)
     if low_rank and softcap is not None:
         raise TypeError("the output embeddings must have no adapters under a softcap, got LoRA on them")
-    weight, bias = layer.weight, layer.bias
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
     if width < len(weight):  # the rest pads
         weight, bias = weight[:width], None if bias is None else bias[:width]
         low_rank = tuple(
@@ -123,7 +127,7 @@ def output_head(model) -> OutputHead | CalledHead:
     return OutputHead(weight, bias, scale, softcap, low_rank)
 
 
-def without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
+def without_wrappers(layer: Any) -> tuple[Any, tuple[LowRank, ...]]:
     """(the layer in PEFT's wrappers, the adapters that they add)."""
     copies = getattr(layer, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
@@ -135,7 +139,7 @@ def without_wrappers(layer) -> tuple[nn.Module, tuple[LowRank, ...]]:
     return layer.base_layer, tuple(_low_rank(layer, name) for name in names)
 
 
-def _low_rank(layer, name: str) -> LowRank:
+def _low_rank(layer: Any, name: str) -> LowRank:
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     return LowRank(lambda x: down(dropout(x.to(down.weight.dtype))), up.weight, up.bias, layer.scaling[name])
 
@@ -155,7 +159,7 @@ def detached(source: Source) -> Source:
     return replace(source, weight=source.weight.detach(), bias=bias)
 
 
-def zero_output_head(model) -> None:
+def zero_output_head(model: PreTrainedModel) -> None:
     """Replaces the output head's weight and bias by trainable zeros. A head tied to the input embeddings is untied."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or not is_plain(layer):
@@ -169,7 +173,7 @@ def zero_output_head(model) -> None:
         layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
 
 
-def untie_output_head(model) -> nn.Module:
+def untie_output_head(model: PreTrainedModel) -> nn.Module:
     """The output head's layer, whose weight is no longer said to be that of the input embeddings.
 
     The model gets a configuration of its own to say so: others may share the one it had.
@@ -183,9 +187,9 @@ def untie_output_head(model) -> nn.Module:
     return layer
 
 
-def _own_config(model) -> None:
+def _own_config(model: PreTrainedModel) -> None:
     """Gives all the modules that hold the model's configuration, or a part of it, a copy."""
-    copies: dict = {}
+    copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
         held = module.__dict__.get("config")
@@ -193,7 +197,7 @@ def _own_config(model) -> None:
             module.config = copies[id(held)]
 
 
-def probe(model) -> Tensor:
+def probe(model: PreTrainedModel) -> Tensor:
     """Some tokens [1, n] that are not padding, whose embeddings some models hold at zero."""
     embeddings, padding = (
         model.get_input_embeddings().weight,
@@ -204,7 +208,7 @@ def probe(model) -> Tensor:
 
 
 @torch.no_grad()
-def check_output_head(model) -> None:
+def check_output_head(model: PreTrainedModel) -> None:
     """Raises ValueError where the model's own logits are not what `output_head` makes of its last hidden states.
 
     The model is shown random hidden states in place of its own, which may all be zero (behind a zero norm); its own
@@ -214,7 +218,7 @@ def check_output_head(model) -> None:
         return
     tokens, was_training, shown = probe(model), model.training, []
 
-    def show(module, args, output):
+    def show(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         own = output[0] if isinstance(output, tuple) else output.last_hidden_state
         drawn = torch.Generator("cpu").manual_seed(0)
         shown.append(torch.randn(own.shape, generator=drawn, dtype=torch.float32, device="cpu").to(own))

@@ -6,6 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,9 @@ def segment_ids_of_ends(is_segment_end: Tensor, attention_mask: Tensor | None = 
     return (begins.flatten().cumsum(0).view_as(begins) - 1).masked_fill(~is_token, -1)
 
 
-def collate_segments(examples: Sequence[Mapping], pad_token_id: int, padding_side: str = "right") -> dict:
+def collate_segments(
+    examples: Sequence[Mapping[str, Any]], pad_token_id: int, padding_side: str = "right"
+) -> dict[str, Any]:
     """A batch for `PlannerForCausalLM` of examples that number their own segments.
 
     examples       each with `input_ids` [n], `segment_ids` [n] in [-1, S_i), and any of `labels` [n] (default: the
@@ -119,12 +122,14 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def joined_segments(examples: Sequence[Mapping]) -> tuple[list[Tensor], dict]:
+def joined_segments(examples: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], dict[str, Any]]:
     """The segment ids of each example, numbered on from one to the next, and what all segments have, joined.
 
     Raises   ValueError: fewer rows than segments, or rows for some examples only.
     """
-    segment_ids, of_segments, total = [], {}, 0
+    segment_ids: list[Tensor] = []
+    of_segments: dict[str, list[Tensor]] = {}
+    total = 0
     for i, example in enumerate(examples):
         segments = torch.as_tensor(example["segment_ids"])
         count = int(segments.max()) + 1 if len(segments) else 0

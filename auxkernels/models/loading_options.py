@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,8 +15,13 @@ _OVER_ALL_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def with_call_options(
-    name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs: dict | None, *, dtype, device_map
-) -> dict:
+    name: str,
+    given: PreTrainedModel | PretrainedConfig | str,
+    kwargs: dict[str, Any] | None,
+    *,
+    dtype: torch.dtype | str | None,
+    device_map: Any,
+) -> dict[str, Any]:
     """A part's own options of from_pretrained (from_config), and under them those that the call gives for all parts.
 
     Raises   ValueError where the part is a model, which nothing would load; or for the places of modules by their names
@@ -32,7 +38,7 @@ def with_call_options(
     return {**common, **kwargs}
 
 
-def pop_place(kwargs: dict, base: PreTrainedModel) -> torch.device | None:
+def pop_place(kwargs: dict[str, Any], base: PreTrainedModel) -> torch.device | None:
     """Where a new model is put, of its options for from_config, which are left with what from_config takes.
 
     A map over all devices puts it, which is small, where its base begins.

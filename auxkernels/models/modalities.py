@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
@@ -23,13 +24,13 @@ _PLACEHOLDER = re.compile(r"^(image|video|audio)_token_(id|index)$")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
-def auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> Any:
     """What makes a model of a configuration: AutoModelForCausalLM, or where that knows no such family the other."""
     is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForCausalLM if is_known else AutoModelForImageTextToText
 
 
-def class_of(config: PretrainedConfig) -> type | None:
+def class_of(config: PretrainedConfig) -> Any:
     """The class of transformers, or registered there, of which `auto_class` makes a model."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     return next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
@@ -48,17 +49,17 @@ def reads_more_than_text(model: nn.Module) -> bool:
     return any(_OTHER_THAN_TEXT.search(name) and name not in TOKEN_TYPES for name in names)
 
 
-def only_text(inputs: dict) -> dict:
+def only_text(inputs: dict[str, Any]) -> dict[str, Any]:
     """Without images, video and sound, and what says where in the text they are."""
     return {name: value for name, value in inputs.items() if not _OTHER_THAN_TEXT.search(name)}
 
 
-def shared(inputs: dict, own: frozenset[str], others: frozenset[str]) -> dict:
+def shared(inputs: dict[str, Any], own: frozenset[str], others: frozenset[str]) -> dict[str, Any]:
     """The further inputs of one model: those that it names, and those that neither it nor another one does."""
     return {name: value for name, value in inputs.items() if name in own or name not in others}
 
 
-def has_more_than_text(inputs: dict) -> bool:
+def has_more_than_text(inputs: dict[str, Any]) -> bool:
     """Whether images, video or sound are given."""
     return any(
         value is not None and _OTHER_THAN_TEXT.search(name) and name not in TOKEN_TYPES
@@ -67,7 +68,7 @@ def has_more_than_text(inputs: dict) -> bool:
     )
 
 
-def placeholder_problem(config: PretrainedConfig, reader: nn.Module) -> str | None:
+def placeholder_problem(config: PretrainedConfig, reader: PreTrainedModel) -> str | None:
     """Why a model that reads text alone cannot read the tokens that stand for images or sound; None: it can.
 
     config   of the model that reads images

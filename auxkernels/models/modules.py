@@ -8,6 +8,7 @@ layers in front of the head's (BERT's transform).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .token_statistics import is_fused, original_of
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +42,7 @@ def does_more(module: nn.Module) -> bool:
     )
 
 
-def _only_moves_inputs(hook) -> bool:
+def _only_moves_inputs(hook: object) -> bool:
     hooks = getattr(hook, "hooks", [hook])  # several, one after the other
     return all(type(one).__name__ == "AlignDevicesHook" and not one.offload for one in hooks)
 
@@ -67,17 +71,17 @@ def _is_more_than_body_and_layer(model: PreTrainedModel) -> bool:
     )
 
 
-def run(model: nn.Module, **inputs):
+def run(model: nn.Module, **inputs: Any) -> ModelOutput:
     """The outputs of a model without its head or, where that would pass something by, of the whole model."""
     return model(**inputs) if is_called_whole(model) else backbone(model)(**inputs)
 
 
-def features(outputs) -> Tensor:
+def features(outputs: ModelOutput) -> Tensor:
     """What `output_head` turns into logits, of what `run` returned: last hidden states, or the logits themselves."""
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: PreTrainedModel) -> nn.Module:
     """A causal LM without its head; the model itself where it has none."""
     if model.base_model is not model:
         return model.base_model
@@ -128,7 +132,7 @@ def call_of(model: nn.Module, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def head_width(model: nn.Module) -> int:
+def head_width(model: PreTrainedModel) -> int:
     """How many logits a model's head gives; rows that only pad the head give none (Inkling)."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     layer = getattr(layer, "base_layer", layer)  # of PEFT's wrapper

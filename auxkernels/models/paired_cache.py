@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache
@@ -39,7 +40,7 @@ class PairedCache(Cache):
         return cls(DynamicCache(config=base_config), DynamicCache(config=aux_config))
 
     @property
-    def layers(self) -> list:
+    def layers(self) -> list[Any]:
         """Of both: what `Cache` does to its layers is done to all of them."""
         return [*self.base.layers, *self.aux.layers]
 
@@ -67,7 +68,7 @@ class PairedCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.base.get_mask_sizes(query_length, layer_idx)
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("PairedCache holds two models' caches: update .base or .aux")
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -144,7 +145,7 @@ def check_takes(method: str, cache: Cache) -> None:
         )
 
 
-def _takes(layer, method: str) -> bool:
+def _takes(layer: object, method: str) -> bool:
     if isinstance(layer, StaticLayer):
         return False
     is_of_states = isinstance(layer, LinearAttentionCacheLayerMixin)  # beside them it may have keys, which do

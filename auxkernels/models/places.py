@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PLACES = ("layer_input", "attention_output", "feed_forward_input")
 
@@ -25,7 +29,9 @@ def check_place(place: str) -> str:
     return place
 
 
-def modules_at(place: str, lm, layers: Sequence[nn.Module], indices: Sequence[int]) -> list[list[nn.Module]]:
+def modules_at(
+    place: str, lm: PreTrainedModel, layers: nn.ModuleList | Sequence[nn.Module], indices: Sequence[int]
+) -> list[list[nn.Module]]:
     """For each of the chosen layers, the modules to whose input is added.
 
     Raises   ValueError naming the family and the layers that have no such place.
@@ -53,7 +59,7 @@ def modules_at(place: str, lm, layers: Sequence[nn.Module], indices: Sequence[in
     return found
 
 
-def width_at(place: str, lm, found: list[list[nn.Module]], indices: Sequence[int]) -> int:
+def width_at(place: str, lm: PreTrainedModel, found: list[list[nn.Module]], indices: Sequence[int]) -> int:
     """The width of what is added to, one for all layers. ValueError where they differ."""
     if place != "attention_output":
         return lm.config.get_text_config().hidden_size
@@ -64,7 +70,9 @@ def width_at(place: str, lm, found: list[list[nn.Module]], indices: Sequence[int
             f"place={place!r} needs conditioned layers of one attention width, {type(lm).__name__} has {got}: choose "
             "among them, or place='layer_input'"
         )
-    return widths.pop()
+    width = widths.pop()
+    assert width is not None, "these modules are projections"
+    return width
 
 
 def _in_features(module: nn.Module) -> int | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,10 @@ from .planner_generation import GenerationWithPlans, SegmentPlans
 from .planner_loading import MARK, kept_buffers, marked_as_initialized
 from .planner_training import Freezing
 from .token_statistics import OwnTokenStatistics
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+    from typing_extensions import Self
 
 IGNORE_INDEX = -100
 
@@ -134,7 +139,7 @@ class PlannerForCausalLM(
         lm: PreTrainedModel | str,
         planner: nn.Module | None = None,
         *,
-        lm_kwargs: dict | None = None,
+        lm_kwargs: dict[str, Any] | None = None,
         codebook: Tensor | None = None,
         num_labels: int | None = None,
         label_dim: int | None = None,
@@ -149,7 +154,7 @@ class PlannerForCausalLM(
         fixed_label: int = 0,
         conditioning_init: str = "zero_projection",
         dtype: torch.dtype | str | None = None,
-        device_map: str | int | dict | torch.device | None = None,
+        device_map: str | int | dict[str, Any] | torch.device | None = None,
     ) -> PlannerForCausalLM:
         """Condition the decoder layers of a language model on labels.
 
@@ -205,7 +210,7 @@ class PlannerForCausalLM(
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
@@ -213,13 +218,13 @@ class PlannerForCausalLM(
         logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
         segments_are_aligned: bool = False,
-        planner_inputs: Mapping | None = None,
+        planner_inputs: Mapping[str, Any] | None = None,
         mode: str | None = None,
         skip_logits: bool | None = None,
         plans: SegmentPlans | None = None,
         return_dict: bool | None = None,
-        **kwargs,
-    ) -> PlannerCausalLMOutput | tuple:
+        **kwargs: Any,
+    ) -> PlannerCausalLMOutput | tuple[Any, ...]:
         """Logits or loss of the conditioned language model. Arguments not described here are those of any causal LM.
 
         attention_mask        [batch, seq] says also after which tokens padding comes (`predicted_segments`), with a
@@ -249,14 +254,20 @@ class PlannerForCausalLM(
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
         shift_labels, token_statistics = given.pop("shift_labels"), kwargs.pop("token_statistics", None)
         tokens = inputs_embeds if input_ids is None else input_ids
+        if tokens is None:
+            raise ValueError("input_ids or inputs_embeds must be given")
         shape = tokens.shape[:2]
+        statistics: dict[str, Tensor | None] = {}
         if plans is not None:
-            rows, token_segments, statistics = plans.rows, plans.segments_of_last(shape[1]), {}
+            planned, token_segments = plans.rows, plans.segments_of_last(shape[1])
+            assert planned is not None, "`advance` comes first"
+            rows = planned
         else:
             mode = check_mode(mode or self.config.mode)
             mask = None if segments_are_aligned else token_mask(attention_mask, shape)
             segment_ids = checked_segments(segment_ids, mode, shape, tokens.device)
-            rows, statistics = self._rows(mode, given | {"planner_inputs": planner_inputs})
+            rows, of_labels = self._rows(mode, given | {"planner_inputs": planner_inputs})
+            statistics.update(of_labels)
             num_segments = None if mode == "fixed" else rows.shape[1]
             token_segments = conditioning_segments(segment_ids, segments_are_aligned, mask, num_segments)
         if self.training and "lm" in self._frozen and torch.is_grad_enabled():
@@ -275,15 +286,15 @@ class PlannerForCausalLM(
         hidden = features(outputs)
         if token_statistics is not None:
             base, is_shifted = output_head(self.lm).sources(hidden), shift_labels is not None
-            target = (shift_labels if is_shifted else _shifted(labels)).to(hidden.device)
+            target = _target(labels, shift_labels).to(hidden.device)
             output = token_statistics(base, [], target, is_shifted, None, num_items_in_batch)
             is_balanced = bool(kwargs["output_router_logits"])
             output.aux_loss = self._unweighted_router_loss(outputs, attention_mask, is_balanced)
             return output
         loss = self._loss(hidden, labels, shift_labels, num_items_in_batch)
         if kwargs["output_router_logits"]:
-            statistics["router_loss"] = router_loss(self.lm, outputs, attention_mask)
-            loss = loss if statistics["router_loss"] is None else loss + statistics["router_loss"].to(loss.device)
+            statistics["router_loss"] = balance = router_loss(self.lm, outputs, attention_mask)
+            loss = loss if balance is None or loss is None else loss + balance.to(loss.device)
         if skip_logits is None:
             skip_logits = loss is not None and (self.training or self.config.skip_logits_in_evaluation)
         output = PlannerCausalLMOutput(
@@ -296,18 +307,25 @@ class PlannerForCausalLM(
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _loss(self, hidden: Tensor, labels, shift_labels, num_items_in_batch) -> Tensor | None:
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor | None:
         if labels is None and shift_labels is None:
             if num_items_in_batch is not None:
                 raise ValueError(
                     "num_items_in_batch needs labels (a Trainer with label_smoothing_factor takes them away)"
                 )
             return None
-        target = _shifted(labels) if shift_labels is None else shift_labels
-        source = output_head(self.lm).source(hidden)
-        return aux_cross_entropy(source, None, target.to(hidden.device), normalizer=num_items_in_batch)
+        target = _target(labels, shift_labels).to(hidden.device)
+        loss = aux_cross_entropy(output_head(self.lm).source(hidden), None, target, normalizer=num_items_in_batch)
+        assert isinstance(loss, Tensor), "statistics are not asked for"
+        return loss
 
-    def _unweighted_router_loss(self, outputs, attention_mask, is_balanced: bool) -> Tensor:
+    def _unweighted_router_loss(self, outputs: ModelOutput, attention_mask: Tensor | None, is_balanced: bool) -> Tensor:
         """What a trainer that weights it itself adds to its loss; 0 of a frozen language model."""
         weighted = router_loss(self.lm, outputs, attention_mask) if is_balanced else None
         if weighted is None:
@@ -321,7 +339,7 @@ class PlannerForCausalLM(
     def _logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
         return output_head(self.lm).logits(hidden[:, kept_positions(logits_to_keep)])
 
-    def _lm_outputs(self, rows: Tensor, token_segments: Tensor, lm_inputs: dict):
+    def _lm_outputs(self, rows: Tensor, token_segments: Tensor, lm_inputs: dict[str, Any]) -> ModelOutput:
         """The language model without its head, its layers conditioned on rows [L, S, H] of its tokens' segments."""
         if not self._is_hooked:
             raise RuntimeError("this model's hooks were removed from its language model")
@@ -344,7 +362,7 @@ class PlannerForCausalLM(
 
     def _check_all_were_added(self) -> None:
         """RuntimeError where layers read a module's weight and never call it: nothing would be added there."""
-        if torch.compiler.is_compiling() or getattr(self.lm.config.get_text_config(), "layerdrop", 0):
+        if torch.compiler.is_compiling() or getattr(self.lm.config.get_text_config(), "layerdrop", False):
             return
         missed = [self.config.layers[n] for n in self._hooks.passed_by()]
         if missed:
@@ -353,7 +371,7 @@ class PlannerForCausalLM(
                 f"{self.config.place!r} is in front of, in layers {missed}: use place='layer_input'"
             )
 
-    def _rows(self, mode: str, sources: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    def _rows(self, mode: str, sources: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The conditioning rows [L, S, H] of the segments, and the label statistics."""
         if mode == "fixed":
             label_ids = torch.full((1,), self.config.fixed_label, device=self.conditioning.codebooks.device)
@@ -394,10 +412,11 @@ class PlannerForCausalLM(
 
     # -- planner -------------------------------------------------------------------------------------------------------
 
-    def _scores(self, label_scores: Tensor | None, planner_inputs: Mapping | None) -> Tensor:
+    def _scores(self, label_scores: Tensor | None, planner_inputs: Mapping[str, Any] | None) -> Tensor:
         if label_scores is None:
             if self.planner is None:
                 raise ValueError("planner_inputs need a planner, and this model has none: pass label_scores")
+            assert planner_inputs is not None, "one of the two is given"
             label_scores = self.planner(**planner_inputs)
         if not isinstance(label_scores, Tensor) or not label_scores.is_floating_point():
             raise TypeError(f"scores of labels must be a floating point tensor, got {_describe(label_scores)}")
@@ -411,7 +430,7 @@ class PlannerForCausalLM(
         self,
         label_ids: Tensor,
         *,
-        planner_inputs: Mapping | None = None,
+        planner_inputs: Mapping[str, Any] | None = None,
         label_scores: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor:
@@ -424,9 +443,11 @@ class PlannerForCausalLM(
         if (planner_inputs is None) == (label_scores is None):
             raise ValueError("planner_loss needs exactly one of planner_inputs and label_scores")
         scores = self._scores(label_scores, planner_inputs)
-        return aux_cross_entropy(scores, None, label_ids, normalizer=num_items_in_batch)
+        loss = aux_cross_entropy(scores, None, label_ids, normalizer=num_items_in_batch)
+        assert isinstance(loss, Tensor), "statistics are not asked for"
+        return loss
 
-    def _cache_of_kind(self, kind: str | None, model_kwargs: dict, **options) -> Cache:
+    def _cache_of_kind(self, kind: str | None, model_kwargs: dict[str, Any], **options: Any) -> Cache:
         return new_cache(self.lm, kind, **options)
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
@@ -441,7 +462,14 @@ class PlannerForCausalLM(
 
     # -- transformers --------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, *, save_lm: bool | None = None, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_lm: bool | None = None,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As any model's, with a pointer (name, revision, fingerprint) instead of a frozen language model's weights.
 
         save_lm   True: also the language model's weights. None: where it is not frozen, has no name or path, or has
@@ -457,15 +485,15 @@ class PlannerForCausalLM(
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path,
-        *args,
+        name_or_path: str | os.PathLike[str],
+        *args: Any,
         planner: nn.Module | None = None,
         lm: PreTrainedModel | str | None = None,
-        lm_kwargs: dict | None = None,
+        lm_kwargs: dict[str, Any] | None = None,
         check_lm: bool = True,
-        config=None,
-        **kwargs,
-    ):
+        config: PlannerConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As any model's, from safetensors. `planner` is the module whose weights were saved: they are loaded into it.
 
         Its buffers that are not saved keep their values.
@@ -496,7 +524,9 @@ class PlannerForCausalLM(
         return (model, info) if wants_info else model
 
     @classmethod
-    def _loaded_whole(cls, name_or_path, *args, planner: nn.Module | None, **kwargs):
+    def _loaded_whole(
+        cls, name_or_path: str | os.PathLike[str], *args: Any, planner: nn.Module | None, **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]:
         """A model whose language model is saved with it, and what transformers says of loading it."""
         kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         dtypes = {} if planner is None else {name: value.dtype for name, value in planner.state_dict().items()}
@@ -540,8 +570,11 @@ class PlannerForCausalLM(
         self.lm.set_output_embeddings(value)
 
 
-def _shifted(labels: Tensor) -> Tensor:
+def _target(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
     """The target of each position, the next label."""
+    if shift_labels is not None:
+        return shift_labels
+    assert labels is not None, "one of the two is given"
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
@@ -551,8 +584,9 @@ def _codebook_sizes(codebook: Tensor, num_labels: int | None, label_dim: int | N
     for name, given, size in zip(("num_labels", "label_dim"), (num_labels, label_dim), codebook.shape, strict=True):
         if given not in (None, size):
             raise ValueError(f"{name} must be {size}, as the codebook's, got {given}")
-    return tuple(codebook.shape)
+    labels, width = codebook.shape
+    return labels, width
 
 
-def _describe(value) -> str:
+def _describe(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .conditioning import ActiveRows
+from .mixins import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # some versions checkpoint a layer's __call__, so that its hooks run again in the backward pass; others its forward,
 # which gets the hidden states as the layer's own hooks left them, and runs those of modules inside again.
 HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)
 
 
-class CheckpointingThroughHooks:
+class CheckpointingThroughHooks(Model):
     """Makes what the hooks add in the recomputation what they added at first, whatever ran in between."""
 
     _checkpoints_through_hooks = False
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """As any model's.
 
         Raises   ValueError: use_reentrant=True where the hooks run again in the backward pass; a frozen language model
@@ -58,13 +67,13 @@ class CheckpointingThroughHooks:
             raise RuntimeError("enable gradient checkpointing on the PlannerForCausalLM, not on its language model")
 
 
-def _checkpoint_contexts(active: ActiveRows):
+def _checkpoint_contexts(active: ActiveRows) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of a checkpointed layer's first run and of its recomputation. They keep no model alive."""
     return nullcontext(), _again(active, active.rows, active.segment_ids)
 
 
 @contextmanager
-def _again(active: ActiveRows, rows, segment_ids):
+def _again(active: ActiveRows, rows: tuple[Tensor, ...] | None, segment_ids: Tensor | None) -> Iterator[None]:
     before = active.rows, active.segment_ids  # of this thread: the backward pass may have its own
     active.set(rows, segment_ids)
     try:
@@ -73,7 +82,7 @@ def _again(active: ActiveRows, rows, segment_ids):
         active.set(*before)
 
 
-def check_own_dropout(lm, layers) -> None:
+def check_own_dropout(lm: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
     """ValueError for layers that would drop out in a frozen model, as they are in training mode to be checkpointed.
 
     Those are layers whose own `forward` reads `training`, as OPT's and Falcon's, in a model with dropout. Dropout in

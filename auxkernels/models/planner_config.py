@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -52,8 +53,8 @@ class PlannerConfig(PretrainedConfig):
     """
 
     model_type = "planner"
-    auto_map: ClassVar[dict] = {}  # of remote code; TRL reads it where transformers has no such class
-    sub_configs: ClassVar[dict] = {"text_config": AutoConfig}
+    auto_map: ClassVar[dict[str, Any]] = {}  # of remote code; TRL reads it where transformers has no such class
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
         "hidden_states",
@@ -66,10 +67,10 @@ class PlannerConfig(PretrainedConfig):
 
     def __init__(
         self,
-        text_config=None,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
         num_labels: int = 2,
         label_dim: int = 1,
-        layers=(),
+        layers: Iterable[int] = (),
         place: str = "layer_input",
         mode: str = "soft",
         label_temperature: float = 1.0,
@@ -83,11 +84,11 @@ class PlannerConfig(PretrainedConfig):
         has_planner: bool = False,
         lm_name_or_path: str | None = None,
         lm_revision: str | None = None,
-        lm_fingerprint: dict | None = None,
-        lm_options: dict | None = None,
+        lm_fingerprint: dict[str, Any] | None = None,
+        lm_options: dict[str, Any] | None = None,
         lm_is_saved: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         # as Python's own numbers: JSON holds no others
@@ -108,7 +109,7 @@ class PlannerConfig(PretrainedConfig):
             raise ValueError("gumbel_clean_gradient needs gumbel_hard=True")
         if not 0 <= fixed_label < num_labels:
             raise ValueError(f"fixed_label must be in [0, {num_labels}), got {fixed_label}")
-        self.text_config = text_config
+        self.text_config: PretrainedConfig | None = text_config
         self.label_dim = checks.integer("label_dim", label_dim)
         self.layers = [checks.integer("layers", layer) for layer in layers]
         self.place = place

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .mixins import Model
 from .planner_config import check_mode
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 class SegmentPlans:
@@ -37,6 +42,7 @@ class SegmentPlans:
 
     def segments_of_last(self, count: int) -> Tensor:
         """The plans that the last `count` tokens carry, [batch, count]."""
+        assert self.plan_of_token is not None, "`advance` comes first"
         return self.plan_of_token[:, -count:]
 
     @torch.no_grad()
@@ -55,11 +61,13 @@ class SegmentPlans:
         batch = len(input_ids)
         if self.tokens is None:
             self.tokens = self.plan_of_token = input_ids.new_empty((batch, 0))
+        plan_of_token = self.plan_of_token
+        assert plan_of_token is not None, "it is made with the tokens"
         start = self.tokens.shape[1]
         if not torch.equal(input_ids[:, :start], self.tokens):
             raise ValueError("planning needs generation that only appends tokens: greedy search or sampling")
         begins = self._begins(input_ids, attention_mask.bool(), start)
-        plan = self.plan_of_token[:, -1] if start else input_ids.new_full((batch,), -1)
+        plan = plan_of_token[:, -1] if start else input_ids.new_full((batch,), -1)
         plans = []
         changes = begins.any(0).tolist()
         for position, changed in enumerate(changes, start):
@@ -68,18 +76,19 @@ class SegmentPlans:
                 plan = self._planned(input_ids[:, : position + 1], attention_mask[:, : position + 1], now, plan)
             plans.append(plan)
         self.tokens = input_ids.clone()
-        self.plan_of_token = torch.cat((self.plan_of_token, *(p.unsqueeze(1) for p in plans)), dim=1)
+        self.plan_of_token = torch.cat((plan_of_token, *(p.unsqueeze(1) for p in plans)), dim=1)
 
     def _begins(self, input_ids: Tensor, is_token: Tensor, start: int) -> Tensor:
         """Which tokens from `start` on carry a new plan, [batch, n - start]."""
         is_first = is_token & (is_token.cumsum(1) == 1)
-        if self.is_segment_end is None:
+        if self.end_tokens is not None:
             ends = torch.isin(input_ids[:, start:], self.end_tokens.to(input_ids.device))
         else:
             ends = torch.stack([self._ends(input_ids[:, :n]) for n in range(start + 1, input_ids.shape[1] + 1)], dim=1)
         return is_first[:, start:] | (ends & is_token[:, start:])
 
     def _ends(self, tokens: Tensor) -> Tensor:
+        assert self.is_segment_end is not None, "token ids say it otherwise"
         ends = self.is_segment_end(tokens)
         if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != tokens.shape[:1]:
             raise TypeError(f"is_segment_end must return a bool tensor [{len(tokens)}], got {ends!r}")
@@ -97,18 +106,18 @@ class SegmentPlans:
         return plan.index_copy(0, chosen, torch.arange(count, count + len(chosen), device=plan.device))
 
 
-class GenerationWithPlans:
+class GenerationWithPlans(Model):
     """What `GenerationMixin` lacks for a model with `_rows`, which turns labels into conditioning rows."""
 
     def generate(
         self,
         inputs: Tensor | None = None,
-        *args,
+        *args: Any,
         planner_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         is_segment_end: Callable[[Tensor], Tensor] | Iterable[int] | None = None,
         mode: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """transformers' generate(), greedy or sampling, with a new plan wherever a segment ends.
 
         planner_fn       called with the tokens so far [batch, n] and their attention mask [batch, n]; returns scores
@@ -132,7 +141,9 @@ class GenerationWithPlans:
         plans = SegmentPlans(lambda scores: self._planned_rows(mode, scores), planner_fn, is_segment_end)
         return super().generate(inputs, *args, plans=plans, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, plans: SegmentPlans | None = None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, plans: SegmentPlans | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """transformers' own, and the plans brought up to the last token."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if plans is not None:
@@ -145,11 +156,11 @@ class GenerationWithPlans:
         return self._rows(mode, {"label_scores" if planned.is_floating_point() else "label_ids": planned})[0]
 
 
-def _check_appends_only(own_config, args: tuple, kwargs: dict) -> None:
+def _check_appends_only(own_config: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """ValueError for a way of generating that does not only append tokens to all that came before."""
     config = kwargs.get("generation_config") or next(iter(args), None) or own_config
 
-    def chosen(name: str):
+    def chosen(name: str) -> Any:
         given = kwargs.get(name)
         return getattr(config, name, None) if given is None else given
 

@@ -6,14 +6,19 @@ transformers must not draw the weights of given modules anew, nor lose their buf
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import base_pointer, saving
 from .planner_config import PlannerConfig
+
+if TYPE_CHECKING:
+    from .planner import PlannerForCausalLM
 
 MARK = "_is_hf_initialized"
 
@@ -37,8 +42,8 @@ def kept_buffers(root: nn.Module | None) -> Iterator[None]:
 
     from_pretrained() replaces them by uninitialized memory, which only a model's own initialization would fill.
     """
-    clones = {}
-    places = []
+    clones: dict[int, Tensor] = {}
+    places: list[tuple[nn.Module, str, Tensor]] = []
     for module in () if root is None else root.modules():
         for name in module._non_persistent_buffers_set:
             value = module._buffers.get(name)
@@ -46,9 +51,11 @@ def kept_buffers(root: nn.Module | None) -> Iterator[None]:
                 clones.setdefault(id(value), value.detach().clone())  # a shared buffer stays shared
                 places.append((module, name, value))
     yield
-    moved = {}
+    moved: dict[tuple[int, torch.device], Tensor] = {}
     for module, name, value in places:
-        key = id(value), module._buffers[name].device
+        buffer = module._buffers[name]
+        assert buffer is not None, "it is replaced, not taken away"
+        key = id(value), buffer.device
         if key not in moved:
             moved[key] = clones[id(value)].to(key[1])
         module._buffers[name] = moved[key]
@@ -57,14 +64,16 @@ def kept_buffers(root: nn.Module | None) -> Iterator[None]:
 # -- the pointer to a frozen language model ----------------------------------------------------------------------------
 
 
-def language_model(given: PreTrainedModel | str, lm_kwargs: dict | None) -> PreTrainedModel:
+def language_model(given: PreTrainedModel | str, lm_kwargs: dict[str, Any] | None) -> PreTrainedModel:
     """A model as it is, or loaded by name or path."""
     if lm_kwargs or isinstance(given, (str, os.PathLike)):
         return saving.causal_lm("lm", given, dict(lm_kwargs or {}))
     return given
 
 
-def point_to(config: PlannerConfig, lm: PreTrainedModel, given, lm_kwargs: dict | None) -> None:
+def point_to(
+    config: PlannerConfig, lm: PreTrainedModel, given: PreTrainedModel | str, lm_kwargs: dict[str, Any] | None
+) -> None:
     """Writes down where a language model comes from, and what it is now."""
     name = os.fspath(given) if isinstance(given, (str, os.PathLike)) else lm.config.name_or_path
     config.lm_name_or_path, config.lm_revision = saving.pointer(name), (lm_kwargs or {}).get("revision")
@@ -72,7 +81,7 @@ def point_to(config: PlannerConfig, lm: PreTrainedModel, given, lm_kwargs: dict 
     config.lm_fingerprint = saving.fingerprint(lm) if config.lm_name_or_path else None
 
 
-def is_lm_saved(model, save_lm: bool | None, folder) -> bool:
+def is_lm_saved(model: PlannerForCausalLM, save_lm: bool | None, folder: str | os.PathLike[str]) -> bool:
     """Whether the language model's weights are written too; None: where a pointer would not bring them back.
 
     Raises   ValueError where they are not wanted but needed, or where the folder is the language model's own.
@@ -88,7 +97,7 @@ def is_lm_saved(model, save_lm: bool | None, folder) -> bool:
     return problem is not None
 
 
-def _pointers_problem(model) -> str | None:
+def _pointers_problem(model: PlannerForCausalLM) -> str | None:
     config = model.config
     if not config.freeze_lm:
         return "is not frozen"
@@ -100,13 +109,23 @@ def _pointers_problem(model) -> str | None:
     return None if is_same else "has changed since it was given to the planner"
 
 
-def pointed_lm(folder, config: PlannerConfig, lm, lm_kwargs: dict | None, check_lm: bool, kwargs: dict):
+def pointed_lm(
+    folder: str | os.PathLike[str],
+    config: PlannerConfig,
+    lm: PreTrainedModel | str | None,
+    lm_kwargs: dict[str, Any] | None,
+    check_lm: bool,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
     """The language model that a folder points to, or one that is given instead; kwargs: of from_pretrained."""
     if isinstance(lm, PreTrainedModel):
         model = language_model(lm, lm_kwargs)
     else:
         model = _loaded(folder, config, lm, lm_kwargs or {}, kwargs)
-    if check_lm and not saving.is_same_base(config.lm_fingerprint, saving.fingerprint(model)):
+    expected = config.lm_fingerprint
+    if check_lm and expected is None:
+        raise ValueError(f"{folder} must say which language model it was saved with: pass check_lm=False for any")
+    if expected is not None and check_lm and not saving.is_same_base(expected, saving.fingerprint(model)):
         advice = base_pointer.advice_on(config.text_config, model, "lm")
         raise ValueError(f"lm must be the language model that the planner was saved with, {advice}")
     if isinstance(lm, PreTrainedModel) and not check_lm:  # it may be another one
@@ -116,11 +135,19 @@ def pointed_lm(folder, config: PlannerConfig, lm, lm_kwargs: dict | None, check_
     return model
 
 
-def _loaded(folder, config: PlannerConfig, lm, lm_kwargs: dict, kwargs: dict) -> PreTrainedModel:
+def _loaded(
+    folder: str | os.PathLike[str],
+    config: PlannerConfig,
+    lm: str | None,
+    lm_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
     """The language model from where the folder points to, or from the name that is given instead."""
     options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if lm is None and config.lm_revision is not None:
         options["revision"] = config.lm_revision
+    if config.text_config is None:
+        raise OSError(f"{folder} must hold the configuration of a PlannerForCausalLM, found none")
     if config.text_config.dtype is not None and not saving.says_dtype(kwargs):
         options["dtype"] = config.text_config.dtype
     options = _loading_options(config, "pointer" if lm is None else "moved", options | lm_kwargs)
@@ -131,12 +158,12 @@ def _loaded(folder, config: PlannerConfig, lm, lm_kwargs: dict, kwargs: dict) ->
         raise OSError(f"lm {name!r}, which {folder} points to, could not be loaded: pass lm=") from error
 
 
-def _loading_options(config: PlannerConfig, kind: str, kwargs: dict) -> dict:
-    lm = {"name": config.lm_name_or_path, "config": config.text_config}
+def _loading_options(config: PlannerConfig, kind: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    lm: dict[str, Any] = {"name": config.lm_name_or_path, "config": config.text_config}
     return base_pointer.loading_options(config.lm_options, kind, kwargs, argument="lm", **lm)
 
 
-def load_own_weights(model, folder, kwargs: dict) -> None:
+def load_own_weights(model: PlannerForCausalLM, folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
     """Everything but the language model's weights, into a model that has one. ValueError for missing and other keys."""
     weights = saving.weights_of(folder, saving.hub_options(kwargs))
     expected = {key for key in model.state_dict() if not key.startswith("lm.")}
@@ -145,7 +172,7 @@ def load_own_weights(model, folder, kwargs: dict) -> None:
     saving.load_generation_config(model, folder, kwargs)
 
 
-def refuse_keys(folder, wrong) -> None:
+def refuse_keys(folder: str | os.PathLike[str], wrong: Iterable[object]) -> None:
     if wrong:
         names = ", ".join(sorted(map(str, wrong)))
         raise ValueError(f"{folder}: weights that are missing or belong to nothing: {names}")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import nn
 from transformers import TrainerCallback
 
+from .mixins import Model
 from .planner_checkpointing import check_own_dropout
 
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from typing_extensions import Self
 
-class Freezing:
+
+class Freezing(Model):
     """Freezes the `lm` and the `planner` of a model: no gradients, and eval mode whatever train() says."""
 
     def freeze_lm(self, frozen: bool = True) -> None:
@@ -38,7 +45,7 @@ class Freezing:
                 module.get_parameter(key).requires_grad_(True)
         self.train(self.training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """As any module's, but what is frozen stays in eval mode."""
         super().train(mode)
         if "lm" in self._frozen:
@@ -68,7 +75,15 @@ class UnfreezePlanner(TrainerCallback):
             raise ValueError(f"at_fraction must be in [0, 1], got {at_fraction}")
         self.at_step, self.at_fraction = at_step, at_fraction
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         model = _freezing(model)
         weights = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         if not any(id(weight) in weights for weight in model.planner.parameters()):
@@ -76,12 +91,14 @@ class UnfreezePlanner(TrainerCallback):
         if not self._is_reached(state):
             model.freeze_planner()
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         model = _freezing(model)
         if "planner" in model._frozen and self._is_reached(state):
             model.freeze_planner(False)
 
-    def _is_reached(self, state) -> bool:
+    def _is_reached(self, state: TrainerState) -> bool:
         start = self.at_fraction * state.max_steps if self.at_step is None else self.at_step
         return state.global_step >= start
 

@@ -10,6 +10,8 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -29,6 +31,10 @@ from . import adapters, base_pointer, modalities
 from .configuration import AuxiliaryConfig
 from .small import unread_weights
 
+if TYPE_CHECKING:
+    from .auxiliary import AuxiliaryForCausalLM
+    from .ensemble import AuxiliaryEnsembleForCausalLM
+
 BASE_FOLDER = "base"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OF_THE_FOLDER = ("revision", "subfolder")
@@ -38,7 +44,7 @@ _SUM_LENGTH = 4096
 PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
-def hub_options(kwargs: dict) -> dict:
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of from_pretrained's options that say where files come from."""
     return {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
 
@@ -46,7 +52,7 @@ def hub_options(kwargs: dict) -> dict:
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs: dict) -> PreTrainedModel:
+def causal_lm(name: str, given: PreTrainedModel | PretrainedConfig | str, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A decoder-only causal LM with all its weights: as it is, loaded by name or path, or (aux) new from a config.
 
     Raises TypeError, ValueError naming the argument; OSError where there is no such name or path.
@@ -79,7 +85,7 @@ def _check_decoder(name: str, config: PretrainedConfig) -> None:
         raise ValueError(f"{name} must be decoder-only, got the encoder-decoder {config.model_type}")
 
 
-def _loaded(name: str, path: str, kwargs: dict) -> PreTrainedModel:
+def _loaded(name: str, path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except ValueError:
@@ -91,7 +97,7 @@ def _loaded(name: str, path: str, kwargs: dict) -> PreTrainedModel:
     return model
 
 
-def _reads_images(path: str, kwargs: dict) -> bool:
+def _reads_images(path: str, kwargs: dict[str, Any]) -> bool:
     """Whether a name or path holds a model of a family that only AutoModelForImageTextToText knows."""
     try:
         config = AutoConfig.from_pretrained(path, **hub_options(kwargs))
@@ -100,7 +106,7 @@ def _reads_images(path: str, kwargs: dict) -> bool:
     return modalities.auto_class(config) is AutoModelForImageTextToText
 
 
-def _some(names) -> str:
+def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -109,7 +115,7 @@ def _some(names) -> str:
 
 
 @torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> dict:
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What tells a base from another one: its parameters' names and shapes, 32 elements, and sums of each parameter.
 
     sums       of at most 4096 elements of each parameter, evenly spaced; magnitudes: of their absolute values
@@ -154,7 +160,7 @@ def _stored(tensor: Tensor) -> list[Tensor] | None:
     if tensor.is_meta:
         return None
     if _is_sharded(tensor):
-        return _stored(tensor.full_tensor())
+        return _stored(tensor.full_tensor())  # type: ignore[attr-defined]
     if is_traceable_wrapper_subclass(tensor):
         parts = [_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
         return None if None in parts else [part for stored in parts for part in stored]
@@ -195,7 +201,7 @@ def _numbers(tensor: Tensor) -> Tensor:
     return tensor.cpu().double()
 
 
-def is_same_base(expected: dict, found: dict) -> bool:
+def is_same_base(expected: dict[str, Any], found: dict[str, Any]) -> bool:
     """Equal structure, values and sums: exactly in one dtype, else up to the coarser one's rounding."""
     if expected.keys() != found.keys() or expected["structure"] != found["structure"]:
         return False
@@ -221,7 +227,14 @@ def is_same_base(expected: dict, found: dict) -> bool:
 # -- save --------------------------------------------------------------------------------------------------------------
 
 
-def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs: dict) -> None:
+def save(
+    model: AuxiliaryForCausalLM,
+    write: Callable[..., None],
+    folder: str | os.PathLike[str],
+    save_base: bool,
+    state_dict: dict[str, Any] | None,
+    kwargs: dict[str, Any],
+) -> None:
     """Writes beside the folder's own files and moves them in, the configuration last.
 
     write   `PreTrainedModel.save_pretrained` of the model
@@ -242,13 +255,15 @@ def save(model, write, folder, save_base: bool, state_dict: dict | None, kwargs:
         move_in(new, os.fspath(folder))
 
 
-def write_folder(model, folder: str, state_dict: dict, kwargs: dict) -> None:
+def write_folder(model: AuxiliaryForCausalLM, folder: str, state_dict: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Writes an `AuxiliaryForCausalLM` to a new folder, without its base and whether or not that has a name."""
     _describe(model, save_base=False)
     PreTrainedModel.save_pretrained(model, folder, state_dict=_own_weights(model, state_dict), **kwargs)
 
 
-def check_can_save(model, save_base: bool, kwargs: dict) -> None:
+def check_can_save(
+    model: AuxiliaryForCausalLM | AuxiliaryEnsembleForCausalLM, save_base: bool, kwargs: dict[str, Any]
+) -> None:
     """ValueError for what no folder can be made of."""
     if kwargs.get("push_to_hub"):
         raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
@@ -258,7 +273,7 @@ def check_can_save(model, save_base: bool, kwargs: dict) -> None:
         )
 
 
-def _own_weights(model, state_dict: dict | None) -> dict[str, Tensor]:
+def _own_weights(model: AuxiliaryForCausalLM, state_dict: dict[str, Any] | None) -> dict[str, Tensor]:
     """What is saved of an auxiliary's state dict: neither the base's weights nor matrices that nothing reads."""
     if state_dict is None:
         state_dict = model.state_dict()
@@ -266,7 +281,7 @@ def _own_weights(model, state_dict: dict | None) -> dict[str, Tensor]:
     return {key: value for key, value in state_dict.items() if not (key.startswith("base.") or key in unread)}
 
 
-def _describe(model, save_base: bool) -> None:
+def _describe(model: AuxiliaryForCausalLM, save_base: bool) -> None:
     """Brings an auxiliary's configuration to what is saved."""
     config = model.config
     config.base_is_saved, config.aux_adapters = save_base, adapters.described(model.aux)
@@ -275,14 +290,14 @@ def _describe(model, save_base: bool) -> None:
     model.aux.config.dtype, model.base.config.dtype = model.aux.dtype, model.base.dtype
 
 
-def check_adapters(model, save_base: bool) -> None:
+def check_adapters(model: AuxiliaryForCausalLM, save_base: bool) -> None:
     """ValueError for adapters that the folder would not hold; those of a base that is pointed to are its own affair."""
     adapters.check_saveable(model)
     if save_base and adapters.has_adapters(model.base):
         raise ValueError("the base must have no adapters with save_base: merge_and_unload them before it is joined")
 
 
-def _old_config(folder: str) -> dict | None:
+def _old_config(folder: str) -> dict[str, Any] | None:
     """The configuration that a folder holds, or None."""
     try:
         with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
@@ -343,7 +358,15 @@ def move_in(new: str, folder: str, folders: tuple[str, ...] = ()) -> None:
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **kwargs):
+def load(
+    folder: str | os.PathLike[str],
+    config: PretrainedConfig | None,
+    *,
+    base: PreTrainedModel | str | None,
+    base_kwargs: dict[str, Any] | None,
+    check_base: bool,
+    **kwargs: Any,
+) -> tuple[AuxiliaryConfig, PreTrainedModel, PreTrainedModel, dict[str, Tensor]]:
     """(config, base, aux, other weights) of a saved folder; arguments as for `from_pretrained`."""
     where = hub_options(kwargs)
     if config is None:
@@ -380,7 +403,14 @@ def load(folder, config, *, base, base_kwargs: dict | None, check_base: bool, **
     return config, base_model, aux, weights
 
 
-def load_base(folder, config, base, base_kwargs: dict | None, check_base: bool, kwargs: dict):
+def load_base(
+    folder: str | os.PathLike[str],
+    config: PretrainedConfig,
+    base: PreTrainedModel | str | None,
+    base_kwargs: dict[str, Any] | None,
+    check_base: bool,
+    kwargs: dict[str, Any],
+) -> tuple[PreTrainedModel | str | None, PreTrainedModel]:
     """(base as it was given, the model): of a folder's pointer, or given. Arguments as for `from_pretrained`.
 
     config   the folder's; kwargs: those of all models
@@ -406,11 +436,11 @@ def _unread_weights(config: AuxiliaryConfig) -> dict[str, Tensor]:
     }
 
 
-def says_dtype(kwargs: dict) -> bool:
+def says_dtype(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("dtype", kwargs.get("torch_dtype")) is not None
 
 
-def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
+def _keep_dtypes(model: PreTrainedModel, weights: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
     """Weights that were saved in another dtype than the model's, as they were saved, unless a dtype is asked for."""
     if says_dtype(kwargs):
         return
@@ -419,7 +449,13 @@ def _keep_dtypes(model, weights: dict[str, Tensor], kwargs: dict) -> None:
             parameter.data = weights[name].to(parameter.device)
 
 
-def point_to(config: PretrainedConfig, base, base_model, check_base: bool, base_kwargs: dict | None) -> None:
+def point_to(
+    config: PretrainedConfig,
+    base: PreTrainedModel | str | None,
+    base_model: PreTrainedModel,
+    check_base: bool,
+    base_kwargs: dict[str, Any] | None,
+) -> None:
     """Makes the pointer that of a base given by name, or of an unchecked model, which may be another one."""
     if isinstance(base, PreTrainedModel) and not check_base:
         config.base_name_or_path, config.base_revision = pointer(base.config.name_or_path), None
@@ -431,12 +467,19 @@ def point_to(config: PretrainedConfig, base, base_model, check_base: bool, base_
         config.base_options = base_pointer.weight_options(base_model, kwargs)
 
 
-def _loading_options(config: PretrainedConfig, kind: str, kwargs: dict) -> dict:
+def _loading_options(config: PretrainedConfig, kind: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     base = {"name": config.base_name_or_path, "config": config.base_config}
     return base_pointer.loading_options(config.base_options, kind, kwargs, argument="base", **base)
 
 
-def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict | None) -> PreTrainedModel:
+def _base_of(
+    folder: str | os.PathLike[str],
+    config: PretrainedConfig,
+    base: PreTrainedModel | str | None,
+    kwargs: dict[str, Any],
+    where: dict[str, Any],
+    base_kwargs: dict[str, Any] | None,
+) -> PreTrainedModel:
     if isinstance(base, PreTrainedModel):
         return causal_lm("base", base, base_kwargs or {})
     if config.base_config.dtype is not None and not says_dtype(kwargs):
@@ -460,7 +503,7 @@ def _base_of(folder, config, base, kwargs: dict, where: dict, base_kwargs: dict 
         raise OSError(f"base {name!r}, which {folder} points to, could not be loaded: pass base=") from error
 
 
-def weights_of(folder, where: dict) -> dict[str, Tensor]:
+def weights_of(folder: str | os.PathLike[str], where: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files; those of a saved base are in its own folder."""
     try:
         with open(cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **where), encoding="utf-8") as file:
@@ -474,7 +517,7 @@ def weights_of(folder, where: dict) -> dict[str, Tensor]:
     return weights
 
 
-def load_rest(model, weights: dict[str, Tensor], kwargs: dict) -> None:
+def load_rest(model: AuxiliaryForCausalLM, weights: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
     """The weights that are neither model's: the trunk projection and a head in place of the auxiliary's."""
     expected = {key for key in model.state_dict() if not key.startswith(("base.", "aux."))}
     if expected != weights.keys():
@@ -483,7 +526,7 @@ def load_rest(model, weights: dict[str, Tensor], kwargs: dict) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def load_generation_config(model, folder, kwargs: dict) -> None:
+def load_generation_config(model: PreTrainedModel, folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
     """The folder's own; where it has none, the model keeps the base's."""
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(folder, **hub_options(kwargs))

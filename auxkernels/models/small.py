@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .causal_lm import is_dead
 from .heads import OutputHead, untie_output_head, without_wrappers
@@ -16,7 +18,7 @@ from .modules import is_called_whole, is_plain
 class Factored(nn.Module):
     """A linear map of low rank without a bias, [*, in] -> [*, out]: zero at the start, and it learns from there."""
 
-    def __init__(self, num_inputs: int, num_outputs: int, rank: int, **made):
+    def __init__(self, num_inputs: int, num_outputs: int, rank: int, **made: Any) -> None:
         super().__init__()
         self.down = nn.Linear(num_inputs, rank, bias=False, **made)
         self.up = nn.Linear(rank, num_outputs, bias=False, **made)
@@ -31,7 +33,7 @@ def check_zero_init(head: str, zero_init: bool) -> None:
         raise ValueError(f"zero_init must be True for head={head!r}, which is new")
 
 
-def new_head(num_inputs: int, num_outputs: int, rank: int | None, **made) -> nn.Module:
+def new_head(num_inputs: int, num_outputs: int, rank: int | None, **made: Any) -> nn.Module:
     """A linear map of zeros, of low rank or (None) full. made: device and dtype."""
     if rank is not None:
         return Factored(num_inputs, num_outputs, rank, **made)
@@ -54,7 +56,7 @@ def is_frozen_at_zero(head: nn.Module) -> bool:
     return is_dead(OutputHead(last.weight, None, 1.0, None, adapters))
 
 
-def hidden_width(model) -> int:
+def hidden_width(model: PreTrainedModel) -> int:
     """How wide the hidden states are that enter a model's output head."""
     layer, _ = without_wrappers(model.get_output_embeddings())
     return getattr(layer, "in_features", None) or model.config.get_text_config().hidden_size
@@ -73,7 +75,7 @@ def check_hidden_states(base: nn.Module | None, aux: nn.Module) -> None:
 # -- matrices that nothing reads ---------------------------------------------------------------------------------------
 
 
-def _as_it_is(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+def _as_it_is(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Whatever a checkpoint holds for a matrix without rows (older ones do), or does not."""
     for name, parameter in module.named_parameters(recurse=False):
         state_dict[prefix + name] = parameter
@@ -85,7 +87,7 @@ def _without_rows(layer: nn.Module) -> None:
     layer.register_load_state_dict_pre_hook(_as_it_is)
 
 
-def unread_weights(model, head: str, trunk_layer: int | None) -> set[str]:
+def unread_weights(model: PreTrainedModel, head: str, trunk_layer: int | None) -> set[str]:
     """Names of the vocabulary matrices that nothing reads: of a replaced head, and of embeddings behind a trunk layer.
 
     A matrix that is both, tied, counts where neither is read.
@@ -97,7 +99,7 @@ def unread_weights(model, head: str, trunk_layer: int | None) -> set[str]:
     return {name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in unread}
 
 
-def drop_unread_weights(model, head: str, trunk_layer: int | None) -> None:
+def drop_unread_weights(model: PreTrainedModel, head: str, trunk_layer: int | None) -> None:
     """Leaves the matrices that nothing reads no rows. A replaced head is untied from embeddings that are read."""
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     unread = unread_weights(model, head, trunk_layer)
@@ -141,7 +143,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     ValueError for a family that is not described by hidden_size, num_attention_heads and num_hidden_layers.
     """
     config = config.get_text_config()
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
         sizes[name] = getattr(config, name, None)
         if not isinstance(sizes[name], int) or sizes[name] < 1:
@@ -163,7 +165,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     return _with(config, changed, layers)
 
 
-def _with(config: PretrainedConfig, changed: dict, num_layers: int) -> PretrainedConfig:
+def _with(config: PretrainedConfig, changed: dict[str, Any], num_layers: int) -> PretrainedConfig:
     """A configuration with other sizes; lists of one entry for each layer keep the first ones."""
     given = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_BASE_ALONE}
     for name, value in given.items():
@@ -177,7 +179,7 @@ def _with(config: PretrainedConfig, changed: dict, num_layers: int) -> Pretraine
         raise _not_derived(config, f"its configuration refuses these sizes ({error})") from error
 
 
-def small_model(base, kwargs: dict):
+def small_model(base: PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A new auxiliary of `small_config`, in float32 unless kwargs, for from_config, say a dtype."""
     config = small_config(base.config)
     try:
@@ -192,7 +194,7 @@ def small_model(base, kwargs: dict):
     return model
 
 
-def _size_beside_vocabulary(model) -> int:
+def _size_beside_vocabulary(model: PreTrainedModel) -> int:
     matrices = {
         id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) for p in layer.parameters()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class Sum:
     num_valid: int
     base_scale: Scale = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for term in self.terms:
             if term.model.config.head != "own":
                 check_hidden_states(self.base if term.is_shared else None, term.model.aux)
@@ -145,9 +145,9 @@ class Sum:
 
     def loss(
         self, target: Tensor, label_smoothing: float, num_items_in_batch: int | Tensor | None, is_training: bool
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Any]:
         """The numbers of `AuxiliaryCausalLMOutput`."""
-        options = {"ignore_index": IGNORE_INDEX, "vocab_size": self.num_valid}
+        options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "vocab_size": self.num_valid}
         loss, stats = aux_cross_entropy(
             *self.sources(),
             target,
@@ -160,6 +160,7 @@ class Sum:
         num_correct, entropy_sum = (stats.argmax == target).sum(), stats.entropy.sum()
         base_loss = None
         if self._has_plain_base:
+            assert stats.base_log_prob is not None, "there is a target"
             base_loss = -stats.base_log_prob.sum() / (num_valid if num_items_in_batch is None else num_items_in_batch)
         elif not is_training:
             base = self._frozen_sources(self.h_base.detach())
@@ -194,11 +195,12 @@ class Sum:
         dtype = torch.float32
         for logits, _ in parts:
             dtype = torch.promote_types(dtype, logits.dtype)
-        total = None
+        total: Tensor | None = None
         for logits, scale in parts:
             part = logits[..., : self.num_valid].to(dtype)
             part = part if _is_one(scale) else row_scale(scale, dtype) * part
             total = part if total is None else total + part
+        assert total is not None, "there is a base"
         if floor is not None:
             base = self._base_logits(self.h_base) if any(term.is_shared for term in self.terms) else parts[0][0]
             base = base[..., : self.num_valid].to(dtype)

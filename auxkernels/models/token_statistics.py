@@ -11,7 +11,7 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from transformers.utils import ModelOutput
 
 from ..cross_entropy import logit_stats
 from ..sources import Logits, Source
+from .mixins import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORE_INDEX = -100
 _CHUNK = 8192
@@ -68,16 +72,17 @@ class TokenStatistics(NamedTuple):
         """base, aux: sources of [batch, new] positions; target [batch, new], whose last counts if `is_shifted`."""
         base, aux = ([_scaled(source, 1 / self.temperature) for source in side] for side in (base, aux))
         stats = logit_stats(base, aux or None, target, ignore_index=IGNORE_INDEX, vocab_size=vocab_size)
+        assert stats.log_prob is not None, "there is a target"
         mask = target != IGNORE_INDEX
         fields = {"log_probs": stats.log_prob, "entropy": stats.entropy, "is_top1": mask & (stats.argmax == target)}
         with torch.no_grad():
             if "log_sum_sq_probs" in self.outputs:
-                doubled = [[_scaled(source, 2.0) for source in side] or None for side in (base, aux)]
-                twice = logit_stats(*doubled, target, ignore_index=IGNORE_INDEX, vocab_size=vocab_size)
+                of_base, of_aux = ([_scaled(source, 2.0) for source in side] for side in (base, aux))
+                twice = logit_stats(of_base, of_aux or None, target, ignore_index=IGNORE_INDEX, vocab_size=vocab_size)
                 fields["log_sum_sq_probs"] = twice.lse - 2 * stats.lse
             if "mean_logits" in self.outputs:
-                total = sum(_mean_logits(source, vocab_size) for source in [*base, *aux])
-                fields["mean_logits"] = total.masked_fill(~mask, 0.0)
+                means = [_mean_logits(source, vocab_size) for source in [*base, *aux]]
+                fields["mean_logits"] = sum(means[1:], means[0]).masked_fill(~mask, 0.0)
         loss = -stats.log_prob.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         fields["label_mask"] = mask
         if not is_shifted:
@@ -99,7 +104,7 @@ def _mean_logits(source: Source, vocab_size: int | None) -> Tensor:
     if source.softcap is None:
         mean = hidden @ weight.mean(dim=0, dtype=torch.float32)
         return source.scale * (mean if bias is None else mean + bias.float().mean())
-    total = 0.0
+    total = hidden.new_zeros(hidden.shape[:-1])
     for start in range(0, len(weight), _CHUNK):
         part = None if bias is None else bias[start : start + _CHUNK].float()
         z = torch.nn.functional.linear(hidden, weight[start : start + _CHUNK].float(), part)
@@ -111,7 +116,7 @@ def _softcapped(values: Tensor, softcap: float | None) -> Tensor:
     return values if softcap is None else softcap * torch.tanh(values / softcap)
 
 
-def check_no_further_loss(model, is_balanced: bool) -> None:
+def check_no_further_loss(model: PreTrainedModel, is_balanced: bool) -> None:
     """ValueError where a loss that a trainer makes of log-probabilities would lack what the model's own has."""
     if not (model.training and torch.is_grad_enabled()):
         return
@@ -130,30 +135,30 @@ def check_no_further_loss(model, is_balanced: bool) -> None:
 # -- TRL's replacement of forward ----------------------------------------------------------------------------------
 
 
-class OwnTokenStatistics:
+class OwnTokenStatistics(Model):
     """Keeps a composite's own head where TRL replaces `forward`: the same keyword, answered by `TokenStatistics`.
 
     The composite's `forward` takes a keyword token_statistics for it.
     """
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and is_fused(value):
             value = types.MethodType(_with_own_head(value.__func__, type(self).forward), self)
         super().__setattr__(name, value)
 
 
-def is_fused(forward) -> bool:
+def is_fused(forward: object) -> bool:
     """Whether this is TRL's replacement."""
     code = getattr(getattr(forward, "__func__", None), "__code__", None)
     return code is not None and _KEYWORD in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
-def original_of(fused: Callable) -> Callable | None:
+def original_of(fused: Any) -> Callable[..., Any] | None:
     """What TRL's replacement passes calls on to."""
     return inspect.getclosurevars(fused.__func__).nonlocals.get("original_forward")
 
 
-def _with_own_head(given: Callable, own: Callable) -> Callable:
+def _with_own_head(given: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
     """`given`, which passes everything on to the composite's own forward where its head is not asked for."""
     choices = inspect.getclosurevars(given).nonlocals
     missing = [name for name in _CHOICES if name not in choices]
@@ -164,7 +169,7 @@ def _with_own_head(given: Callable, own: Callable) -> Callable:
     statistics = TokenStatistics(float(choices["temperature"]), tuple(choices["outputs"]))
 
     @functools.wraps(own)  # generate and Trainer read the signature
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop(_KEYWORD, False):
             kwargs |= {"use_cache": False, "token_statistics": statistics}
         return given(self, *args, **kwargs)

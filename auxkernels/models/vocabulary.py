@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
@@ -19,7 +21,7 @@ def shared_width(base_width: int, aux_width: int, policy: str) -> int:
     return min(base_width, aux_width)
 
 
-def _vocabulary(name: str, kwargs: dict) -> dict[str, int] | None:
+def _vocabulary(name: str, kwargs: dict[str, Any]) -> dict[str, int] | None:
     """Token -> id of the tokenizer saved under a name; None where there is none."""
     try:
         cached_file(name, "tokenizer_config.json", **kwargs)  # without files, some architectures make an empty one
@@ -28,15 +30,15 @@ def _vocabulary(name: str, kwargs: dict) -> dict[str, int] | None:
         return None
 
 
-def check_tokenizers(base: str, aux: str, base_kwargs: dict, aux_kwargs: dict) -> None:
+def check_tokenizers(base: str, aux: str, base_kwargs: dict[str, Any], aux_kwargs: dict[str, Any]) -> None:
     """Raises ValueError where both names have a tokenizer and an id below both lengths means different tokens.
 
     base_kwargs, aux_kwargs   for `AutoTokenizer.from_pretrained`
     """
-    vocabularies = _vocabulary(base, base_kwargs), _vocabulary(aux, aux_kwargs)
-    if None in vocabularies:
+    base_ids, aux_ids = _vocabulary(base, base_kwargs), _vocabulary(aux, aux_kwargs)
+    if base_ids is None or aux_ids is None:
         return
-    of_base, of_aux = ({i: token for token, i in vocabulary.items()} for vocabulary in vocabularies)
+    of_base, of_aux = ({i: token for token, i in vocabulary.items()} for vocabulary in (base_ids, aux_ids))
     for i in sorted(of_base.keys() & of_aux.keys()):
         if of_base[i] != of_aux[i]:
             raise ValueError(

@@ -116,7 +116,18 @@ class _Arguments(NamedTuple):
     call: ops.Call
 
 
-def _checked(logits, table, temperature, hard, gumbel, clean_gradient, seed, mask, top_k, backend) -> _Arguments:
+def _checked(
+    logits: SourceLike,
+    table: Tensor,
+    temperature: float | Tensor,
+    hard: bool,
+    gumbel: float | Tensor,
+    clean_gradient: bool,
+    seed: int | Tensor | None,
+    mask: Tensor | None,
+    top_k: int | None,
+    backend: str,
+) -> _Arguments:
     sources = as_sources("logits", logits)
     checks.tables(table)
     shape, device = checks.leading("logits", sources[0])

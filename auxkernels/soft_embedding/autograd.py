@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -49,7 +52,9 @@ def first_column(table: Tensor) -> Tensor:
     return table.detach().narrow(-1, 0, min(1, table.shape[-1]))
 
 
-def _call_of(options: ops.Options, gumbel, seed, mask, tensors: tuple) -> ops.Call:
+def _call_of(
+    options: ops.Options, gumbel: Tensor | None, seed: Tensor | None, mask: Tensor | None, tensors: Sequence[Any]
+) -> ops.Call:
     *leaves, temperature, table = tensors
     return ops.Call(tuple(leaves), temperature, table, gumbel, seed, mask, options)
 
@@ -59,22 +64,22 @@ def _saved(options: ops.Options, wanted: int) -> int:
 
 
 def _state_of(fields: dict[str, Tensor]) -> State:
-    return State(*(fields.get(name) for name in State._fields))
+    return State(fields["max"], fields["log_denom"], fields["argmax"], fields.get("labels"))
 
 
-def _given_out(ctx, fields: dict[str, Tensor], wanted: int) -> list[Tensor]:
+def _given_out(ctx: Any, fields: dict[str, Tensor], wanted: int) -> list[Tensor]:
     """The wanted ones, marked; the argmax as a copy: what is saved must not be what its user may write."""
     given = {name: fields[name].clone() if name == "argmax" else fields[name] for name in outputs_in(wanted)}
     ctx.mark_non_differentiable(*(t for name, t in given.items() if name not in _DIFFERENTIABLE))
     return list(given.values())
 
 
-def _upstream(wanted: int, of_fields: tuple) -> Upstream:
+def _upstream(wanted: int, of_fields: Sequence[Tensor | None]) -> Upstream:
     given = dict(zip(outputs_in(wanted), of_fields, strict=True))
     return Upstream(*(given.get(name) for name in _DIFFERENTIABLE))
 
 
-def _per_tensor(grads: list[Tensor | None], tensors: tuple) -> list[Tensor | None]:
+def _per_tensor(grads: list[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """The numbers for each row of a 0-d scale or temperature, added up."""
     found = list(grads)
     num_leaves = len(tensors) - 2
@@ -92,7 +97,15 @@ class _SoftEmbedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, wanted, gumbel, seed, mask, *tensors):
+    def forward(
+        ctx: Any,
+        options: ops.Options | PlainLookup,
+        wanted: int,
+        gumbel: Tensor | None,
+        seed: Tensor | None,
+        mask: Tensor | None,
+        *tensors: Any,
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.options = options
         if isinstance(options, PlainLookup):
             mixture, state = options.forward(*tensors)
@@ -107,12 +120,12 @@ class _SoftEmbedding(torch.autograd.Function):
         return (mixture, *_given_out(ctx, fields, wanted))
 
     @staticmethod
-    def backward(ctx, grad, *of_fields):
+    def backward(ctx: Any, grad: Tensor | None, *of_fields: Tensor | None) -> tuple[Tensor | None, ...]:
         if isinstance(ctx.options, PlainLookup):
             return (None, None, None, None, None, *_plain_gradients(ctx, grad))
         gumbel, seed, mask, max, log_denom, argmax, labels, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[-len(tensors) :])
-        grads: list = [None] * len(needs)
+        grads: list[Tensor | None] = [None] * len(needs)
         if grad is not None or any(t is not None for t in of_fields):
             call, upstream = _call_of(ctx.options, gumbel, seed, mask, tensors), _upstream(ctx.wanted, of_fields)
             made = iter(ops.backward(call, State(max, log_denom, argmax, labels), grad, upstream, needs))
@@ -123,7 +136,7 @@ class _SoftEmbedding(torch.autograd.Function):
 # -- a lookup without options, as the native implementation has it whole -----------------------------------------------
 
 
-def plain_lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
+def plain_lookup(scores: Tensor, table: Tensor, temperature: float | Tensor) -> Tensor:
     """The mixture [*, D] of a call that `native_plain.serves` accepts."""
     table = native_plain.table_of(table)
     if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
@@ -131,7 +144,7 @@ def plain_lookup(scores: Tensor, table: Tensor, temperature: float) -> Tensor:
     return native_plain.forward(scores, table, float(temperature), None)
 
 
-def _plain_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _plain_gradients(ctx: Any, grad: Any) -> list[Tensor | None]:
     state, scores, table = ctx.saved_tensors
     needs, grad = ctx.needs_input_grad[-2:], grad.resolve_neg()
     if dispatch.is_direct((state, scores, table, grad), "native"):
@@ -166,7 +179,15 @@ class _CleanStraightThrough(torch.autograd.Function):
     """Two lookups in one: the noisy one's rows and gradient of the table, the other one's gradient of the rest."""
 
     @staticmethod
-    def forward(ctx, options, wanted, gumbel, seed, mask, *tensors):
+    def forward(
+        ctx: Any,
+        options: ops.Options,
+        wanted: int,
+        gumbel: Tensor | None,
+        seed: Tensor | None,
+        mask: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         call = _call_of(options, gumbel, seed, mask, tensors)
         mixture, chosen = ops.forward(_noisy_choice(call), mask_of("argmax"))
         fields = _clean_fields(call, _saved(options, wanted))
@@ -176,11 +197,11 @@ class _CleanStraightThrough(torch.autograd.Function):
         return (mixture, *_given_out(ctx, fields | {"argmax": chosen}, wanted))
 
     @staticmethod
-    def backward(ctx, grad, *of_fields):
+    def backward(ctx: Any, grad: Tensor | None, *of_fields: Tensor | None) -> tuple[Tensor | None, ...]:
         gumbel, seed, mask, chosen, max, log_denom, argmax, labels, *tensors = ctx.saved_tensors
         call, state = _call_of(ctx.options, gumbel, seed, mask, tensors), State(max, log_denom, argmax, labels)
         *needs_rest, needs_table = ctx.needs_input_grad[-len(tensors) :]
-        grads: list = [None] * len(tensors)
+        grads: list[Tensor | None] = [None] * len(tensors)
         if any(needs_rest) and (grad is not None or any(t is not None for t in of_fields)):
             clean, upstream = call._replace(gumbel=None, seed=None), _upstream(ctx.wanted, of_fields)
             made = iter(ops.backward(clean, state, grad, upstream, [*needs_rest, False]))

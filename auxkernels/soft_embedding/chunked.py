@@ -6,6 +6,7 @@ Probabilities live for one chunk; row state and selected labels are saved.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,11 +59,12 @@ class LookupCall:
     def soft_rows(self, start: int, stop: int) -> SoftRows:
         """The chunk as the row kernels take it."""
         request = self.request
-        scores = with_whole_rows(self.scores.matrix(start, stop).values[:, : request.num_labels()])
-        temperature, mask = request.temperature, request.mask
-        if temperature is None:
-            temperature = 1.0
-        elif temperature.dim():
+        matrix = self.scores.matrix(start, stop)
+        assert matrix is not None, "there is at least one source"
+        scores = with_whole_rows(matrix.values[:, : request.num_labels()])
+        temperature: float | Tensor = 1.0 if request.temperature is None else request.temperature
+        mask = request.mask
+        if isinstance(temperature, Tensor) and temperature.dim():
             temperature = self.rows.take(temperature, start, stop)
         if mask is not None and mask.dim() > 1:
             mask = self.rows.take(mask, start, stop)
@@ -111,11 +113,13 @@ def forward(request: Request, wanted: int, backend: str) -> list[Tensor]:
     return [mixture, *outputs.values()]
 
 
-def _softmaxed(call: LookupCall, start: int, stop: int, fields: dict, outputs: dict, mixture: Tensor) -> None:
+def _softmaxed(
+    call: LookupCall, start: int, stop: int, fields: dict[str, Tensor], outputs: dict[str, Tensor], mixture: Tensor
+) -> None:
     """One chunk over all labels."""
     request, size, usage = call.request, stop - start, outputs.get("usage")
     rows, compute = call.soft_rows(start, stop), request.compute()
-    probabilities = None
+    probabilities: Tensor | None = None
     if usage is not None:
         probabilities = call.matrix("exact probabilities", compute, size)
     elif not request.hard:
@@ -124,9 +128,9 @@ def _softmaxed(call: LookupCall, start: int, stop: int, fields: dict, outputs: d
         for name, dtype in (("max", compute), ("argmax", torch.int64)):
             fields.setdefault(name, rows.scores.new_empty(size, dtype=dtype))
     call.kernels.softmax(rows, fields, probabilities)
-    if usage is not None:
+    if usage is not None and probabilities is not None:
         usage += probabilities.sum(0)
-    if request.hard:
+    if request.hard or probabilities is None:
         weights = call.weights_of_argmax(fields["max"])
         call.kernels.gather(call.tables, fields["argmax"].unsqueeze(-1), weights, mixture, call.in_double())
         return
@@ -141,7 +145,9 @@ def _mix(call: LookupCall, probabilities: Tensor, mixture: Tensor) -> None:
             out.copy_(torch.mm(probabilities, table))
 
 
-def _selected(call: LookupCall, start: int, stop: int, fields: dict, outputs: dict, mixture: Tensor) -> None:
+def _selected(
+    call: LookupCall, start: int, stop: int, fields: dict[str, Tensor], outputs: dict[str, Tensor], mixture: Tensor
+) -> None:
     """One chunk over the likeliest labels of each row."""
     request, size, k = call.request, stop - start, call.request.kept()
     rows, in_double = call.soft_rows(start, stop), call.in_double()
@@ -212,7 +218,7 @@ def backward(
     grads = None if grad is None else grad.reshape(len(call.tables), num_rows, width)
     grad_temperature = state.max.new_empty(shape) if needs_temperature else None
     of_table = TableGradients(call, has_terms=grad is not None) if needs_table else None
-    run = _backward_selected if request.top_k else _backward_softmaxed
+    run: Callable[..., None] = _backward_selected if request.top_k else _backward_softmaxed
     for start, stop in call.chunks:
         fields = {name: values[start:stop] for name, values in rows.items()}
         of_rows = _rows_of(upstream, start, stop)
@@ -231,7 +237,17 @@ def _rows_of(upstream: Upstream, start: int, stop: int) -> Upstream:
     return Upstream(**of_chunk | {"usage": upstream.usage})
 
 
-def _backward_softmaxed(call, start, stop, fields, upstream, grad, grad_temperature, of_table, labels) -> None:
+def _backward_softmaxed(
+    call: LookupCall,
+    start: int,
+    stop: int,
+    fields: dict[str, Tensor],
+    upstream: Upstream,
+    grad: Tensor | None,
+    grad_temperature: Tensor | None,
+    of_table: TableGradients | None,
+    labels: None,
+) -> None:
     request, size = call.request, stop - start
     if of_table is not None and request.hard and grad is not None:
         of_table.scatter(fields["argmax"].unsqueeze(-1), call.weights_of_argmax(fields["max"]), grad)
@@ -250,12 +266,22 @@ def _backward_softmaxed(call, start, stop, fields, upstream, grad, grad_temperat
     buffer = call.scores.gradient_buffer(start, stop) if needs_scores else None
     own = None if buffer is None else buffer[:, : request.num_labels()]
     call.kernels.softmax_backward(rows, fields, of_probabilities, upstream, own, grad_temperature, probabilities)
-    if wants_products:
+    if of_table is not None and grad is not None and probabilities is not None:
         of_table.add_products(probabilities, grad)
     _give_back(call, start, stop, buffer)
 
 
-def _backward_selected(call, start, stop, fields, upstream, grad, grad_temperature, of_table, labels) -> None:
+def _backward_selected(
+    call: LookupCall,
+    start: int,
+    stop: int,
+    fields: dict[str, Tensor],
+    upstream: Upstream,
+    grad: Tensor | None,
+    grad_temperature: Tensor | None,
+    of_table: TableGradients | None,
+    labels: Tensor,
+) -> None:
     request, in_double = call.request, call.in_double()
     rows = call.soft_rows(start, stop)
     weights = rows.scores.new_empty(labels.shape, dtype=request.compute())

@@ -7,7 +7,9 @@ checked by the operator (chunked.py), which works on chunks of rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def _leading(
     scores: int,
     dtype: torch.dtype,
     row_stride: int,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     first_row: int,
     temperature: float,
     *,
@@ -79,7 +81,7 @@ class _Problem:
 
     def __init__(self, rows: SoftRows):
         scores, temperature, mask = rows.scores, rows.temperature, rows.mask
-        self.alive = []
+        self.alive: list[Tensor] = []
         temperature_value, temperature_pointer, temperature_stride = 1.0, 0, 0
         if isinstance(temperature, Tensor):
             temperature_stride = int(temperature.dim() > 0)
@@ -112,7 +114,7 @@ class _Problem:
         return tensor
 
 
-def _fields(state: dict[str, Tensor | None]) -> tuple[int, ...]:
+def _fields(state: Mapping[str, Tensor | None]) -> tuple[int, ...]:
     return tuple(_address(state.get(name)) for name in ROW_FIELDS)
 
 
@@ -189,7 +191,7 @@ def select_backward(
 _OTHER_FIELDS = (0,) * (len(ROW_FIELDS) - 2)  # after max and log_denom, which are the first
 
 
-def _plain_leading(scores: Tensor, start: int, num_rows: int, temperature: float) -> tuple:
+def _plain_leading(scores: Tensor, start: int, num_rows: int, temperature: float) -> tuple[Any, ...]:
     num_labels = scores.shape[-1]
     address = scores.data_ptr() + start * num_labels * scores.element_size()
     return _leading(address, scores.dtype, num_labels, (num_rows, num_labels), start, temperature)

@@ -6,7 +6,7 @@ other call takes. The two sum up in other orders, so their results differ by rou
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for CPU, and fast
 
 
-def serves(scores, table, temperature, seed, backend: str) -> bool:
+def serves(scores: object, table: object, temperature: Any, seed: object, backend: str) -> TypeGuard[Tensor]:
     """Whether the arguments are such a call's, and valid: what is not, the general path has an answer or error for."""
     tensors = (scores, table)
     if backend == "auto":
@@ -76,7 +76,9 @@ class PlainLookup(NamedTuple):
         state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
         return forward(scores, table, self.temperature, state), state
 
-    def backward(self, state: Tensor, scores: Tensor, table: Tensor, grad: Tensor, needs: tuple[bool, bool]) -> list:
+    def backward(
+        self, state: Tensor, scores: Tensor, table: Tensor, grad: Tensor, needs: tuple[bool, bool]
+    ) -> list[Tensor | None]:
         """The gradients of scores and table, None where `needs` says so; by nothing that autograd records."""
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -133,7 +135,15 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-def _backward(scores, table, state, temperature, grad, needs_scores: bool, needs_table: bool) -> list[Tensor | None]:
+def _backward(
+    scores: Tensor,
+    table: Tensor,
+    state: Tensor,
+    temperature: float,
+    grad: Tensor,
+    needs_scores: bool,
+    needs_table: bool,
+) -> list[Tensor | None]:
     scores, table, state = _plain(scores), _plain(table), _plain(state)
     num_labels, width = table.shape
     grad_scores = brought_in(torch.empty_like(scores)) if needs_scores else None
@@ -151,13 +161,13 @@ def _backward(scores, table, state, temperature, grad, needs_scores: bool, needs
         of_table = WeightGradient(table, num_labels, plan, len(chunks), table.dtype)
     for start, stop in chunks:
         rows = grad[start:stop]
-        p = probabilities[: stop - start] if needs_table else None
-        g = of_probabilities[: stop - start] if needs_scores else None
-        if needs_scores:
+        p = None if probabilities is None else probabilities[: stop - start]
+        g = None if of_probabilities is None else of_probabilities[: stop - start]
+        if g is not None:
             multiply(rows, table.T, g)
         kernels.plain_softmax_backward(scores, start, temperature, state, g, grad_scores, p, stop - start)
-        if of_table is not None:
+        if of_table is not None and p is not None:
             of_table.add(p, rows)
     if of_table is not None:
         return [grad_scores, of_table.out]
-    return [grad_scores, torch.mm(probabilities.T, grad) if needs_table else None]
+    return [grad_scores, None if probabilities is None else torch.mm(probabilities.T, grad)]

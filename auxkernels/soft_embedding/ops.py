@@ -5,7 +5,8 @@ The one place where arguments have positions. Scores come flat, as in cross_entr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Call(NamedTuple):
         noise = self.gumbel, self.seed
         return Request(sources, autocast, self.table, self.temperature, *noise, self.mask, top_k, hard)
 
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Any, ...]:
         """As the schemas have it."""
         softcaps, autocast, top_k, hard, _ = self.options
         scores = list(self.leaves), list(softcaps), autocast
@@ -90,7 +91,9 @@ def backward(call: Call, state: State, grad: Tensor | None, upstream: Upstream, 
     return backward_op(*call.flat(), *state, grad, list(upstream), needs, call.options.backend)
 
 
-def _gradients(request: Request, state: State, grad, upstream: Upstream, needs: list[bool], backend: str):
+def _gradients(
+    request: Request, state: State, grad: Tensor | None, upstream: Upstream, needs: list[bool], backend: str
+) -> list[Tensor]:
     *of_leaves, needs_temperature, needs_table = needs
     more = needs_temperature, needs_table, backend
     sources, *rest = chunked.backward(request, state, grad, upstream, by_source(of_leaves), *more)
@@ -101,7 +104,18 @@ def _gradients(request: Request, state: State, grad, upstream: Upstream, needs: 
 # -- implementations: anyone may call an operator, so that all is checked ----------------------------------------------
 
 
-def _request(leaves, softcaps, autocast, table, temperature, gumbel, seed, mask, top_k: int, hard: bool) -> Request:
+def _request(
+    leaves: Sequence[Tensor | None],
+    softcaps: Sequence[float],
+    autocast: torch.dtype | None,
+    table: Tensor,
+    temperature: Tensor | None,
+    gumbel: Tensor | None,
+    seed: Tensor | None,
+    mask: Tensor | None,
+    top_k: int,
+    hard: bool,
+) -> Request:
     checks.flat_sources(leaves, softcaps, 1, autocast, None)
     sources = [SourceTensors(*one, cap or None) for one, cap in zip(by_source(leaves), softcaps, strict=True)]
     request = Request(sources, autocast, table, temperature, gumbel, seed, mask, top_k, hard)
@@ -109,7 +123,7 @@ def _request(leaves, softcaps, autocast, table, temperature, gumbel, seed, mask,
     return request
 
 
-def _on_its_device(request: Request, backend: str):
+def _on_its_device(request: Request, backend: str) -> torch.autocast:
     """Out of autograd's and autocast's sight."""
     device = request.first().device
     if backend == "native" and device.type != "cpu":
@@ -117,7 +131,7 @@ def _on_its_device(request: Request, backend: str):
     return torch.autocast(device.type, enabled=False)
 
 
-def _forward(*args) -> list[Tensor]:
+def _forward(*args: Any) -> list[Tensor]:
     *leading, wanted, backend = args
     request = _request(*leading)
     if wanted < 0 or wanted >> len(OUTPUTS):
@@ -126,7 +140,7 @@ def _forward(*args) -> list[Tensor]:
         return chunked.forward(request, wanted, backend)
 
 
-def _backward(*args) -> list[Tensor]:
+def _backward(*args: Any) -> list[Tensor]:
     *leading, max, log_denom, argmax, labels, grad, upstream, needs, backend = args
     request, state = _request(*leading), State(max, log_denom, argmax, labels)
     checks.lookup_gradients(request, state, grad, upstream, needs)
@@ -134,18 +148,18 @@ def _backward(*args) -> list[Tensor]:
         return _gradients(request, state, grad, Upstream(*upstream), needs, backend)
 
 
-def _forward_fake(*args) -> list[Tensor]:
+def _forward_fake(*args: Any) -> list[Tensor]:
     *leading, wanted, _ = args
     request = _request(*leading)
     mixture = request.first().new_empty(request.out_shape(), dtype=request.out_dtype())
     return [mixture, *chunked.empty_outputs(request, wanted).values()]
 
 
-def _backward_fake(*args) -> list[Tensor]:
+def _backward_fake(*args: Any) -> list[Tensor]:
     *leading, _, _, _, _, _, _, needs, _ = args
     request = _request(*leading)
     row = request.first().new_empty((), dtype=request.compute()).expand(request.shape())
-    likes = []
+    likes: list[Any] = []
     for source in request.sources:
         likes += [source.values, source.weight, source.bias, None if source.scale is None else row]
     likes += [row, request.table]

@@ -69,8 +69,9 @@ class Request(NamedTuple):
         return (*self.table.shape[:-2], *self.shape(), self.table.shape[-1])
 
     def out_dtype(self) -> torch.dtype:
-        is_cast = self.autocast is not None and self.table.dtype != torch.float64
-        return self.autocast if is_cast else self.table.dtype
+        if self.autocast is None or self.table.dtype == torch.float64:
+            return self.table.dtype
+        return self.autocast
 
     def kept(self) -> int:
         return min(self.top_k, self.num_labels())

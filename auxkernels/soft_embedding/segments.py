@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,13 +33,13 @@ def segments_to_tokens(rows: Tensor, segment_ids: Tensor, backend: str = "auto")
 
 class _SegmentsToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, segment_ids, backend):
+    def forward(ctx: Any, rows: Tensor, segment_ids: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(segment_ids)
         ctx.num_segments, ctx.backend = rows.shape[-2], backend
         return _to_tokens(rows, segment_ids, backend)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (segment_ids,) = ctx.saved_tensors
         total = _sum(grad, segment_ids, ctx.num_segments, ctx.backend)
         return (*once("segments_to_tokens", [total], (grad,)), None, None)
@@ -97,12 +99,12 @@ def _sum_of(tokens: Tensor, segment_ids: Tensor, num_segments: int, backend: str
     return total.to(tokens.dtype).view(*leading, num_segments, width)
 
 
-def _gather_fake(rows, segment_ids, backend):
+def _gather_fake(rows: Tensor, segment_ids: Tensor, backend: str) -> Tensor:
     checks.segments(rows, segment_ids)
     return rows.new_empty((*rows.shape[:-2], *segment_ids.shape, rows.shape[-1]))
 
 
-def _sum_fake(tokens, segment_ids, num_segments, backend):
+def _sum_fake(tokens: Tensor, segment_ids: Tensor, num_segments: int, backend: str) -> Tensor:
     checks.segment_tokens(tokens, segment_ids, num_segments)
     leading = tokens.shape[: tokens.dim() - segment_ids.dim() - 1]
     return tokens.new_empty((*leading, num_segments, tokens.shape[-1]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,12 +38,12 @@ def device_of(device: torch.device) -> Device:
     return Device("cuda", properties.multi_processor_count, 32)
 
 
-def on_device_of(tensor: Tensor):
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Kernels start on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def run(kernel, num_programs: int, *args, **options) -> None:
+def run(kernel: triton.runtime.KernelInterface, num_programs: int, *args: Any, **options: Any) -> None:
     """The one place where kernels are launched; without fused multiply-add, see row_state.py."""
     if num_programs > MAX_INT32:
         raise ValueError(f"a launch has at most {MAX_INT32} programs, got {num_programs}: pass fewer rows at a time")

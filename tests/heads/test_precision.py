@@ -199,6 +199,18 @@ def test_fp16_gradients_of_a_scaled_loss_are_the_scaled_gradients(impl, products
     check_scaled(Case(base, aux, target, options), grads, None, factor, products)
 
 
+def test_fp16_heads_get_the_gradients_of_statistics_without_a_target(impl, products):
+    base, aux, _ = problem(impl.device, torch.float16)
+    case = Case(base, aux, None)
+
+    def total(stats):
+        return (stats.entropy + stats.kl_to_base).sum()
+
+    grads = torch.autograd.grad(total(logit_stats(base, aux, backend=impl.backend)), leaves_of(base, aux))
+    got = dict(zip(case.leaves(), grads, strict=True))
+    check_values(lambda call: gradients_of(total(call.statistics()), call), got, case, products)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_gradient_of_logits_beside_an_fp16_head_is_not_scaled_in_16_bits(impl, products, dtype, reduction):

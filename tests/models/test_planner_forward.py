@@ -211,6 +211,11 @@ def test_wrong_calls_say_what_is_wrong(call, error, message):
     assert model(tokens(), segment_ids=SEGMENT_IDS, label_scores=scores()).logits.isfinite().all()
 
 
+def test_a_call_without_tokens_says_so():
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given"):
+        tiny_model()(segment_ids=SEGMENT_IDS, label_scores=scores())
+
+
 def test_planner_inputs_without_a_planner_say_so():
     model = PlannerForCausalLM.from_lm(tiny_lm("llama"), num_labels=NUM_LABELS, label_dim=LABEL_DIM)
     with pytest.raises(ValueError, match="this model has none"):

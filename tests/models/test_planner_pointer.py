@@ -158,6 +158,23 @@ def test_another_language_model_is_refused_and_a_given_one_is_shared(lm_folder, 
     assert torch.equal(logits(loaded(tmp_path / "again"), ids, given), logits(model, ids, given))
 
 
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("lm_fingerprint", ValueError, "must say which language model it was saved with: pass check_lm=False"),
+        ("text_config", OSError, "must hold the configuration of a PlannerForCausalLM, found none"),
+    ],
+)
+def test_a_folder_that_does_not_describe_its_language_model_says_so(lm_folder, tmp_path, name, error, message):
+    model_of(str(lm_folder)).save_pretrained(tmp_path / "planner")
+    file = tmp_path / "planner" / "config.json"
+    config = json.loads(file.read_text())
+    del config[name]
+    file.write_text(json.dumps(config))
+    with pytest.raises(error, match=message):
+        loaded(tmp_path / "planner")
+
+
 def test_the_language_models_own_folder_is_never_overwritten(lm_folder):
     model = model_of(str(lm_folder))
     before = (lm_folder / "config.json").read_bytes()

@@ -196,7 +196,16 @@ def scan(
     return fields
 
 
-def _scan(base, aux, target, weight, ignore_index, vocab_size, wanted, fields) -> None:
+def _scan(
+    base: Head,
+    aux: Head | None,
+    target: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    vocab_size: int,
+    wanted: int,
+    fields: list[Tensor],
+) -> None:
     hidden = base.hidden
     num_rows = hidden.shape[0]
     scanned = with_sources_of_derived(wanted)

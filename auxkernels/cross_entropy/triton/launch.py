@@ -120,6 +120,7 @@ def source(matrix: Matrix | None) -> Source:
     if matrix is None:
         return Source(None, 1, 0, 0, 0, None, 0, None)
     values, scale, softcap = matrix
+    assert scale is None or isinstance(scale, Tensor), "the dispatcher has made tensors of numbers"
     tensor, num_inner, stride_outer, stride_inner = as_rows(values)
     if stride_outer == 0 and values.numel() == num_inner * values.shape[-1]:
         num_inner, stride_outer, stride_inner = 1, stride_inner, 0
@@ -191,7 +192,15 @@ def _sums_row(grads: Gradients) -> bool:
     return grads.base_scale is not None or grads.aux_scale is not None
 
 
-def _forward(call: _Launch, wanted: int, fields: list[Tensor], row_loss, divide, terms, grads: Gradients) -> None:
+def _forward(
+    call: _Launch,
+    wanted: int,
+    fields: list[Tensor],
+    row_loss: Tensor | None,
+    divide: tuple[Tensor | None, int],
+    terms: tuple[float | None, float | None, float | None],
+    grads: Gradients,
+) -> None:
     """Fields and, with a `row_loss`, losses and gradients. divide: (normalizer, mode), terms: (kept, share, z_loss)."""
     scanned = with_sources_of_derived(wanted)
     if terms[1] is not None:
@@ -251,8 +260,9 @@ def _parts(call: _Launch, row_loss: Tensor | None, has_kept: bool) -> tuple[Tens
     return losses, kept
 
 
-def _reduce(call: _Launch, parts: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
+def _reduce(call: _Launch, parts: Tensor | None, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
     """total, 0-d: the sum of `parts`, divided."""
+    assert parts is not None, "there are losses, or numbers of kept rows"
     _, _, target, weight, *numbers = call.problem
     if divisor != BY_KEPT_ROWS:
         target = weight = None
@@ -260,7 +270,7 @@ def _reduce(call: _Launch, parts: Tensor, total: Tensor, normalizer: Tensor | No
     launch.run(cross_entropy_reduce_kernel, 1, *args, DIVISOR=divisor, BLOCK=REDUCE_BLOCK)
 
 
-def _divisor(call: _Launch, normalizer: Tensor | None, mean: bool, has_gradient: bool) -> tuple:
+def _divisor(call: _Launch, normalizer: Tensor | None, mean: bool, has_gradient: bool) -> tuple[Tensor | None, int]:
     """(0-d tensor on the device or None, what to divide by). Nothing is read from the device."""
     values = call.problem.base.ptr
     if not mean:
@@ -279,11 +289,12 @@ def _divisor(call: _Launch, normalizer: Tensor | None, mean: bool, has_gradient:
 
 def _total(call: _Launch, row_loss: Tensor, total: Tensor, normalizer: Tensor | None, divisor: int) -> None:
     """The reduced loss. Its bits depend on the number of rows alone, as what is added to what does."""
+    parts: Tensor | None = row_loss
     if call.num_rows > FEW_ROWS:
-        row_loss, kept = _parts(call, row_loss, divisor == BY_KEPT_ROWS)
+        parts, kept = _parts(call, row_loss, divisor == BY_KEPT_ROWS)
         if kept is not None:
             normalizer, divisor = kept, BY_PARTS
-    _reduce(call, row_loss, total, normalizer, divisor)
+    _reduce(call, parts, total, normalizer, divisor)
 
 
 def loss(
@@ -298,6 +309,7 @@ def loss(
     if terms.label_smoothing:
         kept, share = 1.0 - terms.label_smoothing, terms.label_smoothing / problem.vocab_size
     has_gradient = any(grad is not None for grad in grads)
+    assert normalizer is None or isinstance(normalizer, Tensor), "the dispatcher has made tensors of numbers"
     with launch.on_device_of(base):
         divide = _divisor(call, normalizer, terms.mean, has_gradient)
         _forward(call, wanted, fields, row_loss, divide, (kept, share, terms.z_loss or None), grads)

@@ -6,7 +6,8 @@ Nothing is read from the device: temperature, scale of the noise and seed are 0-
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -30,6 +31,7 @@ MOST_TILES = 8  # that stay in registers: 32 scores of a thread
 MOST_PASSES = 128  # up to so many labels are picked one by one, each in a pass over registers
 SELECTED_BLOCK = 1024
 FILL_BLOCK = 1024
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 NO_FIELDS = Fields(None, None, None, None, None, None)
 
 
@@ -87,7 +89,7 @@ def _number(value: float | int | Tensor | None, dtype: torch.dtype, like: Tensor
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
-def _adjacent(tensor: Tensor | None) -> Tensor | None:
+def _adjacent(tensor: _MaybeTensor) -> _MaybeTensor:
     """With columns that lie side by side; a copy where they do not."""
     return tensor if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -106,7 +108,7 @@ class _Call(NamedTuple):
     is_grouped: bool
     device: launch.Device
 
-    def leading(self) -> tuple:
+    def leading(self) -> tuple[Scores, int, int]:
         return self.scores, self.first_row, self.num_labels
 
     def columns(self, cut: Cut) -> dict[str, int]:
@@ -116,13 +118,12 @@ class _Call(NamedTuple):
 
 
 def _call(rows: SoftRows) -> _Call:
-    scores, temperature, mask = _adjacent(rows.scores), rows.temperature, rows.mask
+    scores, mask = _adjacent(rows.scores), rows.mask
     launch.check_device(scores)
     num_rows, num_labels = scores.shape
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        temperature = _number(temperature, torch.float32, scores)
-    else:
-        temperature = None
+    temperature: Tensor | None = None
+    if isinstance(rows.temperature, Tensor) or rows.temperature != 1.0:
+        temperature = _number(rows.temperature, torch.float32, scores)
     if mask is not None:
         mask = _adjacent(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
     given = Scores(
@@ -140,7 +141,7 @@ def _call(rows: SoftRows) -> _Call:
     return _Call(given, rows.first_row, num_rows, num_labels, is_grouped, launch.device_of(scores.device))
 
 
-def _fields(state: dict[str, Tensor | None]) -> Fields:
+def _fields(state: Mapping[str, Tensor | None]) -> Fields:
     return Fields(*(state.get(name) for name in Fields._fields))
 
 
@@ -243,7 +244,7 @@ def select(rows: SoftRows, fields: dict[str, Tensor], labels: Tensor, weights: T
     segments, named = triton.cdiv(call.num_labels, cut.segment), _fields(fields)
     slots = triton.next_power_of_2(k) if k <= MOST_PASSES else 0
     is_whole = segments == 1 and slots > 0
-    candidates = None
+    candidates: Tensor | None = None
     if not is_whole:
         size = (call.num_rows, segments * k if slots else call.num_labels)
         candidates = rows.scores.new_empty(size, dtype=torch.int64)
@@ -259,7 +260,7 @@ def select(rows: SoftRows, fields: dict[str, Tensor], labels: Tensor, weights: T
             SLOTS=slots,
             **call.columns(cut),
         )
-        if is_whole or not call.num_rows:
+        if candidates is None or not call.num_rows:
             return
         # packed labels differ, but for those that name none: the order does not depend on how it sorts
         packed = candidates.topk(k, dim=-1).values.contiguous()
@@ -322,7 +323,7 @@ def gather(tables: Tensor, labels: Tensor, weights: Tensor | None, out: Tensor, 
     (num_tables, num_labels, width), (num_rows, k) = tables.shape, labels.shape
     weights = None if weights is None else weights.contiguous()
     tile = block_rows, block = _tile(width, num_rows, 1024)
-    args = (tables, tables.stride(0), tables.stride(1), num_labels, labels, weights, k)
+    args: tuple[Any, ...] = (tables, tables.stride(0), tables.stride(1), num_labels, labels, weights, k)
     num_programs = num_tables * triton.cdiv(num_rows, block_rows) * triton.cdiv(width, block)
     args += (out, out.stride(0), out.stride(1), num_rows, width)
     with launch.on_device_of(tables):
@@ -335,7 +336,7 @@ def products(tables: Tensor, labels: Tensor, rows: Tensor, out: Tensor, in_doubl
     tables, rows, labels = _adjacent(tables), _adjacent(rows), labels.contiguous()
     (num_tables, num_labels, width), (num_rows, k) = tables.shape, labels.shape
     tile = slots, block = _tile(width, min(k, 16), 1024)
-    args = (tables, tables.stride(0), tables.stride(1), num_tables, num_labels, labels, k)
+    args: tuple[Any, ...] = (tables, tables.stride(0), tables.stride(1), num_tables, num_labels, labels, k)
     args += (rows, rows.stride(0), rows.stride(1), width, out)
     with launch.on_device_of(tables):
         num_programs = num_rows * triton.cdiv(k, slots)
@@ -356,7 +357,8 @@ def scatter(tables: Tensor, labels: Tensor, weights: Tensor | None, rows: Tensor
     with launch.on_device_of(tables):
         sorted_labels, positions = torch.sort(flat, stable=True)
         ends = torch.searchsorted(sorted_labels, sorted_labels, right=True)
-        args = (tables, tables.stride(0), tables.stride(1), num_labels, sorted_labels, positions, ends, num_terms)
+        args: tuple[Any, ...] = (tables, tables.stride(0), tables.stride(1), num_labels)
+        args += (sorted_labels, positions, ends, num_terms)
         args += (labels.shape[-1], None if weights is None else weights.contiguous())
         args += (rows, rows.stride(0), rows.stride(1), width)
         num_programs = num_tables * num_terms * triton.cdiv(width, block)
