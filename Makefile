@@ -67,9 +67,10 @@ test-sanitized: venv  ## run the tests on a CPU module with address and undefine
 	$(call test_package,build/sanitized/lib,ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)")
 
-lint: venv  ## check style and format of Python and C++
+lint: venv  ## check style and format of Python and C++, and the package's types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	find csrc -type f -exec $(BIN)/clang-format --dry-run -Werror {} +
 
 format: venv  ## reformat Python and C++
@@ -84,6 +85,6 @@ demo: build  ## train a small auxiliary model on real text, beside eager PyTorch
 	$(BIN)/python -m benchmarks.demo
 
 clean:  ## remove what was built, not .venv
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f auxkernels/native/*.so auxkernels/native/_build.json
 	find auxkernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
