@@ -32,7 +32,12 @@ def anchors(tensors: Iterable[Any]) -> list[Tensor]:
     """Empty tensors that depend on the tensors: edges for `once`, where saving the tensors would keep their memory."""
     if torch.compiler.is_compiling():
         return []
-    return [t[..., None][:0].clone() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    return [_empty_of(t) for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _empty_of(tensor: Tensor) -> Tensor:
+    # one operator, and no view, which would keep the memory
+    return (tensor if tensor.dim() else tensor.unsqueeze(0)).narrow_copy(-1, 0, 0)
 
 
 def _has_transform() -> bool:

@@ -38,7 +38,7 @@ def is_better_from_rows(call: ops.Call, has_gradient: bool, recompute: bool) -> 
 def _has_half_gradient(call: ops.Call) -> bool:
     # fp16 gradients made in the forward pass would underflow before the grad scaler's factor arrives. those of a head's
     # tensors wait in float32
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or all(t is None or t.dtype != torch.float16 for t in call.leaves[:: len(LAYOUTS)]):
         return False
     for source in by_source(call.leaves):
         if source.weight is None and source.values.dtype == torch.float16 and source.values.requires_grad:
@@ -69,6 +69,15 @@ def loss_in_one_pass(
     return loss, named_fields(wanted, fields)[0] if wanted else {}
 
 
+# what backward reads, and which part of it the scan has to give beside the fields that are wanted
+_SAVED = (*RowState._fields, "mean_sum", "mean_base")
+_STATE, _STATE_OF_BASE = mask_of("max", "log_denom"), mask_of("base_max", "base_log_denom")
+_NEEDS_STATE_OF_BASE = mask_of("base_log_denom", "base_nll", "mean_base")
+# the maxima are constants of the formulas above the scan: any shift of them cancels there. finished statistics come
+# along detached
+_CONSTANTS = ("max", "base_max", "argmax", "base_argmax", *DERIVED)
+
+
 class RowScan(torch.autograd.Function):
     """Row fields with a reread in backward: exact for any upstream gradients, and as often as wanted."""
 
@@ -81,21 +90,15 @@ class RowScan(torch.autograd.Function):
         weight: Tensor | None,
         *leaves: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        state = mask_of("max", "log_denom")
-        if wanted & mask_of("base_log_denom", "base_nll", "mean_base"):
-            state |= mask_of("base_max", "base_log_denom")
+        state = _STATE | _STATE_OF_BASE if wanted & _NEEDS_STATE_OF_BASE else _STATE
         call = ops.Call(leaves, target, weight, options)
         fields, _ = named_fields(wanted | state, ops.scan(call, wanted | state))
-        saved = (*RowState._fields, "mean_sum", "mean_base")
-        ctx.save_for_backward(target, weight, *(fields.get(name) for name in saved), *leaves)
+        ctx.save_for_backward(target, weight, *[fields.get(name) for name in _SAVED], *leaves)
         ctx.options, ctx.wanted = options, wanted
         ctx.set_materialize_grads(False)
         # copies: an output that is a view could not be modified in place by its user
         outputs = {name: fields[name].clone() for name in fields_in(wanted)}
-        # the maxima are constants of the formulas above the scan: any shift of them cancels there. finished statistics
-        # come along detached
-        constants_of_gradient = ("max", "base_max", "argmax", "base_argmax", *DERIVED)
-        ctx.mark_non_differentiable(*(outputs[name] for name in constants_of_gradient if name in outputs))
+        ctx.mark_non_differentiable(*[output for name, output in outputs.items() if name in _CONSTANTS])
         return tuple(outputs.values())
 
     @staticmethod

@@ -102,7 +102,7 @@ def output_pointers(wanted: int, fields: list[Tensor], grads: Gradients) -> list
     pointers = [0] * (NUM_FIELDS + 6)
     first = 0
     for stacked in fields:
-        address, step, num_rows = stacked.data_ptr(), stacked.stride(0) * stacked.element_size(), len(stacked)
+        address, step, num_rows = stacked.data_ptr(), stacked.stride(0) * stacked.element_size(), stacked.shape[0]
         for row, place in enumerate(_places(wanted)[first : first + num_rows]):
             pointers[place] = address + row * step
         first += num_rows

@@ -70,13 +70,16 @@ def stats_of_parts(fields: dict[str, Tensor]) -> LogitStats:
     )
 
 
+_OF_LOSS, _OF_SMOOTHING, _OF_LSE = mask_of("nll"), mask_of("log_denom", "weighted_sum"), mask_of("max", "log_denom")
+
+
 def fields_of_loss(label_smoothing: float, z_loss: float) -> int:
     """The fields that `loss_of` needs."""
-    wanted = mask_of("nll")
+    wanted = _OF_LOSS
     if label_smoothing:
-        wanted |= mask_of("log_denom", "weighted_sum")
+        wanted |= _OF_SMOOTHING
     if z_loss:
-        wanted |= mask_of("max", "log_denom")
+        wanted |= _OF_LSE
     return wanted
 
 

@@ -93,24 +93,19 @@ def _per_tensor(grads: list[Tensor | None], tensors: Sequence[Tensor]) -> list[T
 class _SoftEmbedding(torch.autograd.Function):
     """Any upstream gradients, as often as wanted.
 
-    options   as ops.py has them, or native's lookup of scores and table alone, which are then all the tensors
+    options   as ops.py has them, or native's lookup of scores and table alone
+    given     gumbel, seed, mask and what can have a gradient; native's lookup has scores and table alone
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        options: ops.Options | PlainLookup,
-        wanted: int,
-        gumbel: Tensor | None,
-        seed: Tensor | None,
-        mask: Tensor | None,
-        *tensors: Any,
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(ctx: Any, options: ops.Options | PlainLookup, wanted: int, *given: Any) -> Tensor | tuple[Tensor, ...]:
         ctx.options = options
         if isinstance(options, PlainLookup):
-            mixture, state = options.forward(*tensors)
-            ctx.save_for_backward(state, *tensors)
-            return mixture
+            scores, table = given
+            state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
+            ctx.save_for_backward(state, scores, table)
+            return native_plain.forward(scores, table, options.temperature, state)
+        gumbel, seed, mask, *tensors = given
         saved = _saved(options, wanted)
         mixture, *outputs = ops.forward(_call_of(options, gumbel, seed, mask, tensors), saved)
         fields = dict(zip(outputs_in(saved), outputs, strict=True))
@@ -122,7 +117,7 @@ class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_fields: Tensor | None) -> tuple[Tensor | None, ...]:
         if isinstance(ctx.options, PlainLookup):
-            return (None, None, None, None, None, *_plain_gradients(ctx, grad))
+            return (None, None, *_plain_gradients(ctx, grad))
         gumbel, seed, mask, max, log_denom, argmax, labels, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[-len(tensors) :])
         grads: list[Tensor | None] = [None] * len(needs)
@@ -138,9 +133,10 @@ class _SoftEmbedding(torch.autograd.Function):
 
 def plain_lookup(scores: Tensor, table: Tensor, temperature: float | Tensor) -> Tensor:
     """The mixture [*, D] of a call that `native_plain.serves` accepts."""
-    table = native_plain.table_of(table)
+    if torch.is_autocast_enabled("cpu"):
+        table = table.to(torch.get_autocast_dtype("cpu"))
     if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
-        return _SoftEmbedding.apply(PlainLookup(float(temperature)), 0, None, None, None, scores, table)
+        return _SoftEmbedding.apply(PlainLookup(float(temperature)), 0, scores, table)
     return native_plain.forward(scores, table, float(temperature), None)
 
 
@@ -148,7 +144,11 @@ def _plain_gradients(ctx: Any, grad: Any) -> list[Tensor | None]:
     state, scores, table = ctx.saved_tensors
     needs, grad = ctx.needs_input_grad[-2:], grad.resolve_neg()
     if dispatch.is_direct((state, scores, table, grad), "native"):
-        grads = ctx.options.backward(state, scores, table, grad, needs)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                grads = native_plain.backward(scores, table, state, ctx.options.temperature, grad, *needs)
+        else:
+            grads = native_plain.backward(scores, table, state, ctx.options.temperature, grad, *needs)
     else:  # by the operator, which what is tracing knows
         max, log_denom = state.view(2, *scores.shape[:-1])
         temperature = dispatch.number_tensor(ctx.options.temperature, torch.float32, scores.device)

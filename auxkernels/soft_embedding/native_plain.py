@@ -61,29 +61,10 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.is_contiguous()
 
 
-def table_of(table: Tensor) -> Tensor:
-    """The table in autocast's dtype."""
-    return table.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else table
-
-
 class PlainLookup(NamedTuple):
-    """Both ways of a call that `serves` accepts, for the autograd function in autograd.py."""
+    """What of a call that `serves` accepts is no tensor."""
 
     temperature: float
-
-    def forward(self, scores: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixture [*, D], and for backward max and log_denom of each row [2, N]."""
-        state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
-        return forward(scores, table, self.temperature, state), state
-
-    def backward(
-        self, state: Tensor, scores: Tensor, table: Tensor, grad: Tensor, needs: tuple[bool, bool]
-    ) -> list[Tensor | None]:
-        """The gradients of scores and table, None where `needs` says so; by nothing that autograd records."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                return _backward(scores, table, state, self.temperature, grad, *needs)
-        return _backward(scores, table, state, self.temperature, grad, *needs)
 
 
 def _is_small(scores: Tensor, table: Tensor, is_forward: bool) -> bool:
@@ -132,10 +113,10 @@ def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | N
 
 def _plain(tensor: Tensor) -> Tensor:
     """As kernels read tensors: saved-tensor hooks and autograd may hand out other strides and lazy negations."""
-    return tensor.resolve_neg().contiguous()
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
-def _backward(
+def backward(
     scores: Tensor,
     table: Tensor,
     state: Tensor,
@@ -144,6 +125,7 @@ def _backward(
     needs_scores: bool,
     needs_table: bool,
 ) -> list[Tensor | None]:
+    """The gradients that are wanted of scores and table, from what `forward` wrote into `state`."""
     scores, table, state = _plain(scores), _plain(table), _plain(state)
     num_labels, width = table.shape
     grad_scores = brought_in(torch.empty_like(scores)) if needs_scores else None
