@@ -85,7 +85,7 @@ class RowScan(torch.autograd.Function):
         outputs = {name: fields[name].clone() for name in fields_in(wanted)}
         # the maxima are constants of the formulas above the scan: any shift of them cancels there. finished statistics
         # come along detached
-        constants_of_gradient = ("max", "base_max", "argmax", "base_argmax", *DERIVED)
+        constants_of_gradient = ("max", "base_max", "argmax", "base_argmax", "target_rank", *DERIVED)
         ctx.mark_non_differentiable(*(outputs[name] for name in constants_of_gradient if name in outputs))
         return tuple(outputs.values())
 

@@ -35,6 +35,11 @@ def _divergence(log_p: Tensor, log_q: Tensor, a: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
+def _rank(s: Tensor, classes: Tensor) -> Tensor:
+    """How many numbers of each row are greater than the one at its class, [*]."""
+    return (s > s.gather(-1, classes.unsqueeze(-1))).sum(-1)
+
+
 def _classes(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Target safe to gather with, which rows are ignored, which hold no class (poisoned; none on CPU, which raises)."""
     target = ops.check_target(target, vocab_size, ignore_index).long()
@@ -96,6 +101,7 @@ def statistics(given: Arguments) -> dict[str, Tensor | None]:
         "kl_to_base": _divergence(log_p, log_q, a),
         "argmax": s.argmax(-1),
         "base_argmax": z_b.argmax(-1),
+        "target_rank": None if classes is None else _rank(s, classes).masked_fill(lse.isnan() | poisoned, -1),
     }
     stats = {name: v.to(compute) if v is not None and v.is_floating_point() else v for name, v in stats.items()}
     if ignored is None:

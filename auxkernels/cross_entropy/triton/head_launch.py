@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...tritonlib import launch
 from ..request import empty_rows, mask_of, with_sources_of_derived
-from .head_kernels import HeadRows, head_finish_kernel, head_scan_kernel
-from .row_state import NUM_FLOATS, NUM_INTS
+from .head_kernels import HeadRows, head_finish_kernel, head_scan_kernel, head_target_kernel
+from .row_state import NUM_FLOATS, NUM_INTS, TARGET_RANK
 
 OF_BASE = mask_of("mean_base", "base_max", "base_log_denom", "base_nll", "base_argmax")
 HIDDEN_BYTES_TOGETHER = 16 * 2**20  # of the rows that are walked together: they stay in L2 while weights stream by
@@ -216,27 +216,36 @@ def _scan(base, aux, target, weight, ignore_index, vocab_size, wanted, fields) -
         vocab_size,
         num_rows,
     )
+    heads = _rows_of(base), _rows_of(aux)
+    products = {
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_DEPTH": tile.depth,
+        "EVEN_DEPTH": all(head is None or head.hidden.shape[-1] % tile.depth == 0 for head in (base, aux)),
+        "TWO": has_two,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    target_sums = None
+    if scanned & TARGET_RANK.value:
+        target_sums = hidden.new_empty(num_rows, dtype=torch.float32)
+        of_target = (classes[0], *classes[2:], target_sums)
+        launch.run(head_target_kernel, schedule.num_blocks, *heads, *of_target, **products)
     launch.run(
         head_scan_kernel,
         schedule.num_blocks * schedule.num_splits,
-        _rows_of(base),
-        _rows_of(aux),
+        *heads,
         *classes,
         *schedule,
         floats,
         ints,
         target_logits,
+        target_sums,
         WANTED=scanned,
-        BLOCK_ROWS=tile.rows,
         BLOCK_COLS=tile.cols,
-        BLOCK_DEPTH=tile.depth,
-        EVEN_DEPTH=all(head is None or head.hidden.shape[-1] % tile.depth == 0 for head in (base, aux)),
         PARTS=tile.parts,
         RUN=tile.run,
         STRIP=tile.strip,
-        TWO=has_two,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **products,
     )
     launch.run(
         head_finish_kernel,
