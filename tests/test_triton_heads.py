@@ -32,6 +32,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interp
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiled kernels and interpreted ones exclude each other")
 ALL_FIELDS = (1 << len(request.FIELDS)) - 1
 PLAIN = request.mask_of("max", "log_denom", "nll", "lse", "log_prob", "argmax", "target_rank")
+RANK = request.mask_of("target_rank")
 WITHOUT_TARGET = ALL_FIELDS & ~request.OF_TARGET
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -128,6 +129,8 @@ def check(base, aux, target=None, weight=None, ignore_index=-100, vocab_size=V, 
     if wanted is None:
         wanted = WITHOUT_TARGET if target is None else ALL_FIELDS
     assert fits(base, aux, wanted) is None
+    if wanted & RANK:  # without ranks it is the scan that finds the targets' logits
+        check(base, aux, target, weight, ignore_index, vocab_size, wanted & ~RANK)
     got, _ = request.named_fields(wanted, scan(base, aux, target, weight, ignore_index, vocab_size, wanted))
     want, error = expected(base, aux, target, weight, ignore_index, vocab_size)
     for name, value in got.items():

@@ -238,13 +238,13 @@ def head_target_kernel(
     ignore_index: tl.int64,
     V,
     num_rows: tl.int64,
-    target_sums,
+    target_logits,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
     TWO: tl.constexpr,
 ):
-    """Each row's logit s at its target (of no meaning where that is no class), [num_rows].
+    """Each row's logits (s_y, z_y) at its target, of no meaning where that is no class: [num_rows, 2].
 
     The product of a block of rows and of their targets' weights, of which only the diagonal counts: one tile more than
     all those of the vocabulary. A dot product of each row by itself would be less, but it adds in another order than
@@ -267,9 +267,10 @@ def head_target_kernel(
         if base.softcap is not None or base.scale is not None:
             product = strip_logits(product, base_rows, v, BLOCK_ROWS)
         product = add_product(product, aux_rows, r, 0, c, BLOCK_DEPTH, EVEN_DEPTH)
-    s, _ = logits_of_products(product, aux_product, base_rows, aux_rows, v, BLOCK_ROWS, TWO)
-    s = tl.sum(tl.where(row[:, None] == row[None, :], s, 0.0), axis=1)
-    tl.store(target_sums + first_row + row, s, mask=row <= last_row)
+    s, z_base = logits_of_products(product, aux_product, base_rows, aux_rows, v, BLOCK_ROWS, TWO)
+    is_own, place = row[:, None] == row[None, :], target_logits + 2 * (first_row + row)
+    tl.store(place, tl.sum(tl.where(is_own, s, 0.0), axis=1), mask=row <= last_row)
+    tl.store(place + 1, tl.sum(tl.where(is_own, z_base, 0.0), axis=1), mask=row <= last_row)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_rows", "num_blocks", "num_splits", "split_size", "blocks_together"])
@@ -288,7 +289,6 @@ def head_scan_kernel(
     floats,
     ints,
     target_logits,
-    target_sums,
     WANTED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -301,10 +301,11 @@ def head_scan_kernel(
 ):
     """States of a block of rows and a range of classes, [num_splits, rows of all blocks, PARTS], without the targets.
 
-    target_logits   as many pairs (s_y, z_y), 0 but for the state that has the target's column.
-    target_sums     s_y as `head_target_kernel` gives it; None: no rank is wanted.
+    target_logits   as many pairs (s_y, z_y), 0 but for the state that has the target's column. Where ranks are wanted,
+                    those that `head_target_kernel` has made are read instead.
     A block of ignored rows alone writes nothing.
     """
+    HAS_TO_FIND_TARGETS: tl.constexpr = target is not None and not (TARGET_RANK & WANTED)
     LANES: tl.constexpr = BLOCK_ROWS * PARTS
     WIDTH: tl.constexpr = BLOCK_COLS // PARTS
     at = place_of_program(V, num_blocks, num_splits, split_size, blocks_together)
@@ -329,7 +330,7 @@ def head_scan_kernel(
         y_in_lane = (y - part * WIDTH)[:, None]
         ranked = 0.0
         if TARGET_RANK & WANTED:
-            ranked = tl.load(target_sums + first_row + row)[:, None]
+            ranked = tl.load(target_logits + 2 * first_row + 2 * row)[:, None]
         for start in range(at.start, at.stop, BLOCK_COLS):
             products, aux_products = tile_products(
                 base_rows, aux_rows, r, start, V, BLOCK_COLS, BLOCK_DEPTH, EVEN_DEPTH, PARTS, RUN, STRIP, TWO
@@ -346,14 +347,14 @@ def head_scan_kernel(
                 first = start + i * STRIP + (part * WIDTH)[:, None]
                 here = within(LANES, STRIP, True)
                 at_y = here + (start + i * STRIP) == y_in_lane
-                if target is not None:
+                if HAS_TO_FIND_TARGETS:
                     s_y += tile_sum(tl.where(at_y, s, 0.0))
                     if BASE & WANTED:
                         z_y += tile_sum(tl.where(at_y, z_base, 0.0))
                 lanes = absorb(lanes, s, z_base, w, first, first + here < V, at_y, ranked, WANTED, True)
         state = (at.split.to(tl.int64) * num_blocks + at.block) * LANES
         store_state(floats + state * NUM_FLOATS, ints + state * NUM_INTS, lane, lanes, WANTED)
-        if target is not None:
+        if HAS_TO_FIND_TARGETS:
             tl.store(target_logits + 2 * state + 2 * lane, s_y)
             if BASE & WANTED:
                 tl.store(target_logits + 2 * state + 2 * lane + 1, z_y)
@@ -418,8 +419,10 @@ def head_finish_kernel(
         rest = merge_states(floats, ints, row, num_splits, states_per_split, WANTED, PARTS, LANES)
         s_y, z_y, w_y = 0.0, 0.0, 1.0
         if target is not None:
-            part = y % split_size % BLOCK_COLS // (BLOCK_COLS // PARTS)
-            place = target_logits + 2 * (y // split_size * states_per_split + row * PARTS + part)
+            place = target_logits + 2 * row
+            if not (TARGET_RANK & WANTED):
+                part = y % split_size % BLOCK_COLS // (BLOCK_COLS // PARTS)
+                place = target_logits + 2 * (y // split_size * states_per_split + row * PARTS + part)
             s_y = tl.load(place, mask=y >= 0, other=0.0)
             z_y = s_y
             if BASE & WANTED:

@@ -208,7 +208,9 @@ def _scan(base, aux, target, weight, ignore_index, vocab_size, wanted, fields) -
     num_states = schedule.num_splits * states_per_split
     floats = hidden.new_empty(num_states * NUM_FLOATS.value, dtype=torch.float32)
     ints = hidden.new_empty(num_states * NUM_INTS.value, dtype=torch.int64)
-    target_logits = None if target is None else hidden.new_empty(num_states * 2, dtype=torch.float32)
+    is_ranked, target_logits = bool(scanned & TARGET_RANK.value), None
+    if target is not None:
+        target_logits = hidden.new_empty((num_rows if is_ranked else num_states) * 2, dtype=torch.float32)
     classes = (
         None if target is None else target.contiguous(),
         launch.numbers(weight),
@@ -225,11 +227,9 @@ def _scan(base, aux, target, weight, ignore_index, vocab_size, wanted, fields) -
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    target_sums = None
-    if scanned & TARGET_RANK.value:
-        target_sums = hidden.new_empty(num_rows, dtype=torch.float32)
-        of_target = (classes[0], *classes[2:], target_sums)
-        launch.run(head_target_kernel, schedule.num_blocks, *heads, *of_target, **products)
+    if is_ranked:
+        of_targets = classes[0], *classes[2:], target_logits
+        launch.run(head_target_kernel, schedule.num_blocks, *heads, *of_targets, **products)
     launch.run(
         head_scan_kernel,
         schedule.num_blocks * schedule.num_splits,
@@ -239,7 +239,6 @@ def _scan(base, aux, target, weight, ignore_index, vocab_size, wanted, fields) -
         floats,
         ints,
         target_logits,
-        target_sums,
         WANTED=scanned,
         BLOCK_COLS=tile.cols,
         PARTS=tile.parts,
