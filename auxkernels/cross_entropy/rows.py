@@ -20,7 +20,7 @@ class LogitStats:
     kl_to_base                KL(p || q), nats
     argmax, base_argmax       int64, most likely class of p and of q: lowest index on a tie, the first NaN wins
     target_rank               int64, how many classes have a greater base + aux than the target, ties not counted: 0
-                              where the target is (one of) the likeliest, and < k where it is among the k likeliest.
+                              where the target is (one of) the likeliest, 0 <= rank < k where it is among the first k.
                               None without a target
     Ignored rows hold 0.0, and -1 in argmaxes and rank. In a row that is no distribution (all -inf, any +inf or NaN)
     every float of p is NaN, lse too, and base_log_prob where q is none; the rank is -1, as it is on GPU where the
