@@ -103,9 +103,9 @@ def logit_stats(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> LogitStats:
-    """Statistics of softmax(base + aux) for each row, in one pass and each differentiable but the argmaxes.
+    """Statistics of softmax(base + aux) for each row, in one pass and each differentiable but argmaxes and rank.
 
-    Arguments as in `aux_cross_entropy`; without a target no row is ignored and the log-probabilities are None.
+    Arguments as in `aux_cross_entropy`; without a target no row is ignored and what is of the target is None.
     `-log_prob` is the loss of reduction="none".
     Returns   `LogitStats` of tensors [*], float32 (float64 if a source is) and int64.
     Raises    as `aux_cross_entropy`.

@@ -75,7 +75,7 @@ _STATE, _STATE_OF_BASE = mask_of("max", "log_denom"), mask_of("base_max", "base_
 _NEEDS_STATE_OF_BASE = mask_of("base_log_denom", "base_nll", "mean_base")
 # the maxima are constants of the formulas above the scan: any shift of them cancels there. finished statistics come
 # along detached
-_CONSTANTS = ("max", "base_max", "argmax", "base_argmax", *DERIVED)
+_CONSTANTS = ("max", "base_max", "argmax", "base_argmax", "target_rank", *DERIVED)
 
 
 class RowScan(torch.autograd.Function):

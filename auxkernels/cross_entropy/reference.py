@@ -38,6 +38,11 @@ def _divergence(log_p: Tensor, log_q: Tensor, a: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
+def _rank(s: Tensor, classes: Tensor) -> Tensor:
+    """How many numbers of each row are greater than the one at its class, [*]."""
+    return (s > s.gather(-1, classes.unsqueeze(-1))).sum(-1)
+
+
 def _classes(target: Tensor | None, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Target safe to gather with, which rows are ignored, which hold no class (poisoned; none on CPU, which raises)."""
     checked: Tensor = ops.check_target(target, vocab_size, ignore_index)
@@ -100,7 +105,10 @@ def statistics(given: Arguments) -> dict[str, Any]:
         "kl_to_base": _divergence(log_p, log_q, a),
         "argmax": s.argmax(-1),
         "base_argmax": z_b.argmax(-1),
+        "target_rank": None,
     }
+    if classes is not None and poisoned is not None:
+        stats["target_rank"] = _rank(s, classes).masked_fill(lse.isnan() | poisoned, -1)
     stats = {name: v.to(compute) if v is not None and v.is_floating_point() else v for name, v in stats.items()}
     if ignored is None or poisoned is None:
         return stats

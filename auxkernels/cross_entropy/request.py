@@ -3,7 +3,7 @@
 Row fields. A forward scan of row n, with s the sum of the sources, p = softmax(s), z_b the base's part,
 q = softmax(z_b), m and m_b the maxima of s and z_b, y the target, w the class weights (1 without), gives the numbers of
 `FIELDS`. Which of them a call wants is a bit mask; they come back in this order, stacked: one float tensor [F, *], one
-int64 tensor [A, *]. Ignored rows hold +0.0 (argmax -1).
+int64 tensor [A, *]. Ignored rows hold +0.0 (-1 in those of int64).
 
 Coefficients. With one number per row for each name of `Coefficients`, every gradient has the form
 
@@ -42,6 +42,7 @@ FIELDS = (
     "base_log_prob",  # -base_nll
     "argmax",  # int64: of s, lowest index on a tie, the first NaN wins
     "base_argmax",  # int64: of z_b
+    "target_rank",  # int64: how many s_v > s_y; -1 where p is none, or y no class
 )
 FIELD_BIT = {name: 1 << i for i, name in enumerate(FIELDS)}
 NUM_FLOAT_FIELDS = FIELDS.index("argmax")
@@ -63,7 +64,7 @@ def mask_of(*names: str) -> int:
     return sum(FIELD_BIT[name] for name in names)
 
 
-OF_TARGET = mask_of("nll", "base_nll", "log_prob", "base_log_prob")
+OF_TARGET = mask_of("nll", "base_nll", "log_prob", "base_log_prob", "target_rank")
 OF_BASE = mask_of("mean_base", "base_max", "base_log_denom", "base_nll", "kl_to_base", "base_log_prob", "base_argmax")
 
 

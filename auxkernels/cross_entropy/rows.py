@@ -19,10 +19,14 @@ class LogitStats:
     entropy                   entropy of p, nats
     kl_to_base                KL(p || q), nats
     argmax, base_argmax       int64, most likely class of p and of q: lowest index on a tie, the first NaN wins
-    Ignored rows hold 0.0, and -1 in the argmaxes. In a row that is no distribution (all -inf, any +inf or NaN) every
-    float of p is NaN, lse too, and base_log_prob where q is none. The sum is float32, so that a large scale (a small
-    temperature) rounds it: by half an ulp of the largest |base + aux|, absolutely. Entropies are accurate beside that,
-    relative to themselves also where one class is all but certain.
+    target_rank               int64, how many classes have a greater base + aux than the target, ties not counted: 0
+                              where the target is (one of) the likeliest, 0 <= rank < k where it is among the first k.
+                              None without a target
+    Ignored rows hold 0.0, and -1 in argmaxes and rank. In a row that is no distribution (all -inf, any +inf or NaN)
+    every float of p is NaN, lse too, and base_log_prob where q is none; the rank is -1, as it is on GPU where the
+    target names no class. The sum is float32, so that a large scale (a small temperature) rounds it: by half an ulp of
+    the largest |base + aux|, absolutely. Entropies are accurate beside that, relative to themselves also where one
+    class is all but certain. Ranks compare the rounded sums.
     """
 
     log_prob: Tensor | None
@@ -32,14 +36,15 @@ class LogitStats:
     kl_to_base: Tensor
     argmax: Tensor
     base_argmax: Tensor
+    target_rank: Tensor | None
 
 
 # with a gradient to come, statistics are arithmetic on the fields that the scan differentiates; without, the scan's own
 _ARGMAXES = mask_of("argmax", "base_argmax")
 FINISHED = mask_of("lse", "entropy", "kl_to_base") | _ARGMAXES
-FINISHED_OF_TARGET = mask_of("log_prob", "base_log_prob")
+FINISHED_OF_TARGET = mask_of("log_prob", "base_log_prob", "target_rank")
 PARTS = mask_of("max", "log_denom", "mean_sum", "mean_base", "base_max", "base_log_denom") | _ARGMAXES
-PARTS_OF_TARGET = mask_of("nll", "base_nll")
+PARTS_OF_TARGET = mask_of("nll", "base_nll", "target_rank")
 
 
 def finished_stats(fields: dict[str, Tensor]) -> LogitStats:
@@ -52,6 +57,7 @@ def finished_stats(fields: dict[str, Tensor]) -> LogitStats:
         fields["kl_to_base"],
         fields["argmax"],
         fields["base_argmax"],
+        fields.get("target_rank"),
     )
 
 
@@ -67,6 +73,7 @@ def stats_of_parts(fields: dict[str, Tensor]) -> LogitStats:
         kl_to_base=(fields["mean_sum"] - fields["mean_base"]) + (fields["base_log_denom"] - log_denom),
         argmax=fields["argmax"],
         base_argmax=fields["base_argmax"],
+        target_rank=fields.get("target_rank"),
     )
 
 

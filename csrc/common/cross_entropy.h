@@ -35,7 +35,8 @@ struct Source {
   X(LogProb, log_prob)            \
   X(BaseLogProb, base_log_prob)   \
   X(Argmax, argmax)               \
-  X(BaseArgmax, base_argmax)
+  X(BaseArgmax, base_argmax)      \
+  X(TargetRank, target_rank)
 enum Field { AUXK_FIELDS(AUXK_ENUMERATOR) kNumFields };
 constexpr int kNumFloatFields = kArgmax;
 // auxkernels.cross_entropy.request.COEFFICIENTS, of its formula for the gradients

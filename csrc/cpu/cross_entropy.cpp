@@ -41,6 +41,7 @@ ScanWants wants_of(const Outputs& out) {
     wants.base |= is_of_base(static_cast<Field>(f));
   }
   wants.weighted = out.fields[kWeightedSum] != nullptr;
+  wants.rank = out.fields[kTargetRank] != nullptr;
   return wants;
 }
 
@@ -71,7 +72,7 @@ void for_each_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_ro
     parallel_for(p.num_rows, threads, kernel.rows_per_chunk(), [&](int64_t n, int t) {
       if (kernel.ignored(n)) return ignored(n);
       Buffers<C>& b = buffers[static_cast<size_t>(t)];
-      RowState row;
+      RowState row = kernel.start(n, wants);
       for (int64_t k = 0; k < num_blocks; ++k)
         b.blocks[k] = kernel.scan_block(n, k, wants, keeps_row ? b.row + k * kBlock : b.s, b.z_b, &row);
       kernel.merge(b.blocks.get(), wants, &row);
@@ -83,7 +84,8 @@ void for_each_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_ro
   }
   auto buffers = make_buffers<C>(p, threads, false);
   std::vector<BlockState> blocks(static_cast<size_t>(p.num_rows * num_blocks));
-  std::vector<RowState> rows(static_cast<size_t>(p.num_rows));
+  std::vector<RowState> rows;
+  for (int64_t n = 0; n < p.num_rows; ++n) rows.push_back(kernel.start(n, wants));
   const auto block_of = [&](int64_t n) { return blocks.data() + n * num_blocks; };
   parallel_for(p.num_rows * num_blocks, threads, 1, [&](int64_t i, int t) {
     const int64_t n = i / num_blocks, k = i % num_blocks;

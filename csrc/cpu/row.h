@@ -20,6 +20,7 @@ struct BlockState {
   double sum, sum_times_s, sum_times_base, base_sum;
   double weighted_sum, weights;
   double others, base_others;  // with moments: the sums without the columns at the maxima
+  int64_t num_above;           // columns whose sum is greater than the target's
 };
 
 // log(denom). For a confident row from `others`, which is denom - 1 not rounded beside a 1 (negative: not known): its
@@ -46,7 +47,11 @@ struct RowState {
   double others = -1, base_others = -1;  // the denominators without the 1 of a largest column; negative: not known
   double mean_sum = 0, mean_base = 0, weighted_sum = 0;
   double target_logit = kMinusInf, base_target_logit = kMinusInf;
+  double target_sum = 0;  // where the target's rank is wanted: known before the scan, as target_logit is after it
+  int64_t num_above = 0;
 
+  // a row without a distribution has none
+  int64_t target_rank() const { return denom == denom ? num_above : -1; }
   double nll() const { return nll_of(target_logit - max, std::exp(target_logit - max), rest, denom); }
   double base_nll() const {
     const double relative = base_target_logit - base_max;
@@ -61,7 +66,7 @@ struct ScaleShares {
 };
 
 struct ScanWants {
-  bool moments = false, base = false, weighted = false;
+  bool moments = false, base = false, weighted = false, rank = false;
 };
 
 // One thread's working memory; uninitialised, so that its pages are touched by the thread that uses them.
@@ -104,10 +109,23 @@ class Kernel {
     return source.scale == nullptr ? static_cast<C>(source.scale_value)
                                    : static_cast<const C*>(source.scale)[n * source.scale_stride];
   }
-  SourceBlock<C> block(const Source& source, int64_t n, int64_t k) const {
-    const char* first = static_cast<const char*>(source.values);
-    return {first + (row_start(source, n) + k * kBlock) * size_of(source.dtype), source.dtype, scale(source, n),
+  SourceBlock<C> columns(const Source& source, int64_t n, int64_t first) const {
+    const char* values = static_cast<const char*>(source.values);
+    return {values + (row_start(source, n) + first) * size_of(source.dtype), source.dtype, scale(source, n),
             static_cast<C>(source.softcap)};
+  }
+  SourceBlock<C> block(const Source& source, int64_t n, int64_t k) const { return columns(source, n, k * kBlock); }
+
+  // A row before its scan. The target's sum is made by the loops that make a block's, so that its equals are ties.
+  RowState start(int64_t n, const ScanWants& wants) const {
+    RowState row;
+    const int64_t y = target(n);
+    if (!wants.rank || y < 0 || y >= p.V) return row;
+    const SourceBlock<C> base = columns(p.base, n, y);
+    C s = 0;
+    has_aux() ? ops.load_sum(base, columns(p.aux, n, y), 1, &s) : ops.load(base, 1, &s);
+    row.target_sum = static_cast<double>(s);
+    return row;
   }
 
   // s (and z_b, if wanted) of one block; their maxima in the result
@@ -128,7 +146,7 @@ class Kernel {
   BlockState scan_block(int64_t n, int64_t k, const ScanWants& wants, C* s, C* z_b, RowState* row) const {
     const int64_t size = this->size(k), y = target(n) - k * kBlock;
     const auto [max, base_max] = load(n, k, s, wants.base ? z_b : nullptr);
-    BlockState state{max, base_max, 0, 0, 0, 0, 0, 0, 0, 0};
+    BlockState state{max, base_max, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     if (wants.weighted) {
       state.weighted_sum = ops.weighted_sum(s, weights(k), max, size);
       state.weights = sum_of_weights(k);
@@ -141,6 +159,7 @@ class Kernel {
         z_b[y] = static_cast<C>(kMinusInf);
       }
     }
+    if (wants.rank) state.num_above = ops.count_above(s, static_cast<C>(row->target_sum), size);
     const bool last = k + 1 == num_blocks;
     const int64_t next_n = last ? std::min(n + 1, p.num_rows - 1) : n, next_k = last ? 0 : k + 1;
     const auto ahead = [&](const Source& source) -> Ahead {
@@ -174,6 +193,7 @@ class Kernel {
     Others others, base_others;
     for (int64_t k = 0; k < num_blocks; ++k) {
       const BlockState& block = blocks[k];
+      row->num_above += block.num_above;
       const double factor = std::exp(block.max - row->max);
       row->rest += factor * block.sum;
       others.add(block.max, row->max, factor, block.sum, block.others);
@@ -233,6 +253,7 @@ class Kernel {
       static_cast<int64_t*>(out.fields[kArgmax])[n] = argmax(n, false, row.max, row.denom, blocks, b);
     if (out.fields[kBaseArgmax] != nullptr)
       static_cast<int64_t*>(out.fields[kBaseArgmax])[n] = argmax(n, true, row.base_max, row.base_denom, blocks, b);
+    if (out.fields[kTargetRank] != nullptr) static_cast<int64_t*>(out.fields[kTargetRank])[n] = row.target_rank();
   }
 
   void store_ignored_fields(int64_t n, const Outputs& out) const {

@@ -219,6 +219,7 @@ class Worker {
 
   AUXK_DEVICE bool has_cluster() const { return kResident && p.cluster > 1; }
   AUXK_DEVICE bool has_aux() const { return p.problem.aux.values != nullptr; }
+  AUXK_DEVICE bool is_ranked() const { return kMode != kPlain && p.out.fields[kTargetRank] != nullptr; }
   AUXK_DEVICE int warp() const { return hw::thread() / hw::kWarp; }
   AUXK_DEVICE int lane_of_warp() const { return hw::thread() % hw::kWarp; }
   AUXK_DEVICE bool is_first() const { return share.rank == 0 && hw::thread() == 0; }
@@ -287,7 +288,7 @@ class Worker {
   AUXK_DEVICE void scan(const Row& row, const Tile& tile, const Lane<K::kPiece>& lane, const C (&base)[kColumns],
                         const C (&aux)[kColumns], S* state) const {
     Columns<C> x;
-    x.counted = 0;
+    x.counted = 0, x.target = row.target.s;
     const int y = row.target.column - tile.first;
     const bool is_weighted = kMode == kGeneral && (p.out.fields[kWeightedSum] != nullptr || p.terms.row.share != 0);
 #pragma unroll
@@ -390,9 +391,13 @@ class Worker {
   AUXK_DEVICE void work_on(int64_t n, const RowTarget& at, C divisor) {
     Row row = row_at(n, at);
     const Place first = place;
+    // For a rank the target's logits are waited for, by all but the producer. With float64 always: registers that hold
+    // what is stored, and what is made of it, would spill.
+    const bool is_early = std::is_same_v<C, double> || is_ranked();
+    if (is_early) finish_target(&row);
     scan_segments(row);
     S whole = merge_segments();
-    finish_target(&row);
+    if (!is_early) finish_target(&row);
     C rest = 0, base_rest = 0;
     const C weight = kMode == kGeneral && p.terms.row_loss != nullptr && at.y >= 0 ? row.target.weight : C(1);
     if constexpr (kMode == kPlain)
@@ -410,6 +415,12 @@ class Worker {
   }
   AUXK_DEVICE void put_column(Field field, int64_t n, int column) const {
     if (p.out.fields[field] != nullptr) static_cast<int64_t*>(p.out.fields[field])[n] = column == kNowhere ? 0 : column;
+  }
+
+  // a target that names no class has no rank, nor has a row without a distribution
+  AUXK_DEVICE void put_rank(const Row& row, const S& whole) const {
+    const bool has_rank = row.target.exists() && whole.denom == whole.denom;
+    if (is_ranked()) static_cast<int64_t*>(p.out.fields[kTargetRank])[row.n] = has_rank ? whole.num_above : -1;
   }
 
   AUXK_DEVICE RowLoss<C> row_loss() const {
@@ -436,6 +447,7 @@ class Worker {
       numbers.put_statistics(put_number);
       put_column(kArgmax, n, whole.argmax.column);
       put_column(kBaseArgmax, n, whole.base_argmax.column);
+      put_rank(row, whole);
       if constexpr (kMode == kGeneral) {
         const RowLoss<C> terms = row_loss();
         loss = terms.value(terms.kept * loss, whole.weight, numbers);
@@ -514,6 +526,7 @@ class Worker {
     for (int field = 0; field < kNumFloatFields; ++field) put(static_cast<Field>(field), n, C(0));
     put_column(kArgmax, n, -1);
     put_column(kBaseArgmax, n, -1);
+    put_column(kTargetRank, n, -1);
     for (void* grad : {p.out.grad_base_scale, p.out.grad_aux_scale})
       if (grad != nullptr) static_cast<C*>(grad)[n] = C(0);
     if (p.terms.row_loss != nullptr) static_cast<C*>(p.terms.row_loss)[n] = C(0);

@@ -51,6 +51,7 @@ struct FullState : PlainState<C> {
   C weight = 0;        // sum w
   Best<C> argmax;      // of s, and of z_b
   Best<C> base_argmax;
+  int num_above = 0;  // how many s are greater than the target's
 };
 template <class C, int kMode>
 using State = std::conditional_t<kMode == kPlain, PlainState<C>, FullState<C>>;
@@ -139,6 +140,7 @@ template <class C>
 struct Columns {
   C s[kColumns], z[kColumns], w[kColumns];
   uint32_t counted;
+  C target;  // the target's s, if its rank is wanted; otherwise what is counted has no meaning
 };
 
 template <class C, class ColumnOf>
@@ -153,6 +155,8 @@ AUXK_DEVICE void absorb(PlainState<C>& a, Columns<C>& x, bool, const ColumnOf&) 
 template <class C, class ColumnOf>
 AUXK_DEVICE void absorb(FullState<C>& a, Columns<C>& x, bool is_weighted, const ColumnOf& column) {
   const C old_max = a.max, old_base_max = a.base_max;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) a.num_above += x.s[i] > x.target ? 1 : 0;
   rebase(a, fmax(a.max, max_of(x.s)), fmax(a.base_max, max_of(x.z)));
   const C ref = finite_or_zero(a.max), base_ref = finite_or_zero(a.base_max);
   C e[kColumns], moments[kColumns];
@@ -222,6 +226,7 @@ AUXK_DEVICE FullState<C> merged(FullState<C> a, int lanes) {
   a.weight = sum_over(a.weight, lanes);
   a.argmax = best_over(a.argmax, lanes);
   a.base_argmax = best_over(a.base_argmax, lanes);
+  a.num_above = sum_over(a.num_above, lanes);
   return a;
 }
 

@@ -11,9 +11,6 @@ from tolerance import assert_alike
 
 from auxkernels import Logits, LogitStats, aux_cross_entropy, logit_stats
 
-# -- oracle of the statistics ------------------------------------------------------------------------------------------
-
-
 # -- values and gradients ----------------------------------------------------------------------------------------------
 
 AXES = {
@@ -140,7 +137,7 @@ def test_a_base_that_masks_what_the_sum_allows_is_infinitely_far(impl):
     base[0, 5] = -torch.inf
     target = torch.tensor([5, 5], device=impl.device)
     stats = logit_stats(base, aux, target, backend=impl.backend)
-    assert stats.log_prob[0] == stats.base_log_prob[0] == -torch.inf
+    assert stats.log_prob[0] == stats.base_log_prob[0] == -torch.inf and stats.target_rank[0] == 19
     assert stats.kl_to_base.isfinite().all() and stats.log_prob[1].isfinite()
 
 
@@ -197,6 +194,7 @@ def test_rows_without_a_distribution_have_one_answer_everywhere(impl, name, form
         assert getattr(stats, field)[1:].isfinite().all(), field
     assert stats.base_log_prob[0].isnan() == base_is_none
     assert (int(stats.argmax[0]), int(stats.base_argmax[0])) == argmaxes
+    assert stats.target_rank.tolist() == [-1] + [0] * (num_rows - 1)
 
 
 # -- argmax ------------------------------------------------------------------------------------------------------------
@@ -311,7 +309,7 @@ def test_ignored_rows_hold_plus_zero_and_minus_one(impl, ignore_index):
     for name in FLOATS:
         value = getattr(stats, name)[1:3]
         assert not value.any() and not torch.signbit(value).any(), name
-    assert stats.argmax[1:3].tolist() == stats.base_argmax[1:3].tolist() == [-1, -1]
+    assert all(getattr(stats, name)[1:3].tolist() == [-1, -1] for name in INTEGERS)
     total = sum(getattr(stats, name).sum() for name in FLOATS)
     for grad in torch.autograd.grad(total, (base, aux)):
         assert not grad[1:3].any() and not torch.signbit(grad[1:3]).any()
@@ -320,11 +318,11 @@ def test_ignored_rows_hold_plus_zero_and_minus_one(impl, ignore_index):
 
 def test_without_a_target_no_row_is_ignored_and_log_probs_are_none(impl):
     stats = logit_stats(logits(3, 20, device=impl.device), logits(3, 20, device=impl.device), backend=impl.backend)
-    assert stats.log_prob is None and stats.base_log_prob is None
+    assert stats.log_prob is None and stats.base_log_prob is None and stats.target_rank is None
     assert stats.entropy.shape == (3,) and (stats.argmax >= 0).all()
 
 
-def test_the_argmaxes_are_not_differentiable_and_the_rest_is(impl):
+def test_argmaxes_and_rank_are_not_differentiable_and_the_rest_is(impl):
     aux = logits(3, 20, device=impl.device, requires_grad=True)
     stats = logit_stats(logits(3, 20, device=impl.device), aux, targets(3, vocab_size=20), backend=impl.backend)
     assert all(getattr(stats, name).requires_grad for name in ("log_prob", "lse", "entropy", "kl_to_base"))
@@ -338,6 +336,6 @@ def test_logit_stats_is_frozen_and_has_the_documented_fields():
     class Extended(LogitStats):  # what frozen is for: fields can be added
         more: int = 0
 
-    stats = Extended(*[torch.zeros(1)] * 7)
+    stats = Extended(*[torch.zeros(1)] * 8)
     with pytest.raises(AttributeError):
         stats.lse = torch.ones(1)

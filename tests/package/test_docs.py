@@ -71,7 +71,12 @@ def _files_with(pattern: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "heading, pattern", [("To add a scanned statistic", r"\b(mean_base|kMeanBase)\b"), ("as `z_loss`", r"\bz_loss\b")]
+    "heading, pattern",
+    [
+        ("To add a scanned statistic", r"\b(mean_base|kMeanBase)\b"),
+        ("as `target_rank`", r"\b(target_rank|kTargetRank|TARGET_RANK|num_above|count_above)\b"),
+        ("as `z_loss`", r"\bz_loss\b"),
+    ],
 )
 def test_recipes_name_the_files_that_the_last_one_of_its_kind_is_in(heading, pattern):
     """The tables of CONTRIBUTING, where the option or statistic that each gives as its example is spelled out."""

@@ -175,6 +175,19 @@ class Rows:
     def at_target(self, z: Tensor) -> Tensor:
         return torch.where(self.onehot, z, 0.0).sum(-1, keepdim=True)
 
+    def rank_bounds(self) -> tuple[Tensor, Tensor]:
+        """Fewest and most classes that may have a greater sum than the target's, [*]; -1 where there is no rank.
+
+        The sums of two classes may both be wrong, so that what is less than that apart counts or does not.
+        """
+        s, error = self.sum.s, torch.where(self.sum.s.isfinite(), self.sum.sum_error, 0.0)
+        ahead = s - torch.where(self.onehot, s, -torch.inf).amax(-1, keepdim=True)
+        ahead = torch.where(ahead.isnan(), 0.0, ahead)  # -inf beside a target of -inf
+        unsure = torch.where(s.isfinite(), error + self.at_target(error), 0.0)
+        is_ranked = self.onehot.any(-1) & self.sum.log_d.squeeze(-1).isfinite()
+        counts = (ahead > unsure).sum(-1), ((ahead > 0) | ((ahead > -unsure) & ~self.onehot)).sum(-1)
+        return tuple(torch.where(is_ranked, count, -1) for count in counts)
+
 
 # -- loss --------------------------------------------------------------------------------------------------------------
 
@@ -425,10 +438,11 @@ class Plain:
 
     def statistics(self) -> LogitStats:
         log_p, log_q = self.s.log_softmax(-1), self.z_b.log_softmax(-1)
-        p, at_target = log_p.exp(), (None, None)
+        p, at_target, rank = log_p.exp(), (None, None), None
         if self.case.target is not None:
             y = self.case.target.long().masked_fill(self.ignored, 0).unsqueeze(-1)
             at_target = [self.kept(log.gather(-1, y).squeeze(-1)) for log in (log_p, log_q)]
+            rank = (self.s > self.s.gather(-1, y)).sum(-1).masked_fill(self.ignored, -1)
         return LogitStats(
             *at_target,
             lse=self.kept(self.s.logsumexp(-1)),
@@ -436,6 +450,7 @@ class Plain:
             kl_to_base=self.kept((p * (log_p - log_q)).sum(-1)),
             argmax=self.s.argmax(-1).masked_fill(self.ignored, -1),
             base_argmax=self.z_b.argmax(-1).masked_fill(self.ignored, -1),
+            target_rank=rank,
         )
 
     def gradients(self, result: Tensor, upstream: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:

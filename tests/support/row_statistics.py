@@ -10,7 +10,7 @@ from auxkernels import LogitStats, logit_stats
 FLOATS = ("log_prob", "base_log_prob", "lse", "entropy", "kl_to_base")
 
 
-INTEGERS = ("argmax", "base_argmax")
+INTEGERS = ("argmax", "base_argmax", "target_rank")
 
 
 def stats_of(case: Case, backend: str) -> LogitStats:
@@ -74,6 +74,12 @@ def statistics_coefficients(rows: Rows, upstream: dict) -> Coefficients:
 
 def check_statistics(case: Case, impl, wanted_gradients=FLOATS) -> LogitStats:
     rows, stats = Rows(case), stats_of(case, impl.backend)
+    if case.target is None:
+        assert stats.target_rank is None
+    else:
+        assert stats.target_rank.dtype == torch.int64
+        fewest, most = rows.rank_bounds()
+        assert ((fewest <= stats.target_rank) & (stats.target_rank <= most)).all(), "target_rank"
     for name, (want, error) in expected_statistics(rows).items():
         if case.target is None and "log_prob" in name:
             assert getattr(stats, name) is None

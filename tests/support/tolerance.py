@@ -272,19 +272,34 @@ def check_plain(case: Case, impl, upstream: Tensor | None = None) -> dict[str, T
 
 
 def check_statistics(stats: LogitStats, case: Case) -> None:
-    """The numbers against float64; a likeliest class may be any whose logit is the largest but for rounding."""
+    """The numbers against float64; a likeliest class may be any whose logit is the largest but for rounding, and a rank
+    is that of a target whose logit is rounded."""
     exact = Plain(case).statistics()
     got = {name: value for name, value in vars(stats).items() if value is not None}
     assert got.keys() == {name for name, value in vars(exact).items() if value is not None}
     floats = {name: value for name, value in got.items() if value.is_floating_point()}
     check_values(lambda call: vars(call.statistics()), floats, case)
-    for name, sum_of in (("argmax", lambda call: call.s), ("base_argmax", lambda call: call.z_b)):
+    for name, sum_of in (
+        ("argmax", lambda call: call.s),
+        ("base_argmax", lambda call: call.z_b),
+        ("target_rank", lambda call: call.s),
+    ):
+        if name not in got:
+            continue
         call, classes = Plain(case), got[name]
         s = sum_of(call).detach()
         assert torch.equal(classes == -1, call.ignored), name
-        gap = s.amax(-1) - s.gather(-1, classes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         errors = [(sum_of(Drawn(case, seed)).detach() - s).abs().amax(-1) for seed in range(NUM_DRAWS)]
-        assert (call.kept(gap) <= 2 * SLACK * torch.stack(errors).amax(0)).all(), name
+        limit = 2 * SLACK * torch.stack(errors).amax(0)
+        if name == "target_rank":
+            target = case.target.long().masked_fill(call.ignored, 0).unsqueeze(-1)
+            ahead = s - s.gather(-1, target)
+            fewest = (ahead > limit.unsqueeze(-1)).sum(-1)
+            most = (ahead >= -limit.unsqueeze(-1)).sum(-1) - 1  # but for itself
+            assert (call.ignored | ((classes >= fewest) & (classes <= most))).all(), name
+            continue
+        gap = s.amax(-1) - s.gather(-1, classes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        assert (call.kept(gap) <= limit).all(), name
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

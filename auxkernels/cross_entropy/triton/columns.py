@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ...tritonlib.primitives import exp, finite, first_columns, lane_sum, soft_cap, tile_sum, within
-from .row_state import WEIGHTED_SUM, absorb, collapse, load_state, merge, no_columns
+from .row_state import TARGET_RANK, WEIGHTED_SUM, absorb, collapse, load_state, merge, no_columns
 
 
 class Source(NamedTuple):
@@ -171,11 +171,21 @@ def read_target(target, row, ignore_index, V):
 
 
 @triton.jit
+def ranked_logit(base, aux, y, WANTED: tl.constexpr):
+    """The target's logit, which every column is compared with where its rank is wanted."""
+    s_y = 0.0
+    if TARGET_RANK & WANTED:
+        s_y, _ = load_logits_at(base, aux, y)
+    return s_y
+
+
+@triton.jit
 def scan_segment(
     base,
     aux,
     weight,
     y,
+    s_y,
     start,
     stop,
     WANTED: tl.constexpr,
@@ -184,7 +194,7 @@ def scan_segment(
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """The state of the columns [start, stop) without y."""
+    """The state of the columns [start, stop) without y. s_y: as `ranked_logit` gives it."""
     lanes = no_columns([LANES], WANTED)
     for at in range(start, stop, ROWS * LANES * WIDTH):
         first = at + first_columns(LANES, WIDTH, EVEN)
@@ -198,7 +208,7 @@ def scan_segment(
             if weight is not None and WEIGHTED_SUM & WANTED:
                 w = tl.load(places(weight, first, LANES, WIDTH, EVEN), mask=in_row, other=0.0)
             at_y = within(LANES, WIDTH, EVEN) == y - first
-            lanes = absorb(lanes, s, z_base, w, first, in_row, at_y, WANTED, EVEN)
+            lanes = absorb(lanes, s, z_base, w, first, in_row, at_y, s_y, WANTED, EVEN)
             first += LANES * WIDTH
     return collapse(lanes, WANTED)
 
@@ -218,10 +228,10 @@ def scan_row(
     EVEN: tl.constexpr,
 ):
     """The state of a row without y."""
-    state = no_columns([], WANTED)
+    state, s_y = no_columns([], WANTED), ranked_logit(base, aux, y, WANTED)
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(start + SEGMENT, V)
-        segment = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
+        segment = scan_segment(base, aux, weight, y, s_y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
         state = merge(state, segment, WANTED)
     return state
 

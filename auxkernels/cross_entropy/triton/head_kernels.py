@@ -7,6 +7,8 @@ row_state.py. `head_finish_kernel` merges the states of a row in their order and
 Which lane a column goes to follows from which thread has it after the matrix instruction, so that the loop over tiles
 moves nothing between threads: a row's columns go in runs of RUN to PARTS lanes, over and over. A lane is to stand for
 neighbouring classes, therefore it is the rows of the weight that are read in another order (`class_of_column`).
+
+Ranks compare every logit with the target's, which `head_target_kernel` makes before the scan.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from .row_state import (
     BASE,
     NUM_FLOATS,
     NUM_INTS,
+    TARGET_RANK,
     WEIGHTED_SUM,
     RowState,
     absorb,
@@ -195,6 +198,23 @@ def tile_products(
     return strips_of(total, PARTS, RUN, STRIP), aux_strips
 
 
+@triton.jit
+def logits_of_products(product, aux_product, base, aux, v, BLOCK_ROWS: tl.constexpr, TWO: tl.constexpr):
+    """(s, z_b) of the classes v, from products as `tile_products` gives them; z_b is s where only s is wanted."""
+    if TWO:
+        z_base = strip_logits(product, base, v, BLOCK_ROWS)
+        s = z_base + strip_logits(aux_product, aux, v, BLOCK_ROWS)
+    elif aux.given.hidden is None:
+        s = strip_logits(product, base, v, BLOCK_ROWS)
+        z_base = s
+    else:
+        s = strip_logits(product, aux, v, BLOCK_ROWS)
+        if base.given.bias is not None and base.given.softcap is None and base.given.scale is None:
+            s += of_classes(base.given.bias, v, BLOCK_ROWS)
+        z_base = s
+    return s, z_base
+
+
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +228,49 @@ def place_of_program(V, num_blocks, num_splits, split_size, blocks_together):
     block, split = first + within_group % together, within_group // together
     start = split * split_size
     return Place(block, split, start, tl.minimum(start + split_size, V))
+
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+def head_target_kernel(
+    base,
+    aux,
+    target,
+    ignore_index: tl.int64,
+    V,
+    num_rows: tl.int64,
+    target_logits,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    """Each row's logits (s_y, z_y) at its target, of no meaning where that is no class: [num_rows, 2].
+
+    The product of a block of rows and of their targets' weights, of which only the diagonal counts: one tile more than
+    all those of the vocabulary. A dot product of each row by itself would be less, but it adds in another order than
+    the matrix instructions of the scan, and classes with the target's very weights would not all tie.
+    """
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    last_row = tl.minimum(num_rows - 1 - first_row, BLOCK_ROWS - 1).to(tl.int32)
+    row = tl.arange(0, BLOCK_ROWS)
+    r = tl.minimum(row, last_row)
+    y, _, _ = read_target(target + first_row, r, ignore_index, V)
+    c = tl.maximum(y, 0).to(tl.int64)  # these classes are no tile: 32 bits need not hold their distances
+    v = c[None, :]
+    base_rows = HeadBlock(base, first_row, scale_of(base, first_row, r))
+    aux_rows = HeadBlock(aux, first_row, scale_of(aux, first_row, r))
+    zeros = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.float32)
+    product, aux_product = add_product(zeros, base_rows, r, 0, c, BLOCK_DEPTH, EVEN_DEPTH), 0.0
+    if TWO:
+        aux_product = add_product(zeros, aux_rows, r, 0, c, BLOCK_DEPTH, EVEN_DEPTH)
+    elif aux.hidden is not None:
+        if base.softcap is not None or base.scale is not None:
+            product = strip_logits(product, base_rows, v, BLOCK_ROWS)
+        product = add_product(product, aux_rows, r, 0, c, BLOCK_DEPTH, EVEN_DEPTH)
+    s, z_base = logits_of_products(product, aux_product, base_rows, aux_rows, v, BLOCK_ROWS, TWO)
+    is_own, place = row[:, None] == row[None, :], target_logits + 2 * (first_row + row)
+    tl.store(place, tl.sum(tl.where(is_own, s, 0.0), axis=1), mask=row <= last_row)
+    tl.store(place + 1, tl.sum(tl.where(is_own, z_base, 0.0), axis=1), mask=row <= last_row)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_rows", "num_blocks", "num_splits", "split_size", "blocks_together"])
@@ -238,9 +301,11 @@ def head_scan_kernel(
 ):
     """States of a block of rows and a range of classes, [num_splits, rows of all blocks, PARTS], without the targets.
 
-    target_logits   as many pairs (s_y, z_y), 0 but for the state that has the target's column.
+    target_logits   as many pairs (s_y, z_y), 0 but for the state that has the target's column. Where ranks are wanted,
+                    those that `head_target_kernel` has made are read instead.
     A block of ignored rows alone writes nothing.
     """
+    HAS_TO_FIND_TARGETS: tl.constexpr = target is not None and not (TARGET_RANK & WANTED)
     LANES: tl.constexpr = BLOCK_ROWS * PARTS
     WIDTH: tl.constexpr = BLOCK_COLS // PARTS
     at = place_of_program(V, num_blocks, num_splits, split_size, blocks_together)
@@ -263,6 +328,9 @@ def head_scan_kernel(
         lanes = no_columns([LANES], WANTED)
         s_y, z_y = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
         y_in_lane = (y - part * WIDTH)[:, None]
+        ranked = 0.0
+        if TARGET_RANK & WANTED:
+            ranked = tl.load(target_logits + 2 * first_row + 2 * row)[:, None]
         for start in range(at.start, at.stop, BLOCK_COLS):
             products, aux_products = tile_products(
                 base_rows, aux_rows, r, start, V, BLOCK_COLS, BLOCK_DEPTH, EVEN_DEPTH, PARTS, RUN, STRIP, TWO
@@ -270,17 +338,8 @@ def head_scan_kernel(
             # a strip at a time: registers are full of logits, there are none for a copy of each
             for i in tl.static_range(WIDTH // STRIP):
                 v = classes_of_strip(start, i, V, WIDTH, PARTS, STRIP)
-                if TWO:
-                    z_base = strip_logits(products[i], base_rows, v, BLOCK_ROWS)
-                    s = z_base + strip_logits(aux_products[i], aux_rows, v, BLOCK_ROWS)
-                elif aux.hidden is None:
-                    s = strip_logits(products[i], base_rows, v, BLOCK_ROWS)
-                    z_base = s
-                else:
-                    s = strip_logits(products[i], aux_rows, v, BLOCK_ROWS)
-                    if base.bias is not None and base.softcap is None and base.scale is None:
-                        s += of_classes(base.bias, v, BLOCK_ROWS)
-                    z_base = s
+                aux_product = aux_products[i] if TWO else 0.0
+                s, z_base = logits_of_products(products[i], aux_product, base_rows, aux_rows, v, BLOCK_ROWS, TWO)
                 w = None
                 if weight is not None and WEIGHTED_SUM & WANTED:
                     # made of the logits as well: else the sums over w get a layout of their own, and shared memory
@@ -288,14 +347,14 @@ def head_scan_kernel(
                 first = start + i * STRIP + (part * WIDTH)[:, None]
                 here = within(LANES, STRIP, True)
                 at_y = here + (start + i * STRIP) == y_in_lane
-                if target is not None:
+                if HAS_TO_FIND_TARGETS:
                     s_y += tile_sum(tl.where(at_y, s, 0.0))
                     if BASE & WANTED:
                         z_y += tile_sum(tl.where(at_y, z_base, 0.0))
-                lanes = absorb(lanes, s, z_base, w, first, first + here < V, at_y, WANTED, True)
+                lanes = absorb(lanes, s, z_base, w, first, first + here < V, at_y, ranked, WANTED, True)
         state = (at.split.to(tl.int64) * num_blocks + at.block) * LANES
         store_state(floats + state * NUM_FLOATS, ints + state * NUM_INTS, lane, lanes, WANTED)
-        if target is not None:
+        if HAS_TO_FIND_TARGETS:
             tl.store(target_logits + 2 * state + 2 * lane, s_y)
             if BASE & WANTED:
                 tl.store(target_logits + 2 * state + 2 * lane + 1, z_y)
@@ -324,6 +383,7 @@ def merge_states(
             tl.where(is_one, stored.weight, nothing.weight),
             tl.where(is_one, stored.argmax, nothing.argmax),
             tl.where(is_one, stored.base_argmax, nothing.base_argmax),
+            tl.where(is_one, stored.num_above, nothing.num_above),
         )
         state = merge(state, collapse(lanes, WANTED), WANTED)
     return state
@@ -359,15 +419,17 @@ def head_finish_kernel(
         rest = merge_states(floats, ints, row, num_splits, states_per_split, WANTED, PARTS, LANES)
         s_y, z_y, w_y = 0.0, 0.0, 1.0
         if target is not None:
-            part = y % split_size % BLOCK_COLS // (BLOCK_COLS // PARTS)
-            place = target_logits + 2 * (y // split_size * states_per_split + row * PARTS + part)
+            place = target_logits + 2 * row
+            if not (TARGET_RANK & WANTED):
+                part = y % split_size % BLOCK_COLS // (BLOCK_COLS // PARTS)
+                place = target_logits + 2 * (y // split_size * states_per_split + row * PARTS + part)
             s_y = tl.load(place, mask=y >= 0, other=0.0)
             z_y = s_y
             if BASE & WANTED:
                 z_y = tl.load(place + 1, mask=y >= 0, other=0.0)
             if weight is not None:
                 w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
-        end = end_of_logits(rest, s_y, z_y, w_y, WANTED, target is not None)
+        end = end_of_logits(rest, y, s_y, z_y, w_y, WANTED, target is not None)
         if poisoned:
             store_fields(float_fields, int_fields, row, num_rows, float("nan"), None, end, FIELDS)
         else:

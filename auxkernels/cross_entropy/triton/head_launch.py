@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...tritonlib import launch
 from ..request import empty_rows, mask_of, with_sources_of_derived
-from .head_kernels import HeadRows, head_finish_kernel, head_scan_kernel
-from .row_state import NUM_FLOATS, NUM_INTS
+from .head_kernels import HeadRows, head_finish_kernel, head_scan_kernel, head_target_kernel
+from .row_state import NUM_FLOATS, NUM_INTS, TARGET_RANK
 
 OF_BASE = mask_of("mean_base", "base_max", "base_log_denom", "base_nll", "base_argmax")
 HIDDEN_BYTES_TOGETHER = 16 * 2**20  # of the rows that are walked together: they stay in L2 while weights stream by
@@ -217,7 +217,9 @@ def _scan(
     num_states = schedule.num_splits * states_per_split
     floats = hidden.new_empty(num_states * NUM_FLOATS.value, dtype=torch.float32)
     ints = hidden.new_empty(num_states * NUM_INTS.value, dtype=torch.int64)
-    target_logits = None if target is None else hidden.new_empty(num_states * 2, dtype=torch.float32)
+    is_ranked, target_logits = bool(scanned & TARGET_RANK.value), None
+    if target is not None:
+        target_logits = hidden.new_empty((num_rows if is_ranked else num_states) * 2, dtype=torch.float32)
     classes = (
         None if target is None else target.contiguous(),
         launch.numbers(weight),
@@ -225,27 +227,33 @@ def _scan(
         vocab_size,
         num_rows,
     )
+    heads = _rows_of(base), _rows_of(aux)
+    products = {
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_DEPTH": tile.depth,
+        "EVEN_DEPTH": all(head is None or head.hidden.shape[-1] % tile.depth == 0 for head in (base, aux)),
+        "TWO": has_two,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    if is_ranked:
+        of_targets = classes[0], *classes[2:], target_logits
+        launch.run(head_target_kernel, schedule.num_blocks, *heads, *of_targets, **products)
     launch.run(
         head_scan_kernel,
         schedule.num_blocks * schedule.num_splits,
-        _rows_of(base),
-        _rows_of(aux),
+        *heads,
         *classes,
         *schedule,
         floats,
         ints,
         target_logits,
         WANTED=scanned,
-        BLOCK_ROWS=tile.rows,
         BLOCK_COLS=tile.cols,
-        BLOCK_DEPTH=tile.depth,
-        EVEN_DEPTH=all(head is None or head.hidden.shape[-1] % tile.depth == 0 for head in (base, aux)),
         PARTS=tile.parts,
         RUN=tile.run,
         STRIP=tile.strip,
-        TWO=has_two,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **products,
     )
     launch.run(
         head_finish_kernel,

@@ -24,12 +24,24 @@ from .columns import (
     fill_tails,
     load_logits_at,
     merge_segments,
+    ranked_logit,
     read_target,
     scan_row,
     scan_segment,
     write_gradients,
 )
-from .row_state import ARGMAX, BASE_ARGMAX, BASE_DENOM, MEAN_BASE, MEAN_SUM, merge, nll_of, of_target, store_state
+from .row_state import (
+    ARGMAX,
+    BASE_ARGMAX,
+    BASE_DENOM,
+    MEAN_BASE,
+    MEAN_SUM,
+    TARGET_RANK,
+    merge,
+    nll_of,
+    of_target,
+    store_state,
+)
 
 # what the loss is divided by
 BY_ONE = tl.constexpr(0)
@@ -60,6 +72,7 @@ class RowEnd(NamedTuple):
     base_log_prob: Any
     argmax: Any
     base_argmax: Any
+    target_rank: Any
     residual: Any  # 1 - p of the target
     weight: Any  # sum of the class weights
     target_weight: Any
@@ -84,12 +97,12 @@ def end_of_row(rest, base, aux, weight, y, WANTED: tl.constexpr, HAS_TARGET: tl.
         s_y, z_y = load_logits_at(base, aux, y)
         if weight is not None:
             w_y = tl.load(weight + y, mask=y >= 0, other=0.0)
-    return end_of_logits(rest, s_y, z_y, w_y, WANTED, HAS_TARGET)
+    return end_of_logits(rest, y, s_y, z_y, w_y, WANTED, HAS_TARGET)
 
 
 @triton.jit
-def end_of_logits(rest, s_y, z_y, w_y, WANTED: tl.constexpr, HAS_TARGET: tl.constexpr):
-    """The same, from the target's logits and class weight."""
+def end_of_logits(rest, y, s_y, z_y, w_y, WANTED: tl.constexpr, HAS_TARGET: tl.constexpr):
+    """The same, from the target's column (-1: none), logits and class weight."""
     whole = rest
     nll, base_nll, residual, base_log_denom = 0.0, 0.0, 0.0, 0.0
     if HAS_TARGET:
@@ -126,6 +139,7 @@ def end_of_logits(rest, s_y, z_y, w_y, WANTED: tl.constexpr, HAS_TARGET: tl.cons
         0.0 - base_nll,
         column_of(whole.argmax) if ARGMAX & WANTED else 0.0,
         column_of(whole.base_argmax) if BASE_ARGMAX & WANTED else 0.0,
+        tl.where((y >= 0) & (denom == denom), whole.num_above, -1) if TARGET_RANK & WANTED else 0.0,
         residual,
         whole.weight,
         w_y,
@@ -288,7 +302,8 @@ def cross_entropy_segment_kernel(
     y, ignored, _ = read_target(target, row, ignore_index, V)
     base, aux = RowSource(base, *at_row(base, row)), RowSource(aux, *at_row(aux, row))
     if not ignored:
-        state = scan_segment(base, aux, weight, y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
+        s_y = ranked_logit(base, aux, y, WANTED)
+        state = scan_segment(base, aux, weight, y, s_y, start, stop, WANTED, ROWS, LANES, WIDTH, EVEN)
         store_state(floats, ints, program.to(tl.int64), state, WANTED)
 
 
@@ -340,7 +355,7 @@ def cross_entropy_fwd_kernel(
             rest = scan_row(base, aux, weight, y, V, WANTED, ROWS, LANES, WIDTH, SEGMENT, EVEN)
         end = end_of_row(rest, base, aux, weight, y, WANTED, target is not None)
         if start == 0:
-            # a target that names no class makes the floats NaN; the argmaxes do not depend on it
+            # a target that names no class makes the floats NaN, and its rank -1; the argmaxes do not depend on it
             if poisoned:
                 store_fields(float_fields, int_fields, row, num_rows, float("nan"), None, end, FIELDS)
             else:

@@ -24,9 +24,10 @@ BASE = tl.constexpr(mask_of("mean_base", "base_max", "base_log_denom", "base_nll
 WEIGHTED_SUM = tl.constexpr(mask_of("weighted_sum"))
 ARGMAX = tl.constexpr(mask_of("argmax"))
 BASE_ARGMAX = tl.constexpr(mask_of("base_argmax"))
+TARGET_RANK = tl.constexpr(mask_of("target_rank"))
 
 NUM_FLOATS = tl.constexpr(8)  # of a stored state
-NUM_INTS = tl.constexpr(2)
+NUM_INTS = tl.constexpr(3)
 
 
 class RowState(NamedTuple):
@@ -45,6 +46,7 @@ class RowState(NamedTuple):
     weight: Any  # sum w
     argmax: Any  # packed value and column
     base_argmax: Any
+    num_above: Any  # how many s are greater than the target's; int32
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
@@ -67,6 +69,7 @@ def no_columns(SHAPE: tl.constexpr, WANTED: tl.constexpr):
         zero if WEIGHTED_SUM & WANTED else 0.0,
         nowhere if ARGMAX & WANTED else 0.0,
         nowhere if BASE_ARGMAX & WANTED else 0.0,
+        tl.full(SHAPE, 0, tl.int32) if TARGET_RANK & WANTED else 0.0,
     )
 
 
@@ -98,6 +101,7 @@ def rebase(state, new_max, new_base_max, WANTED: tl.constexpr):
         state.weight,
         state.argmax,
         state.base_argmax,
+        state.num_above,
     )
 
 
@@ -118,6 +122,7 @@ def merge(a, b, WANTED: tl.constexpr):
         a.weight + b.weight if WEIGHTED_SUM & WANTED else 0.0,
         tl.maximum(a.argmax, b.argmax) if ARGMAX & WANTED else 0.0,
         tl.maximum(a.base_argmax, b.base_argmax) if BASE_ARGMAX & WANTED else 0.0,
+        a.num_above + b.num_above if TARGET_RANK & WANTED else 0.0,
     )
 
 
@@ -138,24 +143,28 @@ def collapse(lanes, WANTED: tl.constexpr):
         lane_sum(lanes.weight) if WEIGHTED_SUM & WANTED else 0.0,
         tl.max(lanes.argmax, axis=0) if ARGMAX & WANTED else 0.0,
         tl.max(lanes.base_argmax, axis=0) if BASE_ARGMAX & WANTED else 0.0,
+        tl.sum(lanes.num_above, axis=0) if TARGET_RANK & WANTED else 0.0,
     )
 
 
 @triton.jit
-def absorb(lanes, s, z_base, w, first, in_row, at_y, WANTED: tl.constexpr, EVEN: tl.constexpr):
+def absorb(lanes, s, z_base, w, first, in_row, at_y, s_y, WANTED: tl.constexpr, EVEN: tl.constexpr):
     """The lanes after a tile [LANES, WIDTH] of logits.
 
     w         class weights, None: 1
     in_row    columns of the row; they all enter the argmaxes
     at_y      the target's column, which is left out of the sums and joined at the end
+    s_y       the target's logit, of which its rank is made
     """
-    argmax, base_argmax = lanes.argmax, lanes.base_argmax
+    argmax, base_argmax, num_above = lanes.argmax, lanes.base_argmax, lanes.num_above
     if ARGMAX & WANTED:
         argmax = tl.maximum(argmax, tile_argmax(s, first, in_row, EVEN))
     if BASE_ARGMAX & WANTED:
         base_argmax = tl.maximum(base_argmax, tile_argmax(z_base, first, in_row, EVEN))
     keep = in_row & (at_y == 0)
     s = tl.where(keep, s, float("-inf"))
+    if TARGET_RANK & WANTED:
+        num_above += tl.sum((s > s_y).to(tl.int32), axis=1)
     new_max, new_base_max = tl.maximum(lanes.max, tile_max(s)), lanes.base_max
     if BASE & WANTED:
         z_base = tl.where(keep, z_base, float("-inf"))
@@ -190,6 +199,7 @@ def absorb(lanes, s, z_base, w, first, in_row, at_y, WANTED: tl.constexpr, EVEN:
         weight,
         argmax,
         base_argmax,
+        num_above,
     )
 
 
@@ -198,7 +208,7 @@ def absorb(lanes, s, z_base, w, first, in_row, at_y, WANTED: tl.constexpr, EVEN:
 
 @triton.jit
 def of_target(s_y, z_y, w_y, rest, WANTED: tl.constexpr):
-    """The state of the target's column alone. Its column is in the argmaxes of the `rest` already."""
+    """The state of the target's column alone, which is in the argmaxes of the `rest` already and not above itself."""
     zero = s_y - s_y  # 0, or NaN for a logit that is no number
     zero = tl.where(s_y == float("-inf"), 0.0, zero)
     return RowState(
@@ -212,6 +222,7 @@ def of_target(s_y, z_y, w_y, rest, WANTED: tl.constexpr):
         w_y if WEIGHTED_SUM & WANTED else 0.0,
         rest.argmax,
         rest.base_argmax,
+        0 if TARGET_RANK & WANTED else 0.0,
     )
 
 
@@ -248,6 +259,7 @@ def store_state(floats, ints, index, state, WANTED: tl.constexpr):
     store_if(WEIGHTED_SUM & WANTED, floats + 7, state.weight)
     store_if(ARGMAX & WANTED, ints, state.argmax)
     store_if(BASE_ARGMAX & WANTED, ints + 1, state.base_argmax)
+    store_if(TARGET_RANK & WANTED, ints + 2, state.num_above)
 
 
 @triton.jit
@@ -265,4 +277,5 @@ def load_state(floats, ints, index, WANTED: tl.constexpr):
         tl.load(floats + 7) if WEIGHTED_SUM & WANTED else 0.0,
         tl.load(ints) if ARGMAX & WANTED else 0.0,
         tl.load(ints + 1) if BASE_ARGMAX & WANTED else 0.0,
+        tl.load(ints + 2).to(tl.int32) if TARGET_RANK & WANTED else 0.0,
     )

@@ -77,6 +77,8 @@ struct BlockOps {
   // s := exp(s - m); the sums of a scan with statistics, each only if asked for
   ScanSums<C> (*scan_sums)(C* s, const C* z_b, C m, C m_b, int64_t n, bool moments, bool base, const Ahead&,
                            const Ahead&);
+  // how many s are greater than the bound; s may be up to kBlock columns
+  int64_t (*count_above)(const C* s, C bound, int64_t n);
   // sum_v w_v (s_v - m); w null: 1
   C (*weighted_sum)(const C* s, const C* w, C m, int64_t n);
   // out = e * factor + S w, element `y` (if in the block) replaced by `y_value`; `stream`: past the caches

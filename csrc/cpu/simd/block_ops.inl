@@ -260,6 +260,7 @@ static constexpr BlockOps<C> table() {
   ops.load_sum = &load_sum<C>;
   ops.exp_sum = &exp_sum<C>;
   ops.scan_sums = &scan_sums<C>;
+  ops.count_above = &count_above<C>;
   ops.weighted_sum = &weighted_sum<C>;
   ops.store_scaled = &store_scaled<C>;
   ops.backward = &backward<C>;

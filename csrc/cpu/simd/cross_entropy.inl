@@ -53,6 +53,14 @@ static ScanSums<C> scan_sums(C* s, const C* z_b, C m, C m_b, int64_t n, bool mom
 }
 
 template <class C>
+static int64_t count_above(const C* __restrict__ s, C bound, int64_t n) {
+  int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) count += s[i] > bound ? 1 : 0;
+  return count;
+}
+
+template <class C>
 static C weighted_sum(const C* __restrict__ s, const C* __restrict__ w, C m, int64_t n) {
   m = finite_or_zero(m);
   C total = 0;

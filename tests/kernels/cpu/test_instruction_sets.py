@@ -88,6 +88,20 @@ def test_argmaxes_are_found_among_scaled_sums_ties_and_nans(instruction_set, voc
     assert ((scaled.argmax >= 0) & (scaled.argmax < vocab_size)).all()
 
 
+@pytest.mark.parametrize("vocab_size", [1, 33, 1025, 5000])
+def test_ranks_count_what_is_greater_and_no_tie(instruction_set, vocab_size):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        base, aux = (logits(40, vocab_size).round().to(dtype) for _ in range(2))
+        target = targets(40, vocab_size=vocab_size)
+        s, at_target = base.double() + aux.double(), torch.arange(vocab_size) == target[:, None]
+        want = vocab_size - (s <= s[at_target][:, None]).sum(-1)
+        assert torch.equal(logit_stats(base, aux, target, backend="native").target_rank, want)
+        # the same number in every column, through arithmetic that rounds
+        base, aux = (torch.full((40, vocab_size), number).to(dtype) for number in (1.37, -0.61))
+        sources = (Logits(base, scale=0.77, softcap=3.3), Logits(aux, scale=1.3, softcap=2.1))
+        assert not logit_stats(*sources, target, backend="native").target_rank.any()
+
+
 def test_halves_are_rounded_to_nearest_even_through_the_whole_range(instruction_set):
     """Gradients of known size, at ties and near them, subnormal and overflowing, against torch's own conversion."""
     numbers = torch.cat([torch.arange(-300, 300) / 256.0 + 1, 2.0 ** torch.arange(-30.0, 18.0), torch.randn(2000)])

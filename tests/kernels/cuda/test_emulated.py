@@ -501,6 +501,8 @@ def test_hostile_targets_among_many_rows_poison_only_their_own(machine, rows, vo
         assert one[bad].isnan().all() and torch.equal(bits(one[~bad]), bits(other[~bad]))
     if "wanted" in options:
         assert got[1][:, bad].isnan().all() and torch.equal(bits(got[1][:, ~bad]), bits(want[1][:, ~bad]))
+        ranks, before = got[2][2], want[2][2]
+        assert (ranks[bad] == -1).all() and torch.equal(ranks[~bad], before[~bad]) and ranks[1] >= 0
     # the divisor counts a row whose target names no class, which has no weight
     mean = loss_of(base, aux, target, mean=True, **options)
     for one, other in zip(mean[-2:], got[-2:], strict=True):
@@ -573,7 +575,8 @@ def test_ties_and_nan_far_apart_have_the_lowest_index(machine, vocab_size, devic
             base[row, columns] = value
         for target in (torch.tensor([columns[-1] for columns in at]), torch.tensor([columns[0] for columns in at])):
             fields, ints = scan_of(base, None, target, ALL_FIELDS)
-            assert ints.tolist() == [[columns[0] for columns in at]] * 2, value
+            assert ints[:2].tolist() == [[columns[0] for columns in at]] * 2, value
+            assert ints[2].tolist() == [0 if value == 50.0 else -1] * 4, value
             assert fields.isnan().any() == (value != 50.0)
     base[3] = -torch.inf
     assert (scan_of(base, None, torch.tensor([0, 1, 2, last]), request.mask_of("argmax"))[0][0, 3]) == 0

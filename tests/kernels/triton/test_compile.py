@@ -77,7 +77,7 @@ class Call:
             cross_entropy.rescale_(grad, empty(), target, -100)
 
 
-STATISTICS = ("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax")
+STATISTICS = ("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax", "target_rank")
 EVERYTHING = {"normalizer": empty(dtype=torch.float64), "label_smoothing": 0.1, "z_loss": 1e-4}
 BOTH, ALL = NEEDS_BASE | NEEDS_AUX, 15
 HALF, FULL = (torch.float16, torch.float16), (torch.float32, torch.float32)

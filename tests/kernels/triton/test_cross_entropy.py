@@ -135,6 +135,28 @@ def test_a_target_out_of_range_poisons_its_row_alone(bad):
     loss.sum().backward()
     assert loss.isnan().tolist() == [False, True, False]
     assert aux.grad.isnan().all(-1).tolist() == [False, True, False]
+    ranks = logit_stats(base, aux, target, backend="triton").target_rank.tolist()
+    assert ranks[1] == -1 and min(ranks[0], ranks[2]) >= 0
+
+
+@interpreted
+@pytest.mark.parametrize("vocab_size, is_split", [(1, False), (33, True), (300, False), (300, True)])
+def test_ranks_count_what_is_greater_and_no_tie(monkeypatch, vocab_size, is_split):
+    monkeypatch.setattr(launch, "is_split", lambda *_: is_split)
+    base, aux = (logits(6, vocab_size, dtype=torch.float16).round() for _ in range(2))
+    target = targets(6, vocab_size=vocab_size)
+    base[0], target[1], target[2] = -torch.inf, -100, vocab_size - 1
+    aux[3, target[3]] = -torch.inf
+    s = (base.double() + aux.double()).masked_fill(torch.tensor([0, 1, 0, 0, 0, 0], dtype=torch.bool)[:, None], 0.0)
+    want = vocab_size - (s <= s.gather(-1, target.clamp(min=0)[:, None])).sum(-1)
+    want[:2] = -1
+    if vocab_size == 1:
+        want[3] = -1  # of -inf alone
+    _, with_loss = aux_cross_entropy(base, aux, target, return_stats=True, backend="triton")
+    for stats in (logit_stats(base, aux, target, backend="triton"), with_loss):
+        assert torch.equal(stats.target_rank, want)
+    narrow = logit_stats(base, aux, target.clamp(max=0), vocab_size=1, backend="triton")
+    assert narrow.target_rank.tolist() == [-1, -1 if target[1] == -100 else 0, 0, -1 if vocab_size == 1 else 0, 0, 0]
 
 
 @interpreted

@@ -31,7 +31,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiled kernels and interpreted ones exclude each other")
 ALL_FIELDS = (1 << len(request.FIELDS)) - 1
-PLAIN = request.mask_of("max", "log_denom", "nll", "lse", "log_prob", "argmax")
+PLAIN = request.mask_of("max", "log_denom", "nll", "lse", "log_prob", "argmax", "target_rank")
+RANK = request.mask_of("target_rank")
 WITHOUT_TARGET = ALL_FIELDS & ~request.OF_TARGET
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -116,6 +117,7 @@ def expected(base, aux, target, weight, ignore_index, vocab_size) -> tuple[dict[
         y = target.long().masked_fill(ignored | poisoned, 0)[:, None]
         want["nll"], want["base_nll"] = m + log_d - s.gather(1, y)[:, 0], m_b + log_d_b - z_b.gather(1, y)[:, 0]
         want["log_prob"], want["base_log_prob"] = -want["nll"], -want["base_nll"]
+        want["target_rank"] = (s > s.gather(1, y)).sum(-1).masked_fill(poisoned | log_d.isnan(), -1)
         want = {k: t.masked_fill(poisoned, torch.nan) if t.is_floating_point() else t for k, t in want.items()}
     want = {k: t.masked_fill(ignored, 0.0 if t.is_floating_point() else -1) for k, t in want.items()}
     size = 1 + m.abs() + m_b.abs() + log_d + log_d_b + (w.sum() if weight is not None else vocab_size) * 0.1
@@ -127,6 +129,8 @@ def check(base, aux, target=None, weight=None, ignore_index=-100, vocab_size=V, 
     if wanted is None:
         wanted = WITHOUT_TARGET if target is None else ALL_FIELDS
     assert fits(base, aux, wanted) is None
+    if wanted & RANK:  # without ranks it is the scan that finds the targets' logits
+        check(base, aux, target, weight, ignore_index, vocab_size, wanted & ~RANK)
     got, _ = request.named_fields(wanted, scan(base, aux, target, weight, ignore_index, vocab_size, wanted))
     want, error = expected(base, aux, target, weight, ignore_index, vocab_size)
     for name, value in got.items():
@@ -154,7 +158,7 @@ def some_targets(vocab_size=V) -> torch.Tensor:
 def test_all_fields_of_two_plain_heads():
     got = check(head(), head(depth=D_AUX), some_targets())
     assert not any(value[2] for name, value in got.items() if value.is_floating_point())
-    assert got["argmax"][2] == got["argmax"][5] == -1
+    assert got["argmax"][2] == got["argmax"][5] == got["target_rank"][2] == got["target_rank"][5] == -1
 
 
 @interpreted
@@ -224,6 +228,7 @@ def test_a_target_out_of_range_poisons_its_row_alone(bad):
     target[3] = bad
     got = check(head(), head(depth=D_AUX), target, wanted=PLAIN)
     assert got["nll"].isnan().nonzero().tolist() == [[3]] and got["argmax"][3] >= 0
+    assert got["target_rank"][3] == -1 and (got["target_rank"][[0, 1, 8, 9]] >= 0).all()
 
 
 @interpreted
@@ -270,6 +275,27 @@ def test_argmax_takes_the_lowest_class_of_a_tie_and_the_first_nan():
         ALL_FIELDS & ~request.OF_TARGET, scan(base, None, None, None, -100, V, WITHOUT_TARGET)
     )
     assert (got["argmax"] == 33).all() and got["lse"].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["one", "one accumulator", "capped first", "two"])
+def test_ranks_count_what_is_greater_and_no_tie(form):
+    """Products of small integers are exact, and many are equal; beyond them all classes have the same weights."""
+    torch.manual_seed(1)
+    base, aux = head(bias=torch.randn(V).round().to(F16)), head(depth=D_AUX)
+    for given in (base, aux):
+        given.hidden.round_(), given.weight.round_()
+    base = base._replace(scale=torch.tensor(0.5) if form == "capped first" else None)
+    aux = None if form == "one" else aux._replace(scale=torch.rand(N).round() + 1 if form == "two" else None)
+    target = some_targets()
+    got = check(base, aux, target, wanted=PLAIN)["target_rank"]
+    kept = target != -100
+    assert got[kept].max() > V // 2
+    base.weight[:], base.bias[:] = base.weight[7].clone(), base.bias[7].clone()
+    if aux is not None:
+        aux.weight[:] = aux.weight[7].clone()
+    ties = request.named_fields(PLAIN, scan(base, aux, target, None, -100, V, PLAIN))[0]["target_rank"]
+    assert not ties[kept].any() and (ties[~kept] == -1).all()
 
 
 @interpreted
@@ -366,7 +392,9 @@ FEW_BYTES = 64  # of a thread's stack: numbers that wait there while the product
 
 
 CLASSES = 128256
-STATISTICS = request.mask_of("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax")
+STATISTICS = request.mask_of(
+    *("lse", "entropy", "kl_to_base", "log_prob", "base_log_prob", "argmax", "base_argmax", "target_rank")
+)
 
 
 def call(rows, wanted, base=None, aux=None, aux_dtype=BF16, aux_depth=256, weight=None):
@@ -426,15 +454,19 @@ def loops_of_products(kernel, tmp_path) -> list[str]:
 @compiles
 @pytest.mark.parametrize("target, variant", COMPILED)
 def test_the_scan_compiles_to_matrix_instructions_and_keeps_its_registers(compiled, tmp_path, target, variant):
-    over_tiles, finish = compiled(target, the_scan(variant))
-    assert INSTRUCTION[target] in over_tiles.asm["ptx"]
-    assert over_tiles.metadata.shared <= SHARED_LIMIT[target]
+    *of_targets, over_tiles, finish = compiled(target, the_scan(variant))
+    assert len(of_targets) == bool(VARIANTS[variant](1)[-1] & request.mask_of("target_rank"))
+    for kernel in (*of_targets, over_tiles):
+        assert INSTRUCTION[target] in kernel.asm["ptx"]
+        assert kernel.metadata.shared <= SHARED_LIMIT[target]
+    for kernel in of_targets:
+        assert not any(nvidia_spills(kernel, tmp_path).values())
     assert nvidia_spills(over_tiles, tmp_path)["LOCAL"] == 0
     assert nvidia_spills(over_tiles, tmp_path)["STACK"] <= FEW_BYTES
     loops = loops_of_products(over_tiles, tmp_path)
     assert len(loops) >= 2 and not any(re.search(r"\b(LDL|STL)\b", text) for text in loops)
     assert not any(nvidia_spills(finish, tmp_path).values())
-    for kernel in (over_tiles, finish):
+    for kernel in (*of_targets, over_tiles, finish):
         assert not kernel.metadata.enable_fp_fusion
         assert not re.search(r"\batom|\bred\.", kernel.asm["ptx"])
 
