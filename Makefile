@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build oldest-triton oldest-transformers test test-wheel test-sanitized lint format bench demo clean
+.PHONY: help venv build oldest-triton oldest-transformers test test-all test-wheel test-sanitized lint format bench demo clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,10 @@ build/transformers-$(OLDEST_TRANSFORMERS)/.complete: | venv
 		transformers==$(OLDEST_TRANSFORMERS) 'huggingface-hub<2' httpx httpcore certifi
 	touch $@
 
-test: build  ## run the tests
+test: build  ## run the tests, but for those marked as slow
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: build  ## run all tests
 	$(BIN)/python -m pytest -n 2
 
 # $(1): where the package is that the tests shall import; $(2): further variables. Not in the checkout's folder, because

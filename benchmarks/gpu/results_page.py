@@ -38,13 +38,13 @@ IMPLEMENTATIONS = {
     "triton": Implementation(
         "triton",
         ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
-        "compiles ahead of time without spills in the loops (`make test`; for sm_90 with Triton 3.6 too; heads without "
+        "compiles ahead of time without spills in the loops (`make test-all`; for sm_90 with Triton 3.6 too; heads without "
         "logits: NVIDIA only)",
     ),
     "native": Implementation(
         "native (CUDA C++)",
         ("sm_80", "sm_90a", "sm_100"),
-        "compiles without spills (float64: a few registers), with the copies and wide accesses expected (`make test`, "
+        "compiles without spills (float64: a few registers), with the copies and wide accesses expected (`make test-all`, "
         "where there is an nvcc)",
     ),
 }
