@@ -38,14 +38,14 @@ IMPLEMENTATIONS = {
     "triton": Implementation(
         "triton",
         ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
-        "compiles ahead of time without spills in the loops (`make test-all`; for sm_90 with Triton 3.6 too; heads without "
-        "logits: NVIDIA only)",
+        "compiles ahead of time without spills in the loops (`make test-all`; for sm_90 with Triton 3.6 too; heads "
+        "without logits: NVIDIA only)",
     ),
     "native": Implementation(
         "native (CUDA C++)",
         ("sm_80", "sm_90a", "sm_100"),
-        "compiles without spills (float64: a few registers), with the copies and wide accesses expected (`make test-all`, "
-        "where there is an nvcc)",
+        "compiles without spills (float64: a few registers), with the copies and wide accesses expected "
+        "(`make test-all`, where there is an nvcc)",
     ),
 }
 # what each part of the check beside the tests shows where it has passed: "repeats-native" and so on
