@@ -223,6 +223,7 @@ def eager_statistics(base, aux, target):
         kl_to_base=(p * (log_p - log_q)).sum(-1),
         argmax=s.argmax(-1),
         base_argmax=base.argmax(-1),
+        target_rank=(s > s.gather(1, index)).sum(-1),
     )
 
 

@@ -153,6 +153,11 @@ def check_statistics(statistics, rows: Iterable, tolerance: float, errors: dict,
             gap = source.s_max[0, 0] - source.s[0, getattr(statistics, name)[row]]
             if not gap.item() <= tolerance * source.magnitude.item():
                 problems.append(f"{name} of row {row} is {gap.item():.2g} below the maximum")
+        # and as many columns are ahead of the target as are so by more than that, or some that may be
+        ahead, reach = t.s - t.s_target, tolerance * t.magnitude
+        fewest, most = (ahead > reach).sum().item(), (ahead >= -reach).sum().item() - 1
+        if not fewest <= statistics.target_rank[row].item() <= most:
+            problems.append(f"target_rank of row {row} is not in [{fewest}, {most}]")
     note("statistics", worst_error, worst_excess, errors, problems)
 
 
