@@ -295,9 +295,9 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         aux_scale           number, 0-d or [batch] tensor; None: config.aux_scale
         skip_logits         None: with labels in training mode, or as config.skip_logits_in_evaluation says
         num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
-        base_hidden_states  [batch, new, D] floating point, what enters the base's head (behind its final norm) for these
-                            tokens, as a `BaseCache` holds it: the base's trunk is not run. Without a cache, images or
-                            output_hidden_states
+        base_hidden_states  [batch, new, D] floating point, what enters the base's head (behind its final norm) for
+                            these tokens, as a `BaseCache` holds it: the base's trunk is not run. Without a cache of
+                            keys and values, images, output_hidden_states
         base_trunk_states   [batch, new, D'], with base_hidden_states and a trunk layer: the base's hidden states there
         Raises              TypeError, ValueError: arguments; in training adapters in the base, where PEFT puts
                             them if a short name matches

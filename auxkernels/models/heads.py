@@ -209,7 +209,7 @@ def check_output_head(model) -> None:
     """Raises ValueError where the model's own logits are not what `output_head` makes of its last hidden states.
 
     The model is shown random hidden states in place of its own, which may all be zero (behind a zero norm); its own
-    where it does not call its base model as a module. Without a trunk in memory there is nothing to compare with: it was
+    where it does not call its base model as a module. Without a trunk in memory nothing is left to compare with: it was
     compared when the cache was written.
     """
     if is_called_whole(model) or not has_trunk(model):

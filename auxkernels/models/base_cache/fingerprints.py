@@ -50,7 +50,7 @@ def _numbers(example: Mapping[str, Any], name: str, where: str) -> Tensor:
     if name not in example:
         raise ValueError(f"{where} must have {name}, got {', '.join(sorted(example)) or 'nothing'}")
     numbers = torch.as_tensor(example[name])
-    if numbers.dim() != 1 or numbers.is_floating_point() and len(numbers):
+    if numbers.dim() != 1 or (numbers.is_floating_point() and len(numbers)):
         raise ValueError(f"{name} of {where} must be integers [n], got {numbers.dtype} {list(numbers.shape)}")
     return numbers.to("cpu", torch.int64)
 

@@ -121,6 +121,10 @@ def _are_counts(value: Any, length: int | None = None, least: int = 0) -> bool:
     return is_list and all(_is_count(one, least) for one in value)
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
@@ -129,9 +133,8 @@ def _is_base(value: Any) -> bool:
     if not isinstance(value, dict) or sorted(value) != sorted(_BASE):
         return False
     are_dicts = all(isinstance(value[name], dict) for name in ("config", "fingerprint", "generation_config", "options"))
-    return are_dicts and all(
-        value[name] is None or isinstance(value[name], str) for name in ("name_or_path", "revision")
-    )
+    names = value["name_or_path"], value["revision"]
+    return are_dicts and all(one is None or isinstance(one, str) for one in names)
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -154,11 +157,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "head_dtype": (lambda value: isinstance(value, str) and value in DTYPES, f"one of {', '.join(DTYPES)}"),
     "head_has_bias": (lambda value: isinstance(value, bool), "true or false"),
     "shards": (
-        lambda value: (
-            isinstance(value, list)
-            and len(value) > 0
-            and all(_are_counts(one, 2, 1) and one[0] <= one[1] for one in value)
-        ),
+        lambda value: _is_list(value) and all(_are_counts(one, 2, 1) and one[0] <= one[1] for one in value),
         "a list of [examples, tokens], positive, with a token for each example",
     ),
     "software": (

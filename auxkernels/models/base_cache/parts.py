@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from itertools import pairwise
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -50,12 +51,10 @@ def check_part(folder: str, manifest: Manifest, part: str) -> str:
     path = data_path(folder, part)
     for needed in (path, sum_path(folder, part)):
         if not os.path.exists(needed):
-            raise FileNotFoundError(
-                f"{needed} is missing: the cache is not whole. Writing it again computes what lacks"
-            )
-    header = header_of(manifest.fields(part), manifest.metadata(part))
-    digest = _expected_digest(sum_path(folder, part), size_of(manifest.fields(part), manifest.metadata(part)))
-    want, got = size_of(manifest.fields(part), manifest.metadata(part)), os.path.getsize(path)
+            raise FileNotFoundError(f"{needed} is missing, the cache is not whole: write it again, for the rest alone")
+    fields, metadata = manifest.fields(part), manifest.metadata(part)
+    header, want, got = header_of(fields, metadata), size_of(fields, metadata), os.path.getsize(path)
+    digest = _expected_digest(sum_path(folder, part), want)
     if got != want:
         raise ValueError(f"{path} must have {want} bytes, got {got}: {_ADVICE}")
     with open(path, "rb") as file:
@@ -125,7 +124,7 @@ class Shard(Part):
         super().__init__(folder, manifest, part)
         offsets = self.whole("offsets").tolist()
         num_tokens = next(field.shape[0] for field in manifest.fields(part) if field.name == "hidden")
-        is_ascending = all(begin < end for begin, end in zip(offsets, offsets[1:], strict=False))
+        is_ascending = all(begin < end for begin, end in pairwise(offsets))
         if offsets[0] != 0 or offsets[-1] != num_tokens or not is_ascending:
             raise ValueError(f"offsets in {self.path} must ascend from 0 to {num_tokens}: {_ADVICE}")
         self.offsets = offsets
