@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .modalities import auto_class
 from .modules import backbone
 
+_WHOLE = "_whole"  # the attribute
 _ADVICE = (
     "pass base_hidden_states (a BaseCache's data set and DataCollatorForBaseCache give them), or load the model with "
     "its whole base (from_pretrained(folder))"
@@ -35,7 +36,7 @@ class Whole:
 
 def whole_of(model: nn.Module) -> Whole | None:
     """What is known of a model whose trunk is not in memory; None: the model is whole."""
-    return getattr(model, "_whole", None)
+    return vars(model).get(_WHOLE)
 
 
 def has_trunk(model: nn.Module) -> bool:
@@ -69,8 +70,9 @@ def point_to_whole(config: Any, base: nn.Module) -> None:
 def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model of a configuration without values."""
     options = {} if dtype is None else {"dtype": dtype}
+    kind: Any = auto_class(config)
     with torch.device("meta"):
-        return auto_class(config).from_config(copy.deepcopy(config), **options)
+        return kind.from_config(copy.deepcopy(config), **options)
 
 
 def _no_trunk(*args: Any, **kwargs: Any) -> NoReturn:
@@ -95,7 +97,7 @@ def headed(config: PretrainedConfig, weight: Tensor, bias: Tensor | None, whole:
             if buffer.is_meta:
                 module._buffers[name] = _nothing(buffer, weight)
     backbone(model).forward = _no_trunk
-    model._whole = whole
+    vars(model)[_WHOLE] = whole
     return model.requires_grad_(False).eval()
 
 

@@ -58,7 +58,7 @@ def sync_folder(folder: str) -> None:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A CPU tensor's elements as they lie in a file."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def json_bytes(value: object) -> bytes:

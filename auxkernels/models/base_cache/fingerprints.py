@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,9 +56,9 @@ def _numbers(example: Mapping[str, Any], name: str, where: str) -> Tensor:
 
 def digest_of(ids: Tensor, positions: Tensor | None) -> bytes:
     """Of an example."""
-    digest = hashlib.sha256(array("q", [len(ids), positions is not None]).tobytes())
+    digest = hashlib.sha256(torch.tensor([len(ids), positions is not None]).numpy().tobytes())
     for numbers in (ids,) if positions is None else (ids, positions):
-        digest.update(array("q", numbers.tolist()).tobytes())
+        digest.update(numbers.contiguous().numpy().tobytes())
     return digest.digest()
 
 
