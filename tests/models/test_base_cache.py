@@ -304,6 +304,7 @@ def test_a_tokenizer_without_serialised_form_counts_by_its_vocabulary():
         ({"dtype": "float8_e4m3fn"}, "dtype must be one of bfloat16, .* 8 bits are not offered"),
         ({"dtype": "int8"}, "8 bits are not offered"),
         ({"dtype": torch.int32}, "dtype must be one of bfloat16, float16, float32, float64, got int32$"),
+        ({"autocast": torch.float32}, "autocast must be None or one of bfloat16, float16, got float32"),
         ({"batch_size": 0}, "batch_size must be positive, got 0"),
         ({"trunk_layers": [3]}, r"trunk_layer must be in \[-3, 2\]"),
         ({"padding_side": "top"}, "padding_side must be 'right' or 'left', got 'top'"),

@@ -101,11 +101,23 @@ def test_text_files_are_written(base, files, tmp_path, capsys):
 
 
 def test_lines_can_be_texts_and_rows_packed(base, files, tmp_path):
-    options = ["--lines", "--packed", "--max-length", "6", "--no-lse", "--dtype", "float32", "--batch-size", "2"]
+    options = [
+        "--lines",
+        "--packed",
+        "--max-length",
+        "6",
+        "--no-lse",
+        "--dtype",
+        "float32",
+        "--batch-size",
+        "2",
+        "--autocast",
+        "bfloat16",
+    ]
     main([str(tmp_path / "cache"), "--base", base, "--tokenizer", base, "--texts", *files, *options])
     cache = BaseCache.open(tmp_path / "cache", is_packed=True, dtype="float32")
     assert words_of(cache) == ["a b c d e f", "g <end> h <end> i j", "a b <end> c d <end>"]
-    assert "base_lse" not in cache[0] and cache.manifest.batch_size == 2
+    assert "base_lse" not in cache[0] and cache.manifest.batch_size == 2 and cache.manifest.autocast == "bfloat16"
 
 
 def test_a_dry_run_says_the_size_and_writes_nothing(base, files, tmp_path, capsys):

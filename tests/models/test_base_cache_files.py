@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,24 @@ def test_a_writing_that_stops_anywhere_is_resumed_to_the_byte(plan, written, nam
         plan.write(folder)
         assert contents(folder) == want
         BaseCache.open(folder, verify=True)
-    assert len(calls) == number - 1 >= 2 * len(plan.manifest.parts) + 1
+    num_files = 2 * len(plan.manifest.parts) + 1
+    assert len(calls) == number - 1 >= {"write": num_files + 1, "fsync": 2 * num_files, "replace": num_files}[name]
+
+
+def test_a_file_is_on_the_disk_before_it_is_in_its_place_and_the_folder_behind(plan, monkeypatch, tmp_path):
+    called = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def call(*args, name=name, original=original):
+            is_folder = name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode)
+            called.append("folder" if is_folder else os.path.basename(args[1]) if name == "replace" else "file")
+            original(*args)
+
+        monkeypatch.setattr(os, name, call)
+    plan.write(tmp_path / "cache")
+    names = [f"{part}.{ending}" for part in plan.manifest.parts for ending in ("safetensors", "json")]
+    assert called == [one for name in ("manifest.json", *names) for one in ("file", name, "folder")]
 
 
 def test_only_missing_shards_are_computed(plan, folder, written):
@@ -221,6 +239,7 @@ def other_base(base):
         ({"batch_size": 3}, "batch_size"),
         ({"padding_side": "left"}, "padding_side"),
         ({"pad_token_id": 3}, "pad_token_id"),
+        ({"autocast": "bfloat16"}, "autocast"),
         ({"shard_bytes": 7000}, "shards"),
         ({"base_revision": "v2"}, "base.revision"),
         ({"tokenizer": lambda base: tokenizer_of("a")}, "tokenizer"),
@@ -447,6 +466,8 @@ def edited(folder, **changed):
         ({"batch_size": -8}, "batch_size in"),
         ({"padding_side": "top"}, "padding_side in"),
         ({"pad_token_id": -1}, "pad_token_id in"),
+        ({"autocast": "float32"}, "autocast in .* must be null or one of bfloat16, float16"),
+        ({"autocast": {}}, "autocast in"),
         ({"head_shape": [61]}, "head_shape in"),
         ({"head_dtype": "uint8"}, "head_dtype in"),
         ({"data": "x" * 64}, "data in .* must be 64 hexadecimal digits"),

@@ -172,6 +172,31 @@ def test_trainer_evaluates_saves_and_resumes_without_the_trunk(tmp_path):
     assert logged(resumed, "eval_loss")[-1] == logged(run, "eval_loss")[-1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_under_autocast_is_that_of_online_training(dtype, tmp_path):
+    base, examples = saved_base(tmp_path / "base", dtype=getattr(torch, dtype)), examples_of()
+    options = {"dtype": dtype, "batch_size": BATCH}
+    cache = BaseCache.create(tmp_path / "cache", base, examples, autocast="bfloat16", **options)
+    losses = []
+    for one in (base, cache.base_head()):
+        model = new_auxiliary(one)
+        run = trainer(model, examples if one is base else cache.dataset(model), tmp_path / "run", bf16=True)
+        run.train()
+        losses.append(logged(run))
+    assert losses[0] == losses[1]
+
+
+def test_the_callers_autocast_does_not_change_what_is_written(tmp_path):
+    base, examples = saved_base(tmp_path / "base", dtype=torch.float32), examples_of()
+    outside = BaseCache.create(tmp_path / "outside", base, examples, dtype="float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = BaseCache.create(tmp_path / "inside", base, examples, dtype="float32")
+    under = BaseCache.create(tmp_path / "under", base, examples, dtype="float32", autocast=torch.bfloat16)
+    for name in ("base_hidden_states", "base_lse"):
+        assert torch.equal(outside[0][name], inside[0][name])
+        assert not torch.equal(outside[0][name], under[0][name])
+
+
 @pytest.mark.slow
 def test_trainer_reads_with_workers(tmp_path):
     base = saved_base(tmp_path / "base")

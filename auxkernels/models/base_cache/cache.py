@@ -67,6 +67,7 @@ class BaseCache:
         batch_size: int = 8,
         padding_side: str = "right",
         pad_token_id: int | None = None,
+        autocast: str | torch.dtype | None = None,
         shard_bytes: int = 2**29,
         base_revision: str | None = None,
         base_kwargs: dict[str, Any] | None = None,
@@ -86,6 +87,8 @@ class BaseCache:
                       auxiliaries with such a trunk_layer
         lse           whether the log-sum-exp of the base's logits is held
         batch_size, padding_side, pad_token_id   of the batches, of successive examples, in which the base runs
+        autocast      bfloat16 or float16, for training under it (Trainer's bf16, fp16): the base computes in it here as
+                      it would there
         shard_bytes   at which a shard ends, 512 MiB; one at a time is in memory
         base_revision, base_kwargs   for from_pretrained of a base given by name
         progress      whether a bar is shown
@@ -102,6 +105,7 @@ class BaseCache:
             batch_size=batch_size,
             padding_side=padding_side,
             pad_token_id=pad_token_id,
+            autocast=autocast,
             shard_bytes=shard_bytes,
             base_revision=base_revision,
             base_kwargs=base_kwargs,

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from .layout import DTYPES
+from .manifest import AUTOCAST
 from .plan import CachePlan
 from .texts import rows_of_texts
 
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--packed", action="store_true", help="texts one after the other in full rows")
     made.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="in which hidden states are held (bfloat16)")
     made.add_argument("--base-dtype", default="auto", help="in which the base computes (as it was saved)")
+    made.add_argument("--autocast", choices=AUTOCAST, help="for training under it (Trainer's bf16, fp16)")
     made.add_argument("--device", help="where the base runs, as device_map of from_pretrained")
     made.add_argument("--trunk-layers", type=int, nargs="*", default=(), metavar="K", help="hidden states held too")
     made.add_argument("--no-lse", action="store_true", help="without the log-sum-exp of the base's logits")
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lse=not given.no_lse,
         batch_size=given.batch_size,
         padding_side=given.padding_side,
+        autocast=given.autocast,
         shard_bytes=given.shard_mib * 2**20,
         base_revision=given.revision,
         base_kwargs=base_kwargs,

@@ -20,6 +20,7 @@ _MOST_BYTES = 2**30  # of a manifest
 _MOST = 2**40  # examples, tokens, widths
 _BASE = ("config", "fingerprint", "generation_config", "name_or_path", "options", "revision")
 _SIDES = ("right", "left")
+AUTOCAST = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Manifest:
     has_lse       whether the log-sum-exp of the base's logits is held
     is_packed     whether examples hold several texts, which position_ids that begin anew keep apart
     batch_size, padding_side, pad_token_id   of the batches in which the base ran
+    autocast      the dtype under which it ran, or None
     head_shape, head_dtype, head_has_bias    of the base's output head, [V, D]
     shards        [examples, tokens] of each
     software      versions of torch and transformers, which may change the last bits
@@ -53,6 +55,7 @@ class Manifest:
     batch_size: int
     padding_side: str
     pad_token_id: int
+    autocast: str | None
     head_shape: list[int]
     head_dtype: str
     head_has_bias: bool
@@ -153,6 +156,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (lambda value: _is_count(value, 1), "a positive integer"),
     "padding_side": (lambda value: value in _SIDES, "'right' or 'left'"),
     "pad_token_id": (_is_count, "an integer that is not negative"),
+    "autocast": (lambda value: value in (None, *AUTOCAST), f"null or one of {', '.join(AUTOCAST)}"),
     "head_shape": (lambda value: _are_counts(value, 2, 1), "two positive integers"),
     "head_dtype": (lambda value: isinstance(value, str) and value in DTYPES, f"one of {', '.join(DTYPES)}"),
     "head_has_bias": (lambda value: isinstance(value, bool), "true or false"),

@@ -27,7 +27,7 @@ from .batches import DataCollatorForBaseCache
 from .files import bytes_of, only_writer, unfinished_name, write_whole
 from .fingerprints import digest_of, joined, row_of, tokenizer_fingerprint
 from .layout import DTYPES, ordered, shard_fields, trunk_name
-from .manifest import HEAD, NAME, Manifest, check_same, read_manifest
+from .manifest import AUTOCAST, HEAD, NAME, Manifest, check_same, read_manifest
 from .parts import check_part, is_written, write_part
 
 
@@ -50,6 +50,7 @@ class CachePlan:
         batch_size: int = 8,
         padding_side: str = "right",
         pad_token_id: int | None = None,
+        autocast: str | torch.dtype | None = None,
         shard_bytes: int = 2**29,
         base_revision: str | None = None,
         base_kwargs: dict[str, Any] | None = None,
@@ -92,6 +93,7 @@ class CachePlan:
             batch_size=self.batch_size,
             padding_side=padding_side,
             pad_token_id=checks.integer("pad_token_id", pad_token_id),
+            autocast=_autocast(autocast),
             head_shape=list(layer.weight.shape),
             head_dtype=_name_of(layer.weight.dtype),
             head_has_bias=layer.bias is not None,
@@ -204,19 +206,29 @@ class CachePlan:
         }
         # as `AuxiliaryForCausalLM` calls its base, so that the same kernels run
         wants_states = bool(manifest.trunk_layers)
-        output = run(self.base, **inputs, past_key_values=None, use_cache=False, output_hidden_states=wants_states)
-        hidden = self._stored(features(output)[is_token.to(device)])
+        with self._autocast(device):
+            output = run(self.base, **inputs, past_key_values=None, use_cache=False, output_hidden_states=wants_states)
+        hidden = self._stored(features(output), is_token)
         found = {"input_ids": batch["input_ids"][is_token].int(), "hidden": hidden.cpu()}
         if manifest.is_packed:
             found["position_ids"] = batch["position_ids"][is_token].int()
         if manifest.has_lse:
-            stats = logit_stats(self.head.sources(hidden.to(self.head.weight.dtype)), None)
+            with self._autocast(self.head.weight.device):
+                stats = logit_stats(self.head.sources(hidden.to(self.head.weight.dtype)), None)
             found["lse"] = stats.lse.float().cpu()
         for layer in manifest.trunk_layers:
-            found[trunk_name(layer)] = self._stored(output.hidden_states[layer][is_token.to(device)]).cpu()
+            found[trunk_name(layer)] = self._stored(output.hidden_states[layer], is_token).cpu()
         return found
 
-    def _stored(self, states: Tensor) -> Tensor:
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        """That of the manifest, whatever the caller's is."""
+        name = self.manifest.autocast
+        dtype = None if name is None else DTYPES[name]
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _stored(self, states: Tensor, is_token: Tensor) -> Tensor:
+        """What a shard holds of hidden states [batch, seq, D]: [tokens, D], where they were made."""
+        states = states[is_token.to(states.device)]
         stored = states.to(self.dtype)
         if bool(states.isfinite().all()) and not bool(stored.isfinite().all()):
             raise ValueError(f"dtype must be able to hold the base's hidden states, {self.dtype} overflows")
@@ -243,6 +255,13 @@ def dtype_of(given: str | torch.dtype) -> torch.dtype:
             hint = ": 8 bits are not offered, because what they do to the base's probabilities has not been measured"
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}{hint}")
     return DTYPES[name]
+
+
+def _autocast(given: str | torch.dtype | None) -> str | None:
+    name = None if given is None else str(given).removeprefix("torch.")
+    if name not in (None, *AUTOCAST):
+        raise ValueError(f"autocast must be None or one of {', '.join(AUTOCAST)}, got {name}")
+    return name
 
 
 def _name_of(dtype: torch.dtype) -> str:
