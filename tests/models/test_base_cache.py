@@ -122,19 +122,22 @@ def test_padding_on_the_left_changes_nothing_but_roundings(architecture, tmp_pat
         torch.testing.assert_close(right[i]["base_hidden_states"], left[i]["base_hidden_states"], rtol=1e-4, atol=1e-4)
 
 
-def test_the_base_is_left_as_it_was(base, tmp_path):
-    base.train()
-    BaseCache.create(tmp_path / "cache", base, examples_of())
+def test_the_base_runs_without_dropout_and_is_left_as_it_was(tmp_path):
+    base = saved_base(tmp_path / "base", "gpt2", embd_pdrop=0.5)
+    want = BaseCache.create(tmp_path / "want", base.eval(), examples_of())
+    got = BaseCache.create(tmp_path / "got", base.train(), examples_of())
     assert base.training and all(weight.requires_grad for weight in base.parameters())
+    assert all(torch.equal(want[i]["base_hidden_states"], got[i]["base_hidden_states"]) for i in range(len(want)))
 
 
 # -- items -------------------------------------------------------------------------------------------------------------
 
 
 def test_an_item_is_a_copy(cache):
-    before = cache[2]
+    before = cache[2]["base_hidden_states"].clone()
     cache[2]["base_hidden_states"].fill_(7.0)
-    assert torch.equal(cache[2]["base_hidden_states"], before["base_hidden_states"])
+    assert torch.equal(cache[2]["base_hidden_states"], before)
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in cache[2].values())
     cache.verify()
 
 
@@ -195,6 +198,13 @@ def test_a_pickled_cache_maps_its_files_anew(cache):
     again = pickle.loads(pickled)
     assert not again.cache._opened
     assert torch.equal(again[7]["base_hidden_states"], cache[7]["base_hidden_states"])
+
+
+def test_a_process_of_its_own_maps_the_files_anew(cache, monkeypatch):
+    want = cache[0]["base_hidden_states"]
+    mapped = cache._opened[0]
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert torch.equal(cache[0]["base_hidden_states"], want) and cache._opened[0] is not mapped
 
 
 def _first_token(data):

@@ -159,6 +159,13 @@ def test_only_missing_shards_are_computed(plan, folder, written):
     assert contents(folder) == contents(written)
 
 
+def test_what_an_earlier_writing_has_left_is_overwritten(plan, written, folder):
+    (folder / "shard-000001.safetensors").unlink()
+    (folder / ".shard-000001.safetensors.part").write_bytes(b"x" * 10**5)
+    plan.write(folder)
+    assert contents(folder) == contents(written)
+
+
 PROGRAM = """
 import os, signal, sys
 sys.path.insert(0, {helpers!r})

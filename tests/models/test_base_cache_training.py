@@ -232,6 +232,14 @@ def test_the_head_alone_is_in_memory(base, cache):
         head.to(torch.float32).to("cpu")
 
 
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_tying_the_weights_again_leaves_the_head(is_tied, tmp_path):
+    base = saved_base(tmp_path / "base", tie_word_embeddings=is_tied)
+    head = BaseCache.create(tmp_path / "cache", base, examples_of()).base_head()
+    head.tie_weights()
+    assert torch.equal(head.lm_head.weight, base.lm_head.weight)
+
+
 def test_the_heads_dtype_can_be_chosen(cache):
     assert cache.base_head(dtype=torch.float32).lm_head.weight.dtype == torch.float32
 
