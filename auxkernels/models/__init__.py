@@ -8,6 +8,7 @@ except ImportError as error:
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .auxiliary import AuxiliaryForCausalLM
+from .base_cache import BaseCache, BaseCacheDataset, DataCollatorForBaseCache
 from .collators import DataCollatorForPrefixes, DataCollatorForSegments
 from .conditioning import predicted_segments
 from .configuration import AuxiliaryConfig
@@ -35,6 +36,9 @@ __all__ = [
     "AuxiliaryEnsembleConfig",
     "AuxiliaryEnsembleForCausalLM",
     "AuxiliaryForCausalLM",
+    "BaseCache",
+    "BaseCacheDataset",
+    "DataCollatorForBaseCache",
     "DataCollatorForPrefixes",
     "DataCollatorForSegments",
     "EnsembleCache",

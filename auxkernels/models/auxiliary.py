@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 from . import adapters, base_pointer, saving
 from . import auxiliary_inputs as reading
 from .auxiliary_generation import GenerationWithPairs
+from .base_states import Layers, given_states
 from .causal_lm import check_frozen, check_trunk, has_cache, is_dead, is_stateful, keeps_state, trunk_index
 from .composite_generation import inherited
 from .config_fields import describe_as
@@ -25,6 +26,7 @@ from .modules import device_of, head_width, run
 from .paired_cache import PairedCache
 from .small import check_zero_init, drop_unread_weights, hidden_width, is_frozen_at_zero, new_head, small_model
 from .sums import AuxiliaryCausalLMOutput
+from .trunkless import check_has_trunk, point_to_whole
 from .vocabulary import check_tokenizers, shared_width
 
 if TYPE_CHECKING:
@@ -162,6 +164,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
             base_revision=base_kwargs.get("revision", base_revision),
             base_options=base_pointer.weight_options(base_model, base_kwargs),
         )
+        point_to_whole(config, base_model)
         check_zero_init(head, zero_init)
         return cls._join(config, base_model, aux_model, zero_init)
 
@@ -292,6 +295,8 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         skip_logits: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
+        base_hidden_states: Tensor | None = None,
+        base_trunk_states: Tensor | None = None,
         **kwargs: Any,
     ) -> AuxiliaryCausalLMOutput:
         """Summed logits, or with labels their loss, for which no [N, V] tensor is made.
@@ -312,21 +317,34 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         aux_scale           number, 0-d or [batch] tensor; None: config.aux_scale
         skip_logits         None: with labels in training mode, or as config.skip_logits_in_evaluation says
         num_items_in_batch  what the sum of the loss is divided by; None: the counted tokens
+        base_hidden_states  [batch, new, D] floating point, what enters the base's head (behind its final norm) for
+                            these tokens, as a `BaseCache` holds it: the base's trunk is not run. Without a cache of
+                            keys and values, images, output_hidden_states
+        base_trunk_states   [batch, new, D'], with base_hidden_states and a trunk layer: the base's hidden states there
         Raises              TypeError, ValueError: arguments; in training adapters in the base, where PEFT puts
                             them if a short name matches
         Warns               in training, once, where the auxiliary's head is zero and frozen: nothing learns behind it
         """
+        refused = {
+            "past_key_values": past_key_values is not None,
+            "use_cache": bool(use_cache),
+            "output_hidden_states": bool(output_hidden_states),
+        }
+        states = given_states(
+            self.base, self.config.trunk_layer, input_ids, base_hidden_states, base_trunk_states, refused, kwargs
+        )
         call = Call(
             input_ids,
             attention_mask,
             position_ids,
             past_key_values,
             labels,
-            use_cache,
+            use_cache if states is None else False,
             logits_to_keep,
             skip_logits,
             num_items_in_batch,
             output_hidden_states,
+            states,
         )
         scale = self.config.aux_scale if aux_scale is None else aux_scale
         return self._called(call, [Given(scale, aux_input_ids, aux_attention_mask)], kwargs)
@@ -336,7 +354,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         text: reading.Text,
         behind: reading.AuxText,
         use_cache: bool,
-        states: tuple[Tensor, ...] | None,
+        states: Layers | None,
         kwargs: dict[str, Any],
     ) -> ModelOutput:
         """What the auxiliary returns (`run`) for prefix and text, in the order in which they are read."""
@@ -364,6 +382,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
     @torch.no_grad()
     def _trunk_of_prefix(self, prefix: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The base's hidden states of a prefix [batch, prefix, D], which it reads apart from the text."""
+        check_has_trunk(self.base, "aux_input_ids with a trunk layer")
         output = run(
             self.base,
             input_ids=prefix,

@@ -9,6 +9,7 @@ from torch import Tensor
 from .caches import paired_cache
 from .mixins import Model
 from .paired_cache import PairedCache
+from .trunkless import check_has_trunk
 
 
 class GenerationWithPairs(Model):
@@ -23,6 +24,7 @@ class GenerationWithPairs(Model):
         healing, early exit, continuous batching, methods that transformers has moved out; and for drafts with a cache
         that cannot give them back.
         """
+        check_has_trunk(self.base, "generate")
         if isinstance(aux_scale, Tensor) and aux_scale.dim() == 0:
             aux_scale = aux_scale.item()  # beams repeat the rows of every tensor
         return super().generate(*args, aux_scale=aux_scale, **kwargs)

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from .heads import OutputHead
 from .modalities import input_names
 from .modules import backbone, features, run
+from .trunkless import check_holds_trunk_layer, has_trunk
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -78,6 +79,8 @@ def trunk_index(given: int, num_layers: int) -> int:
 
 def check_trunk(base: PreTrainedModel, index: int, tokens: Tensor) -> None:
     """ValueError where a base has no hidden states [batch, n, width] at that index, which an auxiliary could read."""
+    if not has_trunk(base):
+        return check_holds_trunk_layer(base, index)
     states = _tried(base, tokens, output_hidden_states=True).get("hidden_states")
     want = [*tokens.shape, base.config.get_text_config().hidden_size]
     got = None if not states or len(states) <= index else list(states[index].shape)

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 from . import adapters, ensemble_saving, saving
 from . import auxiliary_inputs as reading
 from .auxiliary import AuxiliaryForCausalLM
+from .base_states import Layers
 from .caches import is_dynamic
 from .causal_lm import has_cache
 from .composite_generation import GenerationOfComposites, inherited
@@ -400,7 +401,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         text: reading.Text,
         own: reading.AuxText,
         use_cache: bool,
-        states: tuple[Tensor, ...] | None,
+        states: Layers | None,
         kwargs: dict[str, Any],
     ) -> ModelOutput:
         needs_grad = torch.is_grad_enabled() and is_trained(one)

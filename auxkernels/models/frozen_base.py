@@ -11,12 +11,14 @@ from transformers import Cache, GenerationConfig
 
 from . import adapters, base_pointer
 from . import auxiliary_inputs as reading
+from .base_states import BaseStates, Layers
 from .causal_lm import are_packed, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .heads import kept_positions
 from .modules import features, run
 from .sums import AuxiliaryCausalLMOutput, Scale, Sum, Term
 from .token_statistics import OwnTokenStatistics, check_no_further_loss
+from .trunkless import check_has_trunk
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -41,6 +43,7 @@ class Call:
     skip_logits: bool | None
     num_items_in_batch: int | Tensor | None
     output_hidden_states: bool | None
+    base_states: BaseStates | None = None
 
 
 @dataclass
@@ -172,7 +175,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         return AuxiliaryCausalLMOutput(
             logits=logits,
             past_key_values=cache if use_cache else None,
-            hidden_states=states if call.output_hidden_states else None,
+            hidden_states=states if call.output_hidden_states and isinstance(states, tuple) else None,
             **numbers,
         )
 
@@ -185,7 +188,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         wants_balance: list[bool],
         kwargs: dict[str, Any],
         base_scale: Scale,
-    ) -> tuple[Sum, tuple[Tensor, ...] | None, Tensor | None]:
+    ) -> tuple[Sum, Layers | None, Tensor | None]:
         """Runs the base once and each auxiliary once: (sum, the base's hidden states if wanted, balancing loss)."""
         input_ids = call.input_ids
         assert input_ids is not None, "they have been checked"
@@ -198,7 +201,10 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         behind = [self._aux_text(i, text, one) for i, ((text, _), one) in enumerate(zip(split, given, strict=True))]
         if cache is not None:
             cache.is_complete = False
-        h_base, states = self._run_base(base_text, use_cache, call.output_hidden_states, base_kwargs)
+        if call.base_states is None:
+            h_base, states = self._run_base(base_text, use_cache, call.output_hidden_states, base_kwargs)
+        else:
+            h_base, states = call.base_states.hidden, call.base_states.of_layers(self.config.trunk_layer)
         terms, router = [], None
         for one, (text, inputs), own, scale, is_balanced in zip(
             self._auxiliaries, split, behind, scales, wants_balance, strict=True
@@ -242,8 +248,9 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
 
     def _run_base(
         self, text: reading.Text, use_cache: bool, output_hidden_states: bool | None, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, Layers | None]:
         """`features` [batch, new, D] and, where they are wanted, all of them."""
+        check_has_trunk(self.base, "a call without base_hidden_states")
         wants_states = bool(output_hidden_states) or any(
             one.config.trunk_layer is not None for one in self._auxiliaries
         )
@@ -268,7 +275,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         text: reading.Text,
         own: reading.AuxText,
         use_cache: bool,
-        states: tuple[Tensor, ...] | None,
+        states: Layers | None,
         kwargs: dict[str, Any],
     ) -> ModelOutput:
         return one._run_aux(text, own, use_cache, states, kwargs)

@@ -30,6 +30,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from . import adapters, base_pointer, modalities
 from .configuration import AuxiliaryConfig
 from .small import unread_weights
+from .trunkless import has_trunk, whole_of
 
 if TYPE_CHECKING:
     from .auxiliary import AuxiliaryForCausalLM
@@ -121,8 +122,12 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     sums       of at most 4096 elements of each parameter, evenly spaced; magnitudes: of their absolute values
     dtype is kept beside the values, because a base may be loaded in another one than it was saved with. Weights that
     are offloaded have no value and are not compared, nor those that DeepSpeed has partitioned. Quantised weights count
-    as what they are stored as. Sharded ones (DTensor) are gathered one at a time: all ranks must call.
+    as what they are stored as. Sharded ones (DTensor) are gathered one at a time: all ranks must call. A base without
+    its trunk in memory (`trunkless`) counts as the whole one.
     """
+    whole = whole_of(model)
+    if whole is not None:
+        return copy.deepcopy(whole.fingerprint)
     parameters = sorted(model.named_parameters())
     shapes = [(name, list(getattr(p, "ds_shape", p.shape))) for name, p in parameters]
     values, sums = [], []
@@ -267,6 +272,8 @@ def check_can_save(
     """ValueError for what no folder can be made of."""
     if kwargs.get("push_to_hub"):
         raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")
+    if save_base and not has_trunk(model.base):
+        raise ValueError("save_base must be False for a base without its trunk in memory")
     if not save_base and not model.config.base_name_or_path:
         raise ValueError(
             f"save_base must be True for a base that has no name to be found by: or {base_pointer.way_to_save(model)}"

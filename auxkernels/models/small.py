@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from .causal_lm import is_dead
 from .heads import OutputHead, untie_output_head, without_wrappers
 from .modules import is_called_whole, is_plain
+from .trunkless import has_trunk, on_meta
 
 # -- heads -------------------------------------------------------------------------------------------------------------
 
@@ -189,7 +190,8 @@ def small_model(base: PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedMode
             model.base_model(input_ids=tokens, use_cache=False)
     except Exception as error:
         raise _not_derived(config, f"a model of these sizes does not run ({error})") from error
-    if 2 * _size_beside_vocabulary(model) > _size_beside_vocabulary(base):
+    whole = base if has_trunk(base) else on_meta(base.config)
+    if 2 * _size_beside_vocabulary(model) > _size_beside_vocabulary(whole):
         raise _not_derived(config, "more than half of its weights do not follow its width, heads and layers")
     return model
 
