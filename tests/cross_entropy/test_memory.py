@@ -119,7 +119,8 @@ def test_a_thousand_calls_leave_nothing_behind(on_cpu, kind):
         growth.append(resident() - before)
     # a leak of one row of 700 floats, or of one gradient, would be 2.8 or 22 MB
     assert min(growth) < MIB
-    assert len(gc.get_objects()) - alive < 100
+    # one object a call would be a thousand; other threads of the process make some too
+    assert len(gc.get_objects()) - alive < 500
 
 
 def test_an_unrequested_gradient_is_not_allocated(fused, monkeypatch):
