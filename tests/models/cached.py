@@ -22,5 +22,7 @@ def packed_examples(rows=TEXTS_IN_ROWS, seed=0):
 
 def saved_base(folder, architecture="llama", *, dtype=torch.bfloat16, **options):
     """A base that was loaded from a folder, and so has a name to be found by."""
-    tiny_model(architecture, seed=1, width=24, **options).to(dtype).save_pretrained(folder)
+    model = tiny_model(architecture, seed=1, width=24, **options).to(dtype)
+    model.generation_config.repetition_penalty = 1.3
+    model.save_pretrained(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

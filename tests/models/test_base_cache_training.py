@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from cached import examples_of, packed_examples, saved_base  # noqa: E402
+from family_configs import tiny_model as family_model  # noqa: E402
 from tiny import VOCAB_SIZE, tiny_config, tiny_model  # noqa: E402
 
 from auxkernels.models import (  # noqa: E402
@@ -72,6 +73,19 @@ def test_fifty_steps_are_those_of_online_training(base, is_tied, trunk_layer, tm
     online = trained(new_auxiliary(base, trunk_layer=trunk_layer), examples, collator)
     model = new_auxiliary(cache.base_head(), trunk_layer=trunk_layer)
     assert_same_training(online, trained(model, cache.dataset(model), collator))
+
+
+@pytest.mark.parametrize("family", ["falcon_mamba", "mamba2", "cohere", "granite", "opt"])
+def test_other_families_have_the_logits_of_online_calls(family, tmp_path):
+    """Kernels that depend on whether weights require gradients, configurations with infinities, scales of logits."""
+    base, examples, collator = family_model(family), examples_of([6, 6]), DataCollatorForBaseCache()
+    cache = BaseCache.create(tmp_path / "cache", base, examples, dtype="float32", batch_size=2, trunk_layers=[1])
+    head = cache.base_head()
+    for trunk_layer in (None, 1):
+        models = [new_auxiliary(one, trunk_layer=trunk_layer, zero_init=False).eval() for one in (base, head)]
+        batches = collator(examples), collator([cache.dataset(models[1])[i] for i in range(2)])
+        online, cached = (model(**batch).logits for model, batch in zip(models, batches, strict=True))
+        assert torch.equal(online, cached) and online.isfinite().all()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

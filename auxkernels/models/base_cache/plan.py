@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
@@ -154,19 +155,15 @@ class CachePlan:
             layer = self.base.get_output_embeddings()
             tensors = {"weight": layer.weight, "bias": layer.bias}
             self._write(folder, HEAD, {name: one.detach().cpu() for name, one in tensors.items() if one is not None})
-        was_training = self.base.training
-        self.base.eval()
-        try:
-            with tqdm(total=self.num_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
-                first = 0
-                for part, (count, num_tokens) in zip(self.manifest.parts[1:], self.manifest.shards, strict=True):
-                    if part in missing:
-                        self._write(folder, part, self._computed(part, range(first, first + count), bar))
-                    else:
-                        bar.update(num_tokens)
-                    first += count
-        finally:
-            self.base.train(was_training)
+        bar = tqdm(total=self.num_tokens, unit="token", unit_scale=True, disable=not progress)
+        with bar, _frozen(self.base):
+            first = 0
+            for part, (count, num_tokens) in zip(self.manifest.parts[1:], self.manifest.shards, strict=True):
+                if part in missing:
+                    self._write(folder, part, self._computed(part, range(first, first + count), bar))
+                else:
+                    bar.update(num_tokens)
+                first += count
 
     def _write(self, folder: str, part: str, tensors: dict[str, Tensor]) -> None:
         data: Iterator[memoryview] = (bytes_of(tensors[field.name]) for field in ordered(self.manifest.fields(part)))
@@ -208,6 +205,9 @@ class CachePlan:
         wants_states = bool(manifest.trunk_layers)
         with self._autocast(device):
             output = run(self.base, **inputs, past_key_values=None, use_cache=False, output_hidden_states=wants_states)
+        shape, got = [*is_token.shape, manifest.hidden_size], list(features(output).shape)
+        if got != shape:
+            raise ValueError(f"base must give hidden states {shape}, one for each token, got {got}")
         hidden = self._stored(features(output), is_token)
         found = {"input_ids": batch["input_ids"][is_token].int(), "hidden": hidden.cpu()}
         if manifest.is_packed:
@@ -233,6 +233,20 @@ class CachePlan:
         if bool(states.isfinite().all()) and not bool(stored.isfinite().all()):
             raise ValueError(f"dtype must be able to hold the base's hidden states, {self.dtype} overflows")
         return stored
+
+
+@contextlib.contextmanager
+def _frozen(base: PreTrainedModel) -> Iterator[None]:
+    """A base as it is in training: weights that require gradients let torch take other roads, with other roundings."""
+    was_training = base.training
+    trained = [weight for weight in base.parameters() if weight.requires_grad]
+    base.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        base.train(was_training)
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 def batch_mask(lengths: list[int], side: str) -> Tensor:
@@ -294,10 +308,19 @@ def _described(
         "revision": kwargs.get("revision", revision),
         "options": base_pointer.weight_options(base, kwargs),
         "fingerprint": saving.fingerprint(base),
-        "config": json.loads(config.to_json_string(use_diff=False)),
-        "generation_config": json.loads(base.generation_config.to_json_string(use_diff=False)),
+        "config": _without_marks(json.loads(config.to_json_string(use_diff=False))),
+        "generation_config": _without_marks(json.loads(base.generation_config.to_json_string(use_diff=False))),
     }
     return json.loads(json.dumps(described))
+
+
+def _without_marks(value: Any) -> Any:
+    """A configuration's JSON with infinities as Python's JSON has them, not as transformers marks them."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _without_marks(one) for name, one in value.items()}
+    return [_without_marks(one) for one in value] if isinstance(value, list) else value
 
 
 def _read(examples: Sequence[Mapping[str, Any]], num_rows: int) -> tuple[list[int], list[bytes], bool]:
