@@ -263,6 +263,7 @@ def test_hundreds_of_calls_leave_nothing_behind(native):
         with pytest.raises(IndexError):
             segments_to_tokens(table.detach(), ids + 700, "native")
 
+    once()  # what is made once, at the first call, is no leak
     growth: list[int] = []
     while len(growth) < 4 and (not growth or min(growth) >= MIB):
         gc.collect()
