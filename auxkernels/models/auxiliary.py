@@ -116,9 +116,10 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
 
         The base is frozen for good. Training or eval mode is the auxiliary's (training for a new one).
 
-        base, aux      a causal LM, also with adapters of PEFT (not prompts), or the name or path of one; aux also a
-                       configuration: a new, random one; or "small": a new one of the base's family, with a quarter of
-                       its heads, width and layers, in float32
+        base, aux      a causal LM, also with adapters of PEFT (not prompts), or the name or path of one; base also
+                       `BaseCache.base_head()`, without its trunk in memory; aux also a configuration: a new, random
+                       one; or "small": a new one of the base's family, with a quarter of its heads, width and layers,
+                       in float32
         base_revision  of the base's name; saved in the pointer to it
         trunk_layer    which of the base's hidden states (0: the embeddings) the auxiliary reads through a new Linear
                        instead of its token embeddings, -1: the last; a prefix then runs through the base on its own

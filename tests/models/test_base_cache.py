@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from cached import LENGTHS, examples_of, packed_examples, saved_base
+from family_configs import tiny_model as family_model
 from tiny import ARCHITECTURES, tiny_config, tiny_model
 from torch.utils.data import DataLoader
 
@@ -346,6 +347,14 @@ def test_bases_of_which_only_logits_are_known_are_refused(tmp_path):
             CachePlan(base, examples_of())
     with pytest.raises(TypeError, match="base must be a PreTrainedModel or a name"):
         CachePlan(tiny_config("llama"), examples_of())
+
+
+def test_a_base_without_a_hidden_state_for_each_token_is_refused(tmp_path):
+    examples = examples_of([6, 6])
+    with pytest.raises(
+        ValueError, match=r"base must give hidden states \[2, 6, 32\], one for each token, got \[2, 256"
+    ):
+        BaseCache.create(tmp_path / "cache", family_model("diffusion_gemma"), examples)
 
 
 def test_adapters_in_the_base_are_refused():
