@@ -1,0 +1,55 @@
+"""The steps of benchmarks.training_steps: the same loss by every method that has the same auxiliary."""
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("transformers")
+
+from tiny import tiny_model
+
+from benchmarks import training_steps
+from benchmarks.training_steps import CACHED, EAGER, ONLINE, SHARED
+
+
+def test_every_method_trains_on_the_same_loss(monkeypatch, tmp_path):
+    losses, backward = [], torch.Tensor.backward
+
+    def kept(loss, *args, **kwargs):
+        losses.append(loss.item())
+        return backward(loss, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", kept)
+    steps = training_steps.steps_of(tiny_model("llama"), torch.randint(2, 61, (3, 9)), str(tmp_path / "cache"))
+    assert list(steps) == [EAGER, ONLINE, CACHED, SHARED]
+    for step in steps.values():
+        step()
+    eager, online, cached, shared = losses
+    assert online == cached == shared  # at the start all of them are the base
+    torch.testing.assert_close(eager, online, rtol=1e-5, atol=0)
+    del losses[:]
+    for step in steps.values():
+        step()
+    eager_after, online_after, cached_after, shared_after = losses
+    assert online_after == cached_after != shared_after and online_after < online and shared_after < shared
+    torch.testing.assert_close(eager_after, online_after, rtol=1e-4, atol=0)
+
+
+def test_the_table_has_each_method_beside_eager():
+    methods = {EAGER: (2.0, 4_000_000), ONLINE: (1.0, None)}
+    rows = {
+        name: {"step_seconds": seconds, "tokens_per_second": 27 / seconds, "peak_bytes": peak}
+        for name, (seconds, peak) in methods.items()
+    }
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(training_steps.table({"tokens_per_step": 27, "dtype": "float32", "methods": rows}))
+    lines = console.export_text().splitlines()
+    assert any(all(word in line for word in (EAGER, "14", "1.00", "4")) for line in lines)
+    assert any(all(word in line for word in (ONLINE, "27", "2.00", "unknown")) for line in lines)
+
+
+def test_one_step_alone_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["training_steps", "model", "--steps", "1"])
+    with pytest.raises(SystemExit):
+        training_steps.main()
+    assert "--steps must be at least 2, got 1" in capsys.readouterr().err
