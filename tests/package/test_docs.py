@@ -16,7 +16,18 @@ TEXTS = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 def test_there_are_pages():
     of_operators = {"operators", "recipes"}
-    of_models = {"caches", "memory", "models", "peft", "saving", "several_auxiliaries", "tokenizers", "trainer", "trl"}
+    of_models = {
+        "base_cache",
+        "caches",
+        "memory",
+        "models",
+        "peft",
+        "saving",
+        "several_auxiliaries",
+        "tokenizers",
+        "trainer",
+        "trl",
+    }
     assert of_operators | of_models <= {page.stem for page in PAGES}
 
 
