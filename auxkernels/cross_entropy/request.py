@@ -81,6 +81,14 @@ def with_sources_of_derived(wanted: int) -> int:
     return wanted
 
 
+class BadTarget(IndexError):
+    """The IndexError of one of several requests. number: which."""
+
+    def __init__(self, number: int, message: object):
+        super().__init__(message)
+        self.number = number
+
+
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
