@@ -158,7 +158,7 @@ def losses(given: list[LossOf], wanted: int) -> list[list[Tensor]]:
     for i, (call, normalizer, terms, needs) in enumerate(given):
         if not call.options.is_of_matrices:
             in_chunks.append(i)
-        elif call.options.backend == "native" and not call.leaves[0].is_cuda:
+        elif hasattr(call.kernels(), "losses"):
             of_matrices.setdefault(call.problem().compute(), []).append(i)
         else:
             made[i] = loss(call, normalizer, terms, wanted, needs)
@@ -172,15 +172,13 @@ def losses(given: list[LossOf], wanted: int) -> list[list[Tensor]]:
 
 
 def _losses_of_matrices(given: list[LossOf], wanted: int) -> list[list[Tensor]]:
-    """On CPU."""
-    from . import native
-
-    problems = [one.call.problem() for one in given]
+    kernels, problems = given[0].call.kernels(), [one.call.problem() for one in given]
     grads = [
         empty_gradients(problem, by_source(one.needs)) if one.needs else Gradients()
         for problem, one in zip(problems, given, strict=True)
     ]
-    found = native.losses(problems, [one.normalizer for one in given], [one.terms for one in given], wanted, grads)
+    normalizers, terms = [one.normalizer for one in given], [one.terms for one in given]
+    found = kernels.losses(problems, normalizers, terms, wanted, grads)  # type: ignore[attr-defined]
     return [[value, *fields, *_in_order(of_one)] for (value, fields), of_one in zip(found, grads, strict=True)]
 
 
