@@ -296,7 +296,7 @@ def test_nothing_is_written_before_all_targets_are_checked(native):
     grads = [torch.full((6, 40), 7.0) for _ in range(3)]
     others = [target, target, torch.full_like(target, 40)]
     made = [compiled_arguments(*one) for one in zip(others, values, grads, strict=True)]
-    with pytest.raises(IndexError, match="^2 0 40$"):
+    with pytest.raises(IndexError, match=r"^2 0 40$"):
         native.losses([given for _, given in made])
     assert all(bool((t == 7).all()) for t in (*values, *grads))
 
@@ -325,5 +325,5 @@ def test_arguments_that_are_refused(impl):
     refused(TypeError, r"^auxes\[1\]: aux must be a tensor, Logits", [auxes[0], "aux", auxes[2]])
     refused(ValueError, r"^auxes\[1\]: label_smoothing must be in", label_smoothing=[0.0, 2.0, 0.0])
     refused(TypeError, r"^auxes\[1\]: target must be int32 or int64", target=[target, target.float(), target])
-    with pytest.raises(TypeError, match="^base must be a tensor"):
+    with pytest.raises(TypeError, match=r"^base must be a tensor"):
         aux_cross_entropies("base", auxes, target, backend=impl.backend)

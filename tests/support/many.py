@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from auxkernels import Head, LogitStats, Logits, aux_cross_entropies, aux_cross_entropy
+from auxkernels import Head, Logits, LogitStats, aux_cross_entropies, aux_cross_entropy
 from auxkernels.cross_entropy import chunked, native, ops
 
 OF_EACH = ("ignore_index", "weight", "label_smoothing", "z_loss", "reduction", "normalizer", "vocab_size")
@@ -31,9 +31,7 @@ def leaves_of(source):
 def singles(base, auxes, target, **options):
     """What K single calls return."""
     return [
-        aux_cross_entropy(
-            base, aux, of(k, target), **{n: of(k, v) if n in OF_EACH else v for n, v in options.items()}
-        )
+        aux_cross_entropy(base, aux, of(k, target), **{n: of(k, v) if n in OF_EACH else v for n, v in options.items()})
         for k, aux in enumerate(auxes)
     ]
 
