@@ -1,12 +1,14 @@
 """Fused kernels for steering a language model with a second one.
 
 `aux_cross_entropy` and `logit_stats` add the logits of a base and an auxiliary model and take their log-softmax
-cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`. The contract
-is docs/contract.md. `soft_embedding` mixes label embeddings by predicted probabilities.
+cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`;
+`aux_cross_entropies` does so for several auxiliaries of one base. The contract is docs/contract.md. `soft_embedding`
+mixes label embeddings by predicted probabilities.
 """
 
 from . import nn
 from .cross_entropy.api import aux_cross_entropy, logit_stats
+from .cross_entropy.many import aux_cross_entropies
 from .cross_entropy.rows import LogitStats
 from .dispatch import show_config
 from .heads import settings as chunk_settings
@@ -21,6 +23,7 @@ __all__ = [
     "Logits",
     "LookupStats",
     "__version__",
+    "aux_cross_entropies",
     "aux_cross_entropy",
     "chunk_settings",
     "logit_stats",

@@ -101,12 +101,17 @@ def implementation(operator: str, backend: str, is_cuda: bool = False) -> Module
 
 
 def is_direct(tensors: Iterable[Any], backend: str) -> bool:
-    """Whether a call of a compiled module may skip the dispatcher, a fifth of a small call (6 of 30 us).
+    """Whether a call of a compiled module may skip the dispatcher, a fifth of a small call (6 of 30 us)."""
+    return backend == "native" and are_plain(tensors)
+
+
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether the dispatcher has nothing to say of a call with these arguments, of which some are tensors.
 
     Nothing may be tracing or transforming, and every tensor must be a plain one that lies in memory as it is read:
     subclasses, functorch's wrappers and lazily negated tensors are the dispatcher's to resolve.
     """
-    if backend != "native" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
         return False

@@ -13,6 +13,8 @@ from . import autograd, ops, reference, rows
 from .request import Arguments, LossTerms
 from .rows import LogitStats
 
+OF_STATS = rows.FINISHED | rows.FINISHED_OF_TARGET
+
 
 def aux_cross_entropy(
     base: SourceLike,
@@ -54,14 +56,9 @@ def aux_cross_entropy(
                      unavailable backend; a second backward without recompute=True; double differentiation.
     Source           Zeldes et al. 2020 (auxiliary tuning); Milakov & Gimelshein 2018 (online softmax).
     """
-    checks.classes(target)
-    normalizer = checks.reduction(reduction, normalizer)
-    label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
-    z_loss = checks.real_number("z_loss", z_loss, minimum=0.0)
-    given = _checked(base, aux, target, ignore_index, vocab_size, backend)
-    if weight is not None:
-        checks.class_weight(weight, given.vocab_size, target.device)
-    normalizer = _number(normalizer, torch.float64, target.device)
+    options = weight, label_smoothing, z_loss, reduction, normalizer
+    given, terms, normalizer = checked_loss(base, aux, target, ignore_index, vocab_size, backend, *options)
+    label_smoothing, z_loss, _ = terms
     if given.backend == "reference":
         loss = reference.cross_entropy(
             given,
@@ -72,9 +69,9 @@ def aux_cross_entropy(
             normalizer=normalizer,
         )
         return (loss, _detached(_statistics(given))) if return_stats else loss
-    call = _call(given, weight, target.device)
+    call = call_of(given, weight, target.device)
     has_gradient = autograd.requires_grad(call)
-    wanted = rows.FINISHED | rows.FINISHED_OF_TARGET if return_stats else 0
+    wanted = OF_STATS if return_stats else 0
     if reduction == "none" or autograd.is_better_from_rows(call, has_gradient, recompute):
         fields = autograd.row_fields(call, has_gradient, wanted | rows.fields_of_loss(label_smoothing, z_loss))
         loss = rows.loss_of(
@@ -89,7 +86,6 @@ def aux_cross_entropy(
             normalizer=normalizer,
         )
     else:
-        terms = LossTerms(label_smoothing, z_loss, reduction == "mean")
         loss, fields = autograd.loss_in_one_pass(call, has_gradient, normalizer, terms, wanted)
     return (loss, rows.finished_stats(fields)) if return_stats else loss
 
@@ -116,6 +112,31 @@ def logit_stats(
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def checked_loss(
+    base: SourceLike,
+    aux: SourceLike | None,
+    target: Tensor,
+    ignore_index: int,
+    vocab_size: int | None,
+    backend: str,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> tuple[Arguments, LossTerms, float | Tensor | None]:
+    """The arguments of a loss, checked; the last is its normalizer."""
+    checks.classes(target)
+    normalizer = checks.reduction(reduction, normalizer)
+    label_smoothing = checks.real_number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
+    z_loss = checks.real_number("z_loss", z_loss, minimum=0.0)
+    given = _checked(base, aux, target, ignore_index, vocab_size, backend)
+    if weight is not None:
+        checks.class_weight(weight, given.vocab_size, target.device)
+    terms = LossTerms(label_smoothing, z_loss, reduction == "mean")
+    return given, terms, _number(normalizer, torch.float64, target.device)
 
 
 def _checked(
@@ -165,7 +186,7 @@ def _scale_of(source: Source, compute: torch.dtype, device: torch.device) -> flo
     return None if scale == 1.0 else _number(scale, compute, device)
 
 
-def _call(given: Arguments, weight: Tensor | None, device: torch.device) -> ops.Call:
+def call_of(given: Arguments, weight: Tensor | None, device: torch.device) -> ops.Call:
     sources = [*given.base, *given.aux]
     leaves: tuple[Tensor | float | None, ...] = ()
     is_of_matrices = len(given.base) == 1 and len(given.aux) < 2
@@ -192,9 +213,9 @@ def _statistics(given: Arguments) -> LogitStats:
     if given.backend == "reference":
         return LogitStats(**reference.statistics(given))
     has_target = given.target is not None
-    call = _call(given, None, leaves_of(given.base[0], None).values.device)
+    call = call_of(given, None, leaves_of(given.base[0], None).values.device)
     if not autograd.requires_grad(call):
-        wanted = rows.FINISHED | rows.FINISHED_OF_TARGET if has_target else rows.FINISHED
+        wanted = OF_STATS if has_target else rows.FINISHED
         return rows.finished_stats(autograd.row_fields(call, False, wanted))
     wanted = rows.PARTS | rows.PARTS_OF_TARGET if has_target else rows.PARTS
     return rows.stats_of_parts(autograd.row_fields(call, True, wanted))

@@ -17,6 +17,11 @@ from .rows import coefficients_of
 _WHO = "aux_cross_entropy or logit_stats"
 
 
+def needs_of(call: ops.Call) -> tuple[bool, ...]:
+    """Of which leaves a call with a gradient has to give it."""
+    return tuple([isinstance(leaf, Tensor) and leaf.requires_grad for leaf in call.leaves])
+
+
 def requires_grad(call: ops.Call) -> bool:
     if forward_ad._current_level >= 0:  # a dual number: autograd says that it has no forward mode here
         return True
@@ -57,15 +62,20 @@ def row_fields(call: ops.Call, has_gradient: bool, wanted: int) -> dict[str, Ten
 
 
 def loss_in_one_pass(
-    call: ops.Call, has_gradient: bool, normalizer: float | Tensor | None, terms: LossTerms, wanted: int
+    call: ops.Call,
+    has_gradient: bool,
+    normalizer: float | Tensor | None,
+    terms: LossTerms,
+    wanted: int,
+    made: list[Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(0-d loss, the wanted fields)."""
+    """(0-d loss, the wanted fields). made: what `ops.loss` gives for the call, where that is there already."""
     if has_gradient:
         leaves = distinct(call.leaves)
-        given = call.options, terms, wanted, anchors(leaves), saveable(call.target), call.weight, normalizer
+        given = call.options, terms, wanted, anchors(leaves), made, saveable(call.target), call.weight, normalizer
         loss, *fields = apply(OnePass, _WHO, *given, *leaves)
     else:
-        loss, *fields = ops.loss(call, normalizer, terms, wanted, ())
+        loss, *fields = made or ops.loss(call, normalizer, terms, wanted, ())
     return loss, named_fields(wanted, fields)[0] if wanted else {}
 
 
@@ -141,13 +151,14 @@ class OnePass(torch.autograd.Function):
         terms: LossTerms,
         wanted: int,
         edges: list[Tensor],
+        made: list[Tensor] | None,
         target: Tensor | None,
         weight: Tensor | None,
         normalizer: float | Tensor | None,
         *leaves: Tensor | float | None,
     ) -> tuple[Tensor, ...]:
         needs = ctx.needs_input_grad[-len(leaves) :]
-        loss, *rest = ops.loss(ops.Call(leaves, target, weight, options), normalizer, terms, wanted, needs)
+        loss, *rest = made or ops.loss(ops.Call(leaves, target, weight, options), normalizer, terms, wanted, needs)
         num_grads = sum(needs)
         fields, grads = rest[: len(rest) - num_grads], rest[len(rest) - num_grads :]
         ctx.save_for_backward(target, *grads)
@@ -180,7 +191,7 @@ class OnePass(torch.autograd.Function):
                 grads[i] = per_row if dim else per_row.sum()
             else:
                 grads[i] = _rescaled(grad, factor, target if layout == ROWS else None, ctx.options).to(dtype)
-        return (None, None, None, None, None, None, None, *once(_WHO, grads, (*ctx.edges, upstream)))
+        return (None, None, None, None, None, None, None, None, *once(_WHO, grads, (*ctx.edges, upstream)))
 
 
 def _rescaled(grad: Tensor, factor: Tensor, target: Tensor | None, options: ops.Options) -> Tensor:

@@ -5,14 +5,24 @@ Needs and gradients come with one `Leaves` for each source; a scale's gradient i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..heads.operands import Buffers, Context, are_one_product, bytes_per_row, operand_of
+from ..heads.operands import (
+    AddedProducts,
+    Buffers,
+    Context,
+    NoOperand,
+    Operand,
+    SharedOperand,
+    are_one_product,
+    bytes_per_row,
+    operand_of,
+)
 from ..heads.products import operand_dtype, plan_of
 from ..heads.rows import Rows, chunks_of, rows_that_count, settings
 from ..heads.shared_weights import as_one, groups_of
@@ -44,7 +54,12 @@ class ChunkedCall:
     is_base_wanted   whether the base counts by itself; otherwise its products and the auxiliary's become one where they
                      can
     keeps_wide       whether gradients of float16 heads stay in float32
+
+    `make_operands` is still to be called: beside others that share its base, or alone.
     """
+
+    base: Operand
+    aux: Operand
 
     def __init__(
         self, request: Request, needs: list[Leaves], backend: str, is_base_wanted: bool, keeps_wide: bool = False
@@ -55,22 +70,85 @@ class ChunkedCall:
         sources, needs = request.sources, needs or [_NOTHING] * len(request.sources)
         groups = groups_of(sources, needs, request.num_base, request.autocast, is_base_wanted)
         ones = [[as_one([sources[i] for i in group]) for group in operand] for operand in groups]
-        if not is_base_wanted and are_one_product([*ones[0], *ones[1]], request.autocast):
-            groups, ones = ([*groups[0], *groups[1]], []), [[*ones[0], *ones[1]], []]  # the auxiliary's onto the base's
+        self.is_one = not is_base_wanted and are_one_product([*ones[0], *ones[1]], request.autocast)
+        if self.is_one:
+            ones = [[*ones[0], *ones[1]], []]  # the auxiliary's onto the base's
+        self.groups, self.needs = groups, needs
         self.order = [i for operand in groups for group in operand for i in group]
         ignored, num_rows = request.ignored(), request.shape().numel()
         self.rows = rows_that_count(request.shape(), ignored, _fewest_to_drop(sources, num_rows))
         wants = [[any(any(needs[i]) for i in group) for group in operand] for operand in groups]
+        if self.is_one:
+            wants = [[*wants[0], *wants[1]], []]
         shared = (request.vocab_size, request.compute(), request.autocast)
         row_bytes = bytes_per_row(ones, wants, *shared, self.in_place, self.rows.keeps_all())
         self.chunks = chunks_of(self.rows.num_rows, row_bytes, settings.budget(request.first().device))
         if ignored is not None:
             ignored = None if self.rows.kept is not None else ignored.flatten()
-        context = Context(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)
-        buffers = Buffers(context, request.first())
-        self.base, self.aux = (
-            operand_of(_picked(sources, operand), context, _picked(needs, operand), buffers) for operand in groups
+        self.context = Context(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)
+
+    def make_operands(self) -> ChunkedCall:
+        buffers = Buffers(self.context, self.request.first())
+        if self.is_one:
+            self.base, self.aux = self._operand([*self.groups[0], *self.groups[1]], buffers), NoOperand()
+        else:
+            self.base, self.aux = self._operand(self.groups[0], buffers), self._operand(self.groups[1], buffers)
+        return self
+
+    def _operand(self, groups: list[list[int]], buffers: Buffers) -> Operand:
+        return operand_of(_picked(self.request.sources, groups), self.context, _picked(self.needs, groups), buffers)
+
+    # -- calls that share their base -----------------------------------------------------------------------------------
+
+    def has_shareable_base(self) -> bool:
+        """Whether the base is made anew for each chunk, has no gradient, and no head that the auxiliary's is added to
+        before their product."""
+        num_base, sources = self.request.num_base, self.request.sources
+        return (
+            (num_base > 1 or sources[0].weight is not None)
+            and not any(any(needs) for needs in self.needs[:num_base])
+            and all(i < num_base for group in self.groups[0] for i in group)
         )
+
+    def shares_base(self, other: ChunkedCall) -> bool:
+        """Whether the base's matrices are the same in both calls, given that their bases are."""
+        return (
+            self.chunks == other.chunks
+            and self.context.compute == other.context.compute
+            and self.context.autocast == other.context.autocast
+            and self.context.vocab_size == other.context.vocab_size
+            and (self.rows.kept is None) == (other.rows.kept is None)
+            and (self.context.ignored is None) == (other.context.ignored is None)
+            and self._ignores_the_same(other)
+        )
+
+    def _ignores_the_same(self, other: ChunkedCall) -> bool:
+        one, two = self.request, other.request
+        if one.target is two.target and one.ignore_index == two.ignore_index:
+            return True
+        if one.first().device.type != "cpu":
+            return False  # a comparison would wait for the device
+        if self.rows.kept is not None and other.rows.kept is not None:
+            return torch.equal(self.rows.kept, other.rows.kept)
+        if self.context.ignored is not None and other.context.ignored is not None:
+            return torch.equal(self.context.ignored, other.context.ignored)
+        return True
+
+    def shared_base(self) -> SharedOperand:
+        """The base, for all the calls that share it; in memory of its own, as the others work in common buffers."""
+        return SharedOperand(self._operand(self.groups[0], Buffers(self.context, self.request.first())))
+
+    def make_operands_beside(self, base: SharedOperand, made: dict[Hashable, Tensor]) -> None:
+        """With a base that others made. made: the buffers that all the calls beside it work in."""
+        groups, buffers = self.groups[1], Buffers(self.context, self.request.first(), made)
+        self.base, self.aux = base, NoOperand()
+        if not self.is_one:
+            self.aux = self._operand(groups, buffers)
+        elif groups:
+            of_groups = _picked(self.request.sources, groups), self.context, _picked(self.needs, groups), buffers
+            self.base = AddedProducts(base, *of_groups)
+
+    # -- chunks --------------------------------------------------------------------------------------------------------
 
     def problem(self, start: int, stop: int) -> Problem:
         """One chunk of the request, for the row kernels."""
@@ -217,7 +295,7 @@ def scan(request: Request, wanted: int, backend: str) -> list[Tensor]:
     found = _scan_without_logits(request, wanted) if backend == "triton" else None
     if found is not None:
         return found
-    call = ChunkedCall(request, [], backend, bool(wanted & OF_BASE))
+    call = ChunkedCall(request, [], backend, bool(wanted & OF_BASE)).make_operands()
     fields = call.new_fields(wanted)
     for start, stop in call.chunks:
         call.put_fields(start, stop, fields, call.kernels.scan(call.problem(start, stop), wanted))
@@ -251,30 +329,89 @@ def _scan_without_logits(request: Request, wanted: int) -> list[Tensor] | None:
     return [stacked.view(len(stacked), *request.shape()) for stacked in fields]
 
 
+class LossCall:
+    """A loss and its gradients, chunk by chunk; operands are to be made first."""
+
+    def __init__(
+        self,
+        request: Request,
+        normalizer: Tensor | None,
+        terms: LossTerms,
+        wanted: int,
+        needs: list[Leaves],
+        backend: str,
+    ):
+        self.request, self.divides_last = _in_half(request, needs)
+        self.chunks = ChunkedCall(self.request, needs, backend, bool(wanted & OF_BASE), keeps_wide=True)
+        self.divisor = self.chunks.divisor(normalizer, terms.mean)
+        self.of_chunk = None if self.divides_last else self.divisor
+        self.terms, self.wanted = terms._replace(mean=not self.divides_last), wanted
+        self.fields = self.chunks.new_fields(wanted)
+        self.losses: list[Tensor] = []
+
+    def run(self, start: int, stop: int) -> None:
+        """One chunk."""
+        call = self.chunks
+        problem = call.problem(start, stop)
+        grads = call.buffers_of_gradients(start, stop)
+        value, found = call.kernels.loss(problem, self.of_chunk, self.terms, self.wanted, grads)
+        self.losses.append(value)
+        call.put_fields(start, stop, self.fields, found)
+        call.take_gradients(start, stop, grads)
+
+    def result(self) -> tuple[Tensor, list[Tensor], list[Leaves]]:
+        """(0-d loss, the wanted fields, the gradients), after all chunks."""
+        made, losses = self.chunks.gradients(), self.losses
+        total = torch.stack(losses).sum(dtype=torch.float64) if losses else 0.0 / self.divisor
+        if self.divides_last and losses:
+            total = total / self.divisor
+            _scale(made, 1 / self.divisor, self.request)
+        return total.to(self.request.compute()), self.fields, made
+
+
 def loss(
     request: Request, normalizer: Tensor | None, terms: LossTerms, wanted: int, needs: list[Leaves], backend: str
 ) -> tuple[Tensor, list[Tensor], list[Leaves]]:
     """(0-d loss, the wanted fields, the gradients)."""
-    request, divides_last = _in_half(request, needs)
-    call = ChunkedCall(request, needs, backend, bool(wanted & OF_BASE), keeps_wide=True)
-    divisor = call.divisor(normalizer, terms.mean)
-    of_chunk = None if divides_last else divisor
-    terms = terms._replace(mean=not divides_last)
-    fields = call.new_fields(wanted)
-    losses: list[Tensor] = []
-    for start, stop in call.chunks:
-        problem = call.problem(start, stop)
-        grads = call.buffers_of_gradients(start, stop)
-        value, found = call.kernels.loss(problem, of_chunk, terms, wanted, grads)
-        losses.append(value)
-        call.put_fields(start, stop, fields, found)
-        call.take_gradients(start, stop, grads)
-    made = call.gradients()
-    total = torch.stack(losses).sum(dtype=torch.float64) if losses else 0.0 / divisor
-    if divides_last and losses:
-        total = total / divisor
-        _scale(made, 1 / divisor, request)
-    return total.to(request.compute()), fields, made
+    call = LossCall(request, normalizer, terms, wanted, needs, backend)
+    call.chunks.make_operands()
+    for start, stop in call.chunks.chunks:
+        call.run(start, stop)
+    return call.result()
+
+
+def losses(calls: list[LossCall]) -> list[tuple[Tensor, list[Tensor], list[Leaves]]]:
+    """`loss` of each, of one base: its logits of a chunk are made once for all the calls that can share them."""
+    for together in _with_one_base(calls):
+        first = together[0].chunks
+        if len(together) == 1:
+            first.make_operands()
+        else:
+            base = first.shared_base()
+            made: dict[Hashable, Tensor] = {}
+            for call in together:
+                call.chunks.make_operands_beside(base, made)
+        for start, stop in first.chunks:
+            for call in together:
+                call.run(start, stop)
+    return [call.result() for call in calls]
+
+
+def _with_one_base(calls: list[LossCall]) -> list[list[LossCall]]:
+    found: list[list[LossCall]] = []
+    for call in calls:
+        beside = [
+            together
+            for together in found
+            if call.chunks.has_shareable_base()
+            and together[0].chunks.has_shareable_base()
+            and together[0].chunks.shares_base(call.chunks)
+        ]
+        if beside:
+            beside[0].append(call)
+        else:
+            found.append([call])
+    return found
 
 
 def backward(
@@ -286,7 +423,7 @@ def backward(
     if is_half:
         factor = _largest(coefficients, request)
         coefficients = Coefficients(*(None if c is None else c / factor for c in coefficients))
-    call = ChunkedCall(request, needs, backend, coefficients.are_of_base(), keeps_wide=is_half)
+    call = ChunkedCall(request, needs, backend, coefficients.are_of_base(), keeps_wide=is_half).make_operands()
 
     def chunk_of(values: _Numbers, start: int, stop: int) -> _Numbers:
         of_rows: list[Any] = [None if v is None else call.rows.take(v, start, stop) for v in values]

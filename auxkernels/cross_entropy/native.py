@@ -14,7 +14,7 @@ from .. import native
 from ..checks import in_range_message
 from ..native import DTYPE_CODES
 from .compiled_arguments import Arguments, checked, output_pointers
-from .request import Coefficients, Gradients, LossTerms, Problem, RowState, empty_fields
+from .request import BadTarget, Coefficients, Gradients, LossTerms, Problem, RowState, empty_fields
 
 _NO_GRADIENTS = Gradients()
 
@@ -28,10 +28,19 @@ def _run(arguments: Arguments, function: Callable[..., Any], *rest: Any) -> None
     try:
         function(*arguments.leading, *rest)
     except IndexError as error:
-        row, value = map(int, str(error).split())
-        problem = arguments.problem
-        message = in_range_message(arguments.shape, row, value, problem.vocab_size, problem.ignore_index)
-        raise IndexError(message) from None
+        raise IndexError(_message(arguments, *map(int, str(error).split()))) from None
+
+
+def _message(arguments: Arguments, row: int, value: int) -> str:
+    problem = arguments.problem
+    return in_range_message(arguments.shape, row, value, problem.vocab_size, problem.ignore_index)
+
+
+def _loss_options(normalizer: float | Tensor | None, terms: LossTerms) -> tuple[bool, float, float, float, bool]:
+    return (
+        *(normalizer is not None, 1.0 if normalizer is None else float(normalizer)),
+        *(terms.label_smoothing, terms.z_loss, terms.mean),
+    )
 
 
 def scan(problem: Problem, wanted: int) -> list[Tensor]:
@@ -53,13 +62,37 @@ def loss(
         cpu().loss,
         output_pointers(wanted, fields, grads),
         value.data_ptr(),
-        normalizer is not None,
-        1.0 if normalizer is None else float(normalizer),
-        terms.label_smoothing,
-        terms.z_loss,
-        terms.mean,
+        *_loss_options(normalizer, terms),
     )
     return value, fields
+
+
+def losses(
+    problems: list[Problem],
+    normalizers: list[float | Tensor | None],
+    terms: list[LossTerms],
+    wanted: int,
+    grads: list[Gradients],
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """`loss` of each, in one pass over the rows: of one base, one compute dtype, gradients in memory of their own.
+
+    Raises BadTarget before anything is written.
+    """
+    found, given, alive = [], [], []
+    for problem, normalizer, of_loss, of_grads in zip(problems, normalizers, terms, grads, strict=True):
+        arguments = Arguments(problem, torch.get_num_threads())
+        alive.append(arguments)
+        value = problem.base.values.new_empty((), dtype=arguments.compute)
+        fields = empty_fields(problem, wanted) if wanted else []
+        found.append((value, fields))
+        outputs = output_pointers(wanted, fields, of_grads)
+        given.append((*arguments.leading, outputs, value.data_ptr(), *_loss_options(normalizer, of_loss)))
+    try:
+        cpu().losses(given)
+    except IndexError as error:
+        number, row, value_there = map(int, str(error).split())
+        raise BadTarget(number, _message(alive[number], row, value_there)) from None
+    return found
 
 
 def backward(problem: Problem, state: RowState, coefficients: Coefficients, grads: Gradients) -> None:

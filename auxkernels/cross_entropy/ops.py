@@ -17,6 +17,7 @@ from ..sources import LAYOUTS, NUMBERS, Leaves, Matrix, SourceTensors, by_source
 from . import chunked
 from .request import (
     OF_TARGET,
+    BadTarget,
     Coefficients,
     Gradients,
     Kernels,
@@ -78,6 +79,10 @@ class Call(NamedTuple):
     weight: Tensor | None
     options: Options
 
+    def is_plain(self) -> bool:
+        """Whether what serves the operators may be called without the dispatcher."""
+        return dispatch.are_plain((*self.leaves, self.target, self.weight))
+
     def is_direct(self) -> bool:
         """Whether the row kernels are called without the dispatcher, which takes a fifth of a small call."""
         options = self.options
@@ -131,6 +136,71 @@ def loss(
 def backward(call: Call, state: RowState, coefficients: Coefficients, needs: tuple[bool, ...]) -> list[Tensor]:
     """The gradients of the leaves that `needs` names."""
     return backward_op(*call.flat(), *state, list(coefficients), list(needs), call.options.backend)
+
+
+# -- several losses of one base, all of plain tensors ------------------------------------------------------------------
+
+
+class LossOf(NamedTuple):
+    """One of several losses: what `loss` takes."""
+
+    call: Call
+    normalizer: float | Tensor | None
+    terms: LossTerms
+    needs: tuple[bool, ...]
+
+
+def losses(given: list[LossOf], wanted: int) -> list[list[Tensor]]:
+    """What `loss` gives for each. Their bases and backends are the same, bases have no gradient. Raises BadTarget."""
+    made: dict[int, list[Tensor]] = {}
+    in_chunks: list[int] = []
+    of_matrices: dict[torch.dtype, list[int]] = {}  # in one pass of one compute dtype
+    for i, (call, normalizer, terms, needs) in enumerate(given):
+        if not call.options.is_of_matrices:
+            in_chunks.append(i)
+        elif hasattr(call.kernels(), "losses"):
+            of_matrices.setdefault(call.problem().compute(), []).append(i)
+        else:
+            made[i] = loss(call, normalizer, terms, wanted, needs)
+    groups = [(group, _losses_of_matrices) for group in of_matrices.values()]
+    for group, function in [*groups, (in_chunks, _losses_in_chunks)]:
+        try:
+            made.update(zip(group, function([given[i] for i in group], wanted), strict=True))
+        except BadTarget as error:
+            raise BadTarget(group[error.number], error) from None
+    return [made[i] for i in range(len(given))]
+
+
+def _losses_of_matrices(given: list[LossOf], wanted: int) -> list[list[Tensor]]:
+    kernels, problems = given[0].call.kernels(), [one.call.problem() for one in given]
+    grads = [
+        empty_gradients(problem, by_source(one.needs)) if one.needs else Gradients()
+        for problem, one in zip(problems, given, strict=True)
+    ]
+    normalizers, terms = [one.normalizer for one in given], [one.terms for one in given]
+    found = kernels.losses(problems, normalizers, terms, wanted, grads)  # type: ignore[attr-defined]
+    return [[value, *fields, *_in_order(of_one)] for (value, fields), of_one in zip(found, grads, strict=True)]
+
+
+def _losses_in_chunks(given: list[LossOf], wanted: int) -> list[list[Tensor]]:
+    if not given:
+        return []
+    device, backend = given[0].call.leaves[0].device, given[0].call.options.backend
+    needs = [list(one.needs) or [False] * len(one.call.leaves) for one in given]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        requests = [_request(*one.call.flat(), needs=n) for one, n in zip(given, needs, strict=True)]
+        for i, request in enumerate(requests):
+            assert request.target is not None, "a loss has one"
+            try:
+                raise_out_of_range(request.target, request.vocab_size, request.ignore_index)
+            except IndexError as error:
+                raise BadTarget(i, error) from None
+        calls = []
+        for one, request, n in zip(given, requests, needs, strict=True):
+            normalizer = dispatch.number_tensor(one.normalizer, torch.float64, device)
+            calls.append(chunked.LossCall(request, normalizer, one.terms, wanted, by_source(n), backend))
+        found = chunked.losses(calls)
+    return [[total, *fields, *_picked(grads, n)] for (total, fields, grads), n in zip(found, needs, strict=True)]
 
 
 # -- one matrix each: the row kernels alone ----------------------------------------------------------------------------

@@ -81,6 +81,14 @@ def with_sources_of_derived(wanted: int) -> int:
     return wanted
 
 
+class BadTarget(IndexError):
+    """The IndexError of one of several requests. number: which."""
+
+    def __init__(self, number: int, message: object):
+        super().__init__(message)
+        self.number = number
+
+
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +206,10 @@ class Gradients(NamedTuple):
 
 
 class Kernels(Protocol):
-    """An implementation: native.py, cuda.py, triton/launch.py. Arguments have been checked."""
+    """An implementation: native.py, cuda.py, triton/launch.py. Arguments have been checked.
+
+    native.py has `losses` too, of several problems with one base.
+    """
 
     def scan(self, problem: Problem, wanted: int) -> list[Tensor]:
         """The wanted fields of every row, stacked as `empty_rows` makes them."""

@@ -92,12 +92,20 @@ def bytes_per_row(
 class Buffers:
     """The [rows, V] matrices of a chunk, each made once for a call and used for all of its chunks."""
 
-    def __init__(self, context: Context, like: Tensor):
+    def __init__(self, context: Context, like: Tensor, made: dict[Hashable, Tensor] | None = None):
+        """made: where they are kept, if calls with the same chunks work in the same memory, one after the other."""
         self.num_rows = context.chunk_size() if context.chunks else 0
         self.like, self.vocab_size = like, context.vocab_size
-        self.made: dict[Hashable, Tensor] = {}
+        self.made = {} if made is None else made
+        self.num_users = 0
 
-    def get(self, key: Hashable, dtype: torch.dtype, num_rows: int) -> Tensor:
+    def new_user(self) -> int:
+        """A number for keys, so that what is at one place in two calls has one matrix in both."""
+        self.num_users += 1
+        return self.num_users
+
+    def get(self, name: Hashable, dtype: torch.dtype, num_rows: int) -> Tensor:
+        key = name, dtype
         if key not in self.made:
             self.made[key] = padded_matrix(self.like, self.num_rows, self.vocab_size, dtype)
         return self.made[key][:num_rows]
@@ -107,7 +115,7 @@ class SourceChunks:
     """One source over the chunks of a call. needs: of values or hidden, weight, bias, scale."""
 
     def __init__(self, part: SourceTensors, context: Context, needs: Leaves, buffers: Buffers):
-        self.part, self.context, self.buffers = part, context, buffers
+        self.part, self.context, self.buffers, self.number = part, context, buffers, buffers.new_user()
         self.needs_values, self.needs_scale = needs.values or needs.weight or needs.bias, needs.scale
         self.grad_scale = context.rows.new_output(part.values, (), context.compute) if needs.scale else None
 
@@ -171,14 +179,14 @@ class HeadChunks(SourceChunks):
         self.products.logits(start, stop, self.context.ignored_in(start, stop), logits, accumulate)
 
     def values(self, start: int, stop: int) -> Tensor:
-        z = self.buffers.get(("logits", id(self)), self.plan.logits, stop - start)
+        z = self.buffers.get(("logits", self.number), self.plan.logits, stop - start)
         self.add_values(start, stop, z, accumulate=False)
         return z
 
     def gradient_buffer(self, values: Tensor, start: int, stop: int) -> Tensor:
         if self.context.in_place:
             return values
-        return self.buffers.get(("gradient", id(self)), self.plan.operands, stop - start)
+        return self.buffers.get(("gradient", self.number), self.plan.operands, stop - start)
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None) -> None:
         if grad is not None:
@@ -269,14 +277,14 @@ class SumOfSources:
         self, groups: list[list[SourceTensors]], context: Context, needs: list[list[Leaves]], buffers: Buffers
     ):
         self.sources = [source_chunks(group, context, n, buffers) for group, n in zip(groups, needs, strict=True)]
-        self.context, self.buffers = context, buffers
+        self.context, self.buffers, self.number = context, buffers, buffers.new_user()
         self.dtype = self.grad_dtype = context.compute
 
     def needs(self) -> tuple[bool, bool]:
         return any(source.needs_values or source.needs_scale for source in self.sources), False
 
     def matrix(self, start: int, stop: int) -> Matrix:
-        self.values = self.buffers.get(("sum", id(self)), self.dtype, stop - start)
+        self.values = self.buffers.get(("sum", self.number), self.dtype, stop - start)
         self.add_up(start, stop)
         return Matrix(self.values, None, None)
 
@@ -292,7 +300,7 @@ class SumOfSources:
     def gradient_buffer(self, start: int, stop: int) -> Tensor:
         if self.context.in_place:
             return self.values
-        return self.buffers.get(("gradient of sum", id(self)), self.grad_dtype, stop - start)
+        return self.buffers.get(("gradient of sum", self.number), self.grad_dtype, stop - start)
 
     def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
         if grad is None:
@@ -331,7 +339,58 @@ class SumOfProducts(SumOfSources):
                 source.take_gradient(start, stop, grad)
 
 
-Operand = NoOperand | OneSource | SumOfSources
+class SharedOperand:
+    """An operand without gradients whose matrix of a chunk is made once for all the calls that take it."""
+
+    def __init__(self, operand: Operand):
+        self.operand = operand
+        self.chunk: tuple[int, int] | None = None
+        self.made: Matrix | None = None
+
+    def needs(self) -> tuple[bool, bool]:
+        return False, False
+
+    def matrix(self, start: int, stop: int) -> Matrix | None:
+        if self.chunk != (start, stop):
+            self.chunk, self.made = (start, stop), self.operand.matrix(start, stop)
+        return self.made
+
+    def gradient_buffer(self, start: int, stop: int) -> None:
+        return None
+
+    def take_gradient(self, start: int, stop: int, grad: Tensor | None, grad_scale: Tensor | None) -> None:
+        pass
+
+    def gradients(self) -> list[Leaves]:
+        return self.operand.gradients()
+
+
+class AddedProducts(SumOfProducts):
+    """Heads whose products are added to a copy of what a shared operand holds: bit for bit as if added to itself."""
+
+    def __init__(
+        self,
+        shared: SharedOperand,
+        groups: list[list[SourceTensors]],
+        context: Context,
+        needs: list[list[Leaves]],
+        buffers: Buffers,
+    ):
+        super().__init__(groups, context, needs, buffers)
+        self.shared = shared
+
+    def add_up(self, start: int, stop: int) -> None:
+        matrix = self.shared.matrix(start, stop)
+        assert matrix is not None, "there is something to add to"
+        self.values.copy_(matrix.values)
+        for source in self.heads:
+            source.add_values(start, stop, self.values, accumulate=True)
+
+    def gradients(self) -> list[Leaves]:
+        return [*self.shared.gradients(), *super().gradients()]
+
+
+Operand = NoOperand | OneSource | SumOfSources | SharedOperand
 
 
 def operand_of(

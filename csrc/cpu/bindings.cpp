@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "add.h"
@@ -44,23 +46,69 @@ void py_scan(const ProblemArguments& args, const SourceArguments& base, const So
   is_double(args) ? scan<double>(p, out) : scan<float>(p, out);
 }
 
+LossRequest loss_request_of(const ProblemArguments& args, const SourceArguments& base,
+                            const SourceNumbers& base_numbers, const SourceArguments& aux,
+                            const SourceNumbers& aux_numbers, const OutputArguments& outputs, bool has_normalizer,
+                            double normalizer, double label_smoothing, double z_loss, bool mean) {
+  LossRequest request;
+  request.problem = threaded_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
+  // an empty tensor has no address
+  if (request.problem.target == nullptr && request.problem.num_rows > 0)
+    throw py::value_error("target must be given for a loss, got none");
+  request.out = outputs_of(outputs);
+  LossOptions& options = request.options;
+  options.label_smoothing = label_smoothing, options.z_loss = z_loss, options.mean = mean;
+  options.has_normalizer = has_normalizer, options.normalizer = normalizer;
+  return request;
+}
+
+void put_loss(const ProblemArguments& args, int64_t address, double value) {
+  if (is_double(args))
+    *static_cast<double*>(pointer(address)) = value;
+  else
+    *static_cast<float*>(pointer(address)) = static_cast<float>(value);
+}
+
 void py_loss(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
              const SourceArguments& aux, const SourceNumbers& aux_numbers, const OutputArguments& outputs,
              int64_t loss_out, bool has_normalizer, double normalizer, double label_smoothing, double z_loss,
              bool mean) {
-  const Problem p = threaded_problem_of(args, source_of(base, base_numbers), source_of(aux, aux_numbers));
-  // an empty tensor has no address
-  if (p.target == nullptr && p.num_rows > 0) throw py::value_error("target must be given for a loss, got none");
-  const Outputs out = outputs_of(outputs);
-  LossOptions options;
-  options.label_smoothing = label_smoothing, options.z_loss = z_loss, options.mean = mean;
-  options.has_normalizer = has_normalizer, options.normalizer = normalizer;
+  LossRequest request = loss_request_of(args, base, base_numbers, aux, aux_numbers, outputs, has_normalizer, normalizer,
+                                        label_smoothing, z_loss, mean);
   py::gil_scoped_release release;
-  const int64_t num_kept = check_targets(p);
-  if (is_double(args))
-    *static_cast<double*>(pointer(loss_out)) = loss<double>(p, options, out, num_kept);
-  else
-    *static_cast<float*>(pointer(loss_out)) = static_cast<float>(loss<float>(p, options, out, num_kept));
+  request.num_kept = check_targets(request.problem);
+  put_loss(args, loss_out, is_double(args) ? loss<double>(request) : loss<float>(request));
+}
+
+// What py_loss takes, once for each loss; all of the same rows and compute dtype. Targets of all are checked first; the
+// error of a bad one says whose it is.
+using LossArguments = std::tuple<ProblemArguments, SourceArguments, SourceNumbers, SourceArguments, SourceNumbers,
+                                 OutputArguments, int64_t, bool, double, double, double, bool>;
+
+void py_losses(const std::vector<LossArguments>& given) {
+  std::vector<LossRequest> requests;
+  for (const LossArguments& one : given) {
+    requests.push_back(std::apply(
+        [](const auto& args, const auto& base, const auto& base_numbers, const auto& aux, const auto& aux_numbers,
+           const auto& outputs, int64_t, auto... options) {
+          return loss_request_of(args, base, base_numbers, aux, aux_numbers, outputs, options...);
+        },
+        one));
+    if (requests.back().problem.num_rows != requests[0].problem.num_rows ||
+        is_double(std::get<0>(one)) != is_double(std::get<0>(given[0])))
+      throw std::invalid_argument("losses must have one number of rows and one compute dtype");
+  }
+  py::gil_scoped_release release;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const Problem& p = requests[i].problem;
+    const int64_t bad = first_bad_target(p, &requests[i].num_kept);
+    if (bad >= 0)
+      throw py::index_error(std::to_string(i) + " " + std::to_string(bad) + " " + std::to_string(target_of(p, bad)));
+  }
+  if (requests.empty()) return;
+  const std::vector<double> values =
+      is_double(std::get<0>(given[0])) ? losses<double>(requests) : losses<float>(requests);
+  for (size_t i = 0; i < values.size(); ++i) put_loss(std::get<0>(given[i]), std::get<6>(given[i]), values[i]);
 }
 
 void py_backward(const ProblemArguments& args, const SourceArguments& base, const SourceNumbers& base_numbers,
@@ -130,6 +178,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("state_names", &auxk::state_names);
   m.def("scan", &auxk::py_scan);
   m.def("loss", &auxk::py_loss);
+  m.def("losses", &auxk::py_losses);
   m.def("backward", &auxk::py_backward);
   m.def("rescale", &auxk::py_rescale);
   auxk::bind_soft_embedding(m);

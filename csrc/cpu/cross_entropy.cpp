@@ -1,5 +1,8 @@
 #include "cross_entropy.h"
 
+#include <algorithm>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "pages.h"
@@ -52,6 +55,27 @@ std::vector<Buffers<C>> make_buffers(const Problem& p, int threads, bool keeps_r
   return buffers;
 }
 
+// Scans row n as a whole, all of it by this thread. See for_each_row.
+template <class C, class Ignored, class Finish, class FinishBlock>
+void whole_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_row, int64_t n, Buffers<C>& b,
+               const Ignored& ignored, const Finish& finish, const FinishBlock& finish_block) {
+  if (kernel.ignored(n)) return ignored(n);
+  const int64_t num_blocks = kernel.num_blocks;
+  RowState row = kernel.start(n, wants);
+  for (int64_t k = 0; k < num_blocks; ++k)
+    b.blocks[k] = kernel.scan_block(n, k, wants, keeps_row ? b.row + k * kBlock : b.s, b.z_b, &row);
+  kernel.merge(b.blocks.get(), wants, &row);
+  finish(n, row, b.blocks.get(), b);
+  for (int64_t k = 0; k < num_blocks; ++k)
+    finish_block(n, k, row, b.blocks[k].max, keeps_row ? b.row + k * kBlock : nullptr, b);
+}
+
+// Whether the rows are cut over the threads that the problem is worth.
+template <class C>
+bool cuts_rows(const Kernel<C>& kernel) {
+  return kernel.useful_threads() > 1 && kernel.split_rows();
+}
+
 // Scans every row and calls finish(n, row state, blocks, buffers) for each that is not ignored, ignored(n) for the
 // others. finish_block(n, k, row state, block maximum, exponentials, buffers) comes afterwards for every block of a
 // scanned row; the exponentials exp(s - block maximum) only with keeps_row, from the scan or, where rows are split,
@@ -67,18 +91,10 @@ void for_each_row(const Kernel<C>& kernel, const ScanWants& wants, bool keeps_ro
   const Problem& p = kernel.p;
   const int threads = kernel.useful_threads();
   const int64_t num_blocks = kernel.num_blocks;
-  if (threads == 1 || !kernel.split_rows()) {
+  if (!cuts_rows(kernel)) {
     auto buffers = make_buffers<C>(p, threads, keeps_row);
     parallel_for(p.num_rows, threads, kernel.rows_per_chunk(), [&](int64_t n, int t) {
-      if (kernel.ignored(n)) return ignored(n);
-      Buffers<C>& b = buffers[static_cast<size_t>(t)];
-      RowState row = kernel.start(n, wants);
-      for (int64_t k = 0; k < num_blocks; ++k)
-        b.blocks[k] = kernel.scan_block(n, k, wants, keeps_row ? b.row + k * kBlock : b.s, b.z_b, &row);
-      kernel.merge(b.blocks.get(), wants, &row);
-      finish(n, row, b.blocks.get(), b);
-      for (int64_t k = 0; k < num_blocks; ++k)
-        finish_block(n, k, row, b.blocks[k].max, keeps_row ? b.row + k * kBlock : nullptr, b);
+      whole_row(kernel, wants, keeps_row, n, buffers[static_cast<size_t>(t)], ignored, finish, finish_block);
     });
     return;
   }
@@ -160,71 +176,152 @@ void scan(const Problem& p, const Outputs& out) {
       [](int64_t, int64_t, const RowState&, double, const C*, Buffers<C>&) {});
 }
 
+namespace {
+
+// A loss and its gradients: what is known before the rows, what is done with each, what is left at the end. The request
+// must outlive it.
 template <class C>
-double loss(const Problem& p, const LossOptions& options, const Outputs& out, int64_t num_kept) {
-  const Kernel<C> kernel(p);
-  const RowLoss<double> terms = row_loss_of(options.label_smoothing, options.z_loss, p.V);
-  const bool is_smoothed = options.label_smoothing > 0;
-  // another thread may write the targets while they are read: what was checked is checked again where it is an index
-  const auto weight_at = [&](int64_t v) {
-    if (static_cast<uint64_t>(v) >= static_cast<uint64_t>(p.V)) return std::numeric_limits<double>::quiet_NaN();
-    return p.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const C*>(p.weight)[v]);
-  };
-  double total_weight = 0;
-  for (int64_t k = 0; k < kernel.num_blocks && is_smoothed; ++k) total_weight += kernel.sum_of_weights(k);
-  double divisor = options.has_normalizer ? options.normalizer : static_cast<double>(num_kept);
-  if (!options.has_normalizer && p.weight != nullptr) {
-    divisor = 0;
-    for (int64_t n = 0; n < p.num_rows; ++n)
-      if (!kernel.ignored(n)) divisor += weight_at(kernel.target(n));
+class LossRows {
+ public:
+  explicit LossRows(const LossRequest& request)
+      : kernel(request.problem),
+        p_(request.problem),
+        out_(request.out),
+        terms_(row_loss_of(request.options.label_smoothing, request.options.z_loss, p_.V)),
+        is_smoothed_(request.options.label_smoothing > 0),
+        wants_(wants_of(out_)),
+        row_loss_(static_cast<size_t>(p_.num_rows), 0.0),
+        dscale_(kernel, out_) {
+    const LossOptions& options = request.options;
+    for (int64_t k = 0; k < kernel.num_blocks && is_smoothed_; ++k) total_weight_ += kernel.sum_of_weights(k);
+    divisor_ = options.has_normalizer ? options.normalizer : static_cast<double>(request.num_kept);
+    if (!options.has_normalizer && p_.weight != nullptr) {
+      divisor_ = 0;
+      for (int64_t n = 0; n < p_.num_rows; ++n)
+        if (!kernel.ignored(n)) divisor_ += weight_at(kernel.target(n));
+    }
+    if (!options.mean) divisor_ = 1;
+    wants_.weighted |= is_smoothed_;
+    const bool wants_dscale = out_.grad_base_scale != nullptr || out_.grad_aux_scale != nullptr;
+    wants_grad_ = out_.grad_base != nullptr || out_.grad_aux != nullptr || wants_dscale;
+    scaled_ = !wants_dscale && (out_.grad_base == nullptr || p_.base.softcap == 0) &&
+              (out_.grad_aux == nullptr || p_.aux.softcap == 0);
+    bring_gradients_in(p_, out_);
   }
-  if (!options.mean) divisor = 1;
+  LossRows(const LossRows&) = delete;  // its kernel and dscale refer to it
 
-  ScanWants wants = wants_of(out);
-  wants.weighted |= is_smoothed;
-  const bool wants_dscale = out.grad_base_scale != nullptr || out.grad_aux_scale != nullptr;
-  const bool wants_grad = out.grad_base != nullptr || out.grad_aux != nullptr || wants_dscale;
-  const bool scaled = !wants_dscale && (out.grad_base == nullptr || p.base.softcap == 0) &&
-                      (out.grad_aux == nullptr || p.aux.softcap == 0);
-  bring_gradients_in(p, out);
-  std::vector<double> row_loss(static_cast<size_t>(p.num_rows), 0.0);
-  ScaleGradients<C> dscale(kernel, out);
+  bool keeps_row() const { return wants_grad_ && scaled_; }
 
-  const auto gradient_of = [&](int64_t n, const RowState& row) {
+  // one row, by the thread whose buffers these are
+  void whole_row(int64_t n, Buffers<C>& b) {
+    with_steps([&](const auto&... steps) { auxk::whole_row(kernel, wants_, keeps_row(), n, b, steps...); });
+  }
+  void all_rows() {
+    with_steps([&](const auto&... steps) { for_each_row(kernel, wants_, keeps_row(), steps...); });
+  }
+
+  // of all rows, after them
+  double value() const {
+    dscale_.store();
+    double total = 0;
+    for (double of_row : row_loss_) total += of_row;
+    return total / divisor_;
+  }
+
+  const Kernel<C> kernel;
+
+ private:
+  // another thread may write the targets while they are read: what was checked is checked again where it is an index
+  double weight_at(int64_t v) const {
+    if (static_cast<uint64_t>(v) >= static_cast<uint64_t>(p_.V)) return std::numeric_limits<double>::quiet_NaN();
+    return p_.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const C*>(p_.weight)[v]);
+  }
+
+  typename Kernel<C>::Gradient gradient_of(int64_t n, const RowState& row) const {
     typename Kernel<C>::Gradient g;
     const double lse = row.max + row.log_denom();
-    const double G = terms.G(weight_at(kernel.target(n)), divisor);
-    if (is_smoothed || terms.z_loss > 0) g.A = (terms.A_of_smoothing(total_weight) + terms.A_of_z_loss(lse)) / divisor;
+    const double G = terms_.G(weight_at(kernel.target(n)), divisor_);
+    if (is_smoothed_ || terms_.z_loss > 0)
+      g.A = (terms_.A_of_smoothing(total_weight_) + terms_.A_of_z_loss(lse)) / divisor_;
     g.row.p_factor = static_cast<C>(g.A + G);
-    g.row.S = static_cast<C>(terms.S(divisor));
+    g.row.S = static_cast<C>(terms_.S(divisor_));
     g.row.max = static_cast<C>(row.max);
     g.row.log_denom = static_cast<C>(row.log_denom());
     g.target_term = -G * (row.rest / row.denom);
     return g;
-  };
-  for_each_row(
-      kernel, wants, wants_grad && scaled,
-      [&](int64_t n) {
-        kernel.store_ignored_fields(n, out);
-        kernel.zero_row(out, n);
-      },
-      [&](int64_t n, const RowState& row, const BlockState* blocks, Buffers<C>& b) {
-        const RowNumbers<double> numbers = kernel.numbers_of(row, wants);
-        const double of_target = terms.kept * weight_at(kernel.target(n)) * numbers.nll;
-        row_loss[static_cast<size_t>(n)] = terms.value(of_target, total_weight, numbers);
-        kernel.store_fields(n, out, numbers, row, blocks, b);
-      },
-      [&](int64_t n, int64_t k, const RowState& row, double block_max, const C* e, Buffers<C>& b) {
-        if (!wants_grad) return;
-        if (scaled)
-          kernel.scaled_block(n, k, gradient_of(n, row), row, block_max, e, out);
-        else
-          dscale.add(n, k, kernel.backward_block(n, k, gradient_of(n, row), out, b));
-      });
-  dscale.store();
-  double total = 0;
-  for (double value : row_loss) total += value;
-  return total / divisor;
+  }
+
+  // calls run(ignored, finish, finish_block), as for_each_row takes them
+  template <class Run>
+  void with_steps(const Run& run) {
+    run(
+        [&](int64_t n) {
+          kernel.store_ignored_fields(n, out_);
+          kernel.zero_row(out_, n);
+        },
+        [&](int64_t n, const RowState& row, const BlockState* blocks, Buffers<C>& b) {
+          const RowNumbers<double> numbers = kernel.numbers_of(row, wants_);
+          const double of_target = terms_.kept * weight_at(kernel.target(n)) * numbers.nll;
+          row_loss_[static_cast<size_t>(n)] = terms_.value(of_target, total_weight_, numbers);
+          kernel.store_fields(n, out_, numbers, row, blocks, b);
+        },
+        [&](int64_t n, int64_t k, const RowState& row, double block_max, const C* e, Buffers<C>& b) {
+          if (!wants_grad_) return;
+          if (scaled_)
+            kernel.scaled_block(n, k, gradient_of(n, row), row, block_max, e, out_);
+          else
+            dscale_.add(n, k, kernel.backward_block(n, k, gradient_of(n, row), out_, b));
+        });
+  }
+
+  const Problem& p_;
+  const Outputs& out_;
+  const RowLoss<double> terms_;
+  const bool is_smoothed_;
+  ScanWants wants_;
+  bool wants_grad_ = false, scaled_ = false;
+  double total_weight_ = 0, divisor_ = 1;
+  std::vector<double> row_loss_;
+  ScaleGradients<C> dscale_;
+};
+
+}  // namespace
+
+template <class C>
+double loss(const LossRequest& request) {
+  LossRows<C> rows(request);
+  rows.all_rows();
+  return rows.value();
+}
+
+// Row by row, for each request in turn, so that all but the first find the base's row in the cache.
+template <class C>
+std::vector<double> losses(const std::vector<LossRequest>& requests) {
+  std::vector<double> values;
+  std::vector<std::unique_ptr<LossRows<C>>> all;
+  bool keeps_row = false, cuts = false;
+  int threads = 1;
+  const LossRequest* widest = nullptr;
+  for (const LossRequest& request : requests) {
+    const Kernel<C> kernel(request.problem);
+    cuts |= cuts_rows(kernel);
+    threads = std::max(threads, kernel.useful_threads());
+    if (widest == nullptr || request.problem.V > widest->problem.V) widest = &request;
+  }
+  if (cuts || widest == nullptr) {
+    for (const LossRequest& request : requests) values.push_back(loss<C>(request));
+    return values;
+  }
+  for (const LossRequest& request : requests) {
+    all.push_back(std::make_unique<LossRows<C>>(request));
+    keeps_row |= all.back()->keeps_row();
+  }
+  auto buffers = make_buffers<C>(widest->problem, threads, keeps_row);
+  parallel_for(widest->problem.num_rows, threads, all.front()->kernel.rows_per_chunk(), [&](int64_t n, int t) {
+    for (auto& rows : all) rows->whole_row(n, buffers[static_cast<size_t>(t)]);
+  });
+  for (const auto& rows : all) values.push_back(rows->value());
+  return values;
 }
 
 template <class C>
@@ -279,10 +376,11 @@ void rescale(const Problem& p, void* grad, DType dtype, int64_t width, double fa
   });
 }
 
-#define AUXK_INSTANTIATE(C)                                                             \
-  template void scan<C>(const Problem&, const Outputs&);                                \
-  template double loss<C>(const Problem&, const LossOptions&, const Outputs&, int64_t); \
-  template void backward<C>(const Problem&, const BackwardInputs&, const Outputs&);     \
+#define AUXK_INSTANTIATE(C)                                                         \
+  template void scan<C>(const Problem&, const Outputs&);                            \
+  template double loss<C>(const LossRequest&);                                      \
+  template std::vector<double> losses<C>(const std::vector<LossRequest>&);          \
+  template void backward<C>(const Problem&, const BackwardInputs&, const Outputs&); \
   template void rescale<C>(const Problem&, void*, DType, int64_t, double);
 AUXK_INSTANTIATE(float)
 AUXK_INSTANTIATE(double)

@@ -10,7 +10,8 @@ def products(function) -> list[tuple[int, int, int]]:
     found = []
     for event in profile.events():
         first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name)
-        if first is not None and event.cpu_parent.name not in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        parent = None if event.cpu_parent is None else event.cpu_parent.name
+        if first is not None and parent not in ("aten::mm", "aten::addmm", "aten::addmm_"):
             (m, k), (_, n) = event.input_shapes[first : first + 2]
             found.append((m, k, n))
     return found
