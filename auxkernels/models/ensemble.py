@@ -337,6 +337,9 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         base_scale is: all of these and the base are one product, and two where base_scale is not 1 and the base's head
         has a bias or a softcap.
         """
+        for name in ("base_hidden_states", "base_trunk_states"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} must not be given to an ensemble, which runs its base: train one auxiliary")
         call = Call(
             input_ids,
             attention_mask,

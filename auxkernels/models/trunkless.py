@@ -97,6 +97,9 @@ def headed(config: PretrainedConfig, weight: Tensor, bias: Tensor | None, whole:
             if buffer.is_meta:
                 module._buffers[name] = _nothing(buffer, weight)
     backbone(model).forward = _no_trunk
+    # they would make or save weights of no elements
+    for name in ("resize_token_embeddings", "save_pretrained"):
+        setattr(model, name, _no_trunk)
     vars(model)[_WHOLE] = whole
     return model.requires_grad_(False).eval()
 

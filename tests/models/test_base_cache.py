@@ -168,6 +168,38 @@ def test_a_model_of_another_base_is_refused(cache):
         cache.dataset(model)
 
 
+def test_a_base_of_the_same_weights_and_another_configuration_is_refused(base, cache):
+    """Its hidden states are others; what a call returns, which tokens end a text and names make none."""
+    other = tiny_model("llama", seed=1, width=24, rms_norm_eps=0.5).to(torch.bfloat16)
+    other.load_state_dict(base.state_dict())
+    model = AuxiliaryForCausalLM.from_base_and_aux(other, tiny_config("gpt2"))
+    for refused in (lambda: cache.dataset(model), lambda: BaseCache.open(cache.path, base=other)):
+        with pytest.raises(ValueError, match="configuration of the model that is meant, they differ in rms_norm_eps"):
+            refused()
+    base.config.use_cache, base.config.eos_token_id, base.config.name_or_path = False, 7, "elsewhere"
+    assert len(BaseCache.open(cache.path, base=base)) == len(cache)
+
+
+def test_positions_of_the_examples_are_those_of_the_cache(base, cache, tmp_path):
+    examples = examples_of()
+    assert "position_ids" not in cache.dataset(examples=_with(examples, 1, position_ids=torch.arange(9)))[1]
+    with pytest.raises(ValueError, match=r"examples\[1\] must have the position_ids of the cache's example"):
+        cache.dataset(examples=_with(examples, 1, position_ids=torch.arange(9) % 4))[1]
+    with pytest.raises(ValueError, match=r"examples\[1\] must have no padding"):
+        cache.dataset(examples=_with(examples, 1, attention_mask=torch.arange(9) > 0))[1]
+    rows = packed_examples()
+    packed = BaseCache.create(tmp_path / "packed", base, rows)
+    assert torch.equal(packed.dataset(examples=rows)[0]["position_ids"], rows[0]["position_ids"])
+    with pytest.raises(ValueError, match=r"examples\[0\] must have the position_ids of the cache's example"):
+        packed.dataset(examples=_with(rows, 0, position_ids=torch.arange(9)))[0]
+    with pytest.raises(ValueError, match=r"position_ids of examples\[0\] must be \[9\], in \[0, 2\*\*31\)"):
+        BaseCache.create(tmp_path / "far", base, _with(rows, 0, position_ids=torch.arange(9) + 2**31))
+
+
+def _with(examples, index, **columns):
+    return [{**one, **columns} if i == index else one for i, one in enumerate(examples)]
+
+
 def test_a_trunk_layer_that_is_not_held_is_refused(base, cache):
     model = AuxiliaryForCausalLM.from_base_and_aux(base, tiny_config("gpt2"), trunk_layer=1)
     for given in ({"model": model}, {"trunk_layer": 1}):

@@ -349,6 +349,10 @@ def test_what_needs_the_trunk_is_refused(cache, tmp_path):
         model(ids, aux_input_ids=ids, **states)
     with pytest.raises(ValueError, match="the base's trunk is not in memory: pass base_hidden_states"):
         model.base(ids)
+    with pytest.raises(ValueError, match="the base's trunk is not in memory"):
+        model.base.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match="the base's trunk is not in memory"):
+        model.base.save_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="save_base must be False for a base without its trunk"):
         model.save_pretrained(tmp_path / "saved", save_base=True)
     with pytest.raises(ValueError, match=rf"writing a cache {advice}"):
@@ -356,6 +360,22 @@ def test_what_needs_the_trunk_is_refused(cache, tmp_path):
     ensemble = AuxiliaryEnsembleForCausalLM.from_members(model.base, {"one": new_auxiliary(model.base)})
     with pytest.raises(ValueError, match=rf"a call without base_hidden_states {advice}"):
         ensemble(ids)
+
+
+def test_an_ensemble_takes_no_states(base, cache):
+    """It would run its base, and the states would be of no use."""
+    ensemble = AuxiliaryEnsembleForCausalLM.from_members(base, {"one": new_auxiliary(base)})
+    item = cache[0]
+    with pytest.raises(ValueError, match="base_hidden_states must not be given to an ensemble"):
+        ensemble(item["input_ids"][None], base_hidden_states=item["base_hidden_states"][None])
+
+
+def test_a_manifest_names_no_code(cache):
+    """Or a folder from elsewhere would choose what transformers loads."""
+    config = cache.manifest.base["config"]
+    config |= {"_attn_implementation": "someone/kernel", "auto_map": {"AutoConfig": "someone/code--it.Config"}}
+    head = cache.base_head()
+    assert "someone" not in head.config.to_json_string(use_diff=False) + str(head.config._attn_implementation)
 
 
 def test_a_trunk_layer_that_the_cache_does_not_hold_is_refused(cache):

@@ -19,6 +19,7 @@ from .. import adapters, saving
 from ..configuration import as_config
 from ..modalities import class_of
 from ..trunkless import Whole, headed
+from .configurations import comparable, config_dict, without_code
 from .fingerprints import data_fingerprint, tokenizer_fingerprint
 from .layout import trunk_name
 from .manifest import HEAD, Manifest, read_manifest
@@ -176,11 +177,24 @@ class BaseCache:
 
     def check_base(self, base: PreTrainedModel | dict[str, Any]) -> None:
         """ValueError where the cache is of another base than a model, or than that of a fingerprint."""
-        found = base if isinstance(base, dict) else saving.fingerprint(adapters.language_model("base", base))
+        model = None if isinstance(base, dict) else adapters.language_model("base", base)
+        found = base if model is None else saving.fingerprint(model)
         if not saving.is_same_base(self.manifest.base["fingerprint"], found):
             raise ValueError(
                 f"base of the cache {self.path} must be the model that is meant, got another one, of "
                 f"{self.manifest.base['name_or_path']!r}: their weights' fingerprints differ"
+            )
+        if model is not None:
+            self.check_config(model.config)
+
+    def check_config(self, config: PretrainedConfig) -> None:
+        """ValueError where the cache is of a base with another configuration: the same weights give other states."""
+        held, found = comparable(self.manifest.base["config"]), comparable(config_dict(config))
+        names = sorted(name for name in held.keys() | found.keys() if held.get(name) != found.get(name))
+        if names:
+            raise ValueError(
+                f"base of the cache {self.path} must have the configuration of the model that is meant, they differ in "
+                f"{', '.join(names)}"
             )
 
     def verify(self, *, progress: bool = False) -> None:
@@ -298,7 +312,7 @@ class BaseCache:
         return model
 
     def _config(self) -> PretrainedConfig:
-        config = as_config("base", copy.deepcopy(self.manifest.base["config"]))
+        config = as_config("base", without_code(self.manifest.base["config"]))
         if config is None or class_of(config) is None:
             raise ValueError(
                 f"base of the cache {self.path} must be of a class of transformers, or registered there, to be built "

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from .cache import BaseCache
+from .fingerprints import row_of
 
 _OF_THE_CACHE = ("position_ids", "attention_mask")
 
@@ -36,6 +36,7 @@ class BaseCacheDataset(Dataset[dict[str, Any]]):
             if trunk_layer not in (None, model.config.trunk_layer):
                 raise ValueError(f"trunk_layer must be the model's, {model.config.trunk_layer}, got {trunk_layer}")
             cache.check_base(model.config.base_fingerprint)
+            cache.check_config(model.base.config)
             trunk_layer = model.config.trunk_layer
         if trunk_layer is not None and trunk_layer not in cache.trunk_layers:
             raise ValueError(
@@ -57,7 +58,10 @@ class BaseCacheDataset(Dataset[dict[str, Any]]):
         if self.examples is None:
             return item
         example = self.examples[index]
-        ids: Tensor = torch.as_tensor(example["input_ids"])
-        if not torch.equal(ids.to("cpu", torch.int64), item["input_ids"]):
+        ids, positions = row_of(example, f"examples[{index}]")
+        if not torch.equal(ids, item["input_ids"]):
             raise ValueError(f"examples[{index}] must have the tokens of the cache's example, got others")
+        held = item.get("position_ids", torch.arange(len(ids)))
+        if positions is not None and not torch.equal(positions, held):
+            raise ValueError(f"examples[{index}] must have the position_ids of the cache's example, got others")
         return {**{name: value for name, value in example.items() if name not in _OF_THE_CACHE}, **item}

@@ -40,8 +40,8 @@ def row_of(example: Mapping[str, Any], where: str) -> tuple[Tensor, Tensor | Non
     if example.get("position_ids") is None:
         return ids, None
     positions = _numbers(example, "position_ids", where)
-    if positions.shape != ids.shape or positions.min() < 0:
-        raise ValueError(f"position_ids of {where} must be {list(ids.shape)} and not negative")
+    if positions.shape != ids.shape or positions.min() < 0 or positions.max() >= 2**31:
+        raise ValueError(f"position_ids of {where} must be {list(ids.shape)}, in [0, 2**31)")
     return ids, positions
 
 

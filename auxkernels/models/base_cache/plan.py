@@ -25,6 +25,7 @@ from ..heads import OutputHead, check_output_head, output_head, probe
 from ..modules import device_of, features, is_called_whole, run
 from ..trunkless import check_has_trunk
 from .batches import DataCollatorForBaseCache
+from .configurations import config_dict, without_marks
 from .files import bytes_of, only_writer, unfinished_name, write_whole
 from .fingerprints import digest_of, joined, row_of, tokenizer_fingerprint
 from .layout import DTYPES, ordered, shard_fields, trunk_name
@@ -308,19 +309,10 @@ def _described(
         "revision": kwargs.get("revision", revision),
         "options": base_pointer.weight_options(base, kwargs),
         "fingerprint": saving.fingerprint(base),
-        "config": _without_marks(json.loads(config.to_json_string(use_diff=False))),
-        "generation_config": _without_marks(json.loads(base.generation_config.to_json_string(use_diff=False))),
+        "config": config_dict(config),
+        "generation_config": without_marks(json.loads(base.generation_config.to_json_string(use_diff=False))),
     }
     return json.loads(json.dumps(described))
-
-
-def _without_marks(value: Any) -> Any:
-    """A configuration's JSON with infinities as Python's JSON has them, not as transformers marks them."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {name: _without_marks(one) for name, one in value.items()}
-    return [_without_marks(one) for one in value] if isinstance(value, list) else value
 
 
 def _read(examples: Sequence[Mapping[str, Any]], num_rows: int) -> tuple[list[int], list[bytes], bool]:
