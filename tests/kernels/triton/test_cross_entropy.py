@@ -156,7 +156,8 @@ def test_ranks_count_what_is_greater_and_no_tie(monkeypatch, vocab_size, is_spli
     for stats in (logit_stats(base, aux, target, backend="triton"), with_loss):
         assert torch.equal(stats.target_rank, want)
     narrow = logit_stats(base, aux, target.clamp(max=0), vocab_size=1, backend="triton")
-    assert narrow.target_rank.tolist() == [-1, -1 if target[1] == -100 else 0, 0, -1 if vocab_size == 1 else 0, 0, 0]
+    is_of_minus_inf = bool(target[3] == 0)
+    assert narrow.target_rank.tolist() == [-1, -1, 0, -1 if is_of_minus_inf else 0, 0, 0]
 
 
 @interpreted
