@@ -281,6 +281,7 @@ def miniature(tmp_path_factory):
     return whole_and_interrupted(auxiliary_tuning.main, folder, [], 4)
 
 
+@pytest.mark.slow
 def test_interrupted_reproduction_gives_the_same_results(miniature):
     whole, parts, _ = miniature
     assert without_times(parts) == without_times(whole)

@@ -68,6 +68,7 @@ def stand_ins(monkeypatch):
     module("quack.cross_entropy", **quack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("pass_name", ["forward", "training", "both"])
 @pytest.mark.parametrize("name", COMPOSITES)
@@ -133,6 +134,7 @@ SMALL_SPECS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, spec", SMALL_SPECS, ids=lambda value: getattr(value, "pass_name", None) or value.OP)
 def test_ours_by_name_pass_the_check_or_are_unavailable(op, spec, monkeypatch):
     """On CPU tensors: "native" is the CPU's module there, and Triton has to say that it cannot."""

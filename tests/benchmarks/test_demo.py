@@ -153,6 +153,7 @@ def loss_of_nan(base, aux, target, reduction="mean"):
 WRONG_LOSSES = [loss_of_rounded_sum, loss_without_one_row, loss_without_the_gradient_of_one_window, loss_of_nan]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_function", WRONG_LOSSES)
 def test_a_slightly_wrong_loss_parts_the_curves(monkeypatch, loss_function):
     assert train_on_random_tokens(monkeypatch, loss_function) > demo_job.CURVE_BOUND_NATS["float32"]
@@ -197,6 +198,7 @@ def test_errors_of_the_loss_step_are_within_their_bounds_and_a_wrong_gradient_is
         assert math.isnan(error)
 
 
+@pytest.mark.slow
 def test_heads_save_the_memory_of_stored_logits():
     rows, vocab_size = 8192, 2048
     base, aux, target = random_heads(8, rows // 8, vocab_size, 24, 16, torch.float32)
@@ -246,6 +248,7 @@ def test_source_splits_into_code_and_docstrings():
     assert code == '\nx = "no docstring"\ndef f():\n\n    return 1\n'
 
 
+@pytest.mark.slow
 def test_a_file_is_either_held_out_or_trained_on():
     corpus = standard_library.load_corpus(max_files=60)
     assert corpus.held_out_docstrings and corpus.train_docstrings

@@ -67,6 +67,7 @@ def test_the_lattice_has_every_width_at_several_numbers_of_rows_beside_eager_alo
     assert {spec.baselines for spec in cross_entropy.lattice_specs()} == {"eager"}
 
 
+@pytest.mark.slow
 def test_the_suites_parts_together_are_all_of_it_and_each_test_is_in_one():
     """By collecting some of the files on a fake device: of both parts, of one, of none, and two of one name."""
     files = [

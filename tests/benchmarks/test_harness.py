@@ -50,6 +50,7 @@ class WrongGradient(torch.autograd.Function):
         return grad, None, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("inputs", ["flat", "peaked"])
 def test_an_accurate_result_is_timed(dtype, inputs):
@@ -59,6 +60,7 @@ def test_an_accurate_result_is_timed(dtype, inputs):
     assert candidate["eager_fp64_error"] == eager["fp64_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_name", ["forward", "training"])
 @pytest.mark.parametrize(
     "wrong",
@@ -226,6 +228,7 @@ def test_a_backend_that_cannot_be_used_is_unavailable_and_a_failure_of_its_own_i
     assert rows_with(fails)[1]["status"] == "failed: RuntimeError: CUDA error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_name", ["forward", "training", "stats", "stats_training"])
 def test_each_pass_runs_on_a_named_backend(pass_name):
     on_reference = lambda *xs: cross_entropy.ours_on("reference", pass_name, *xs)  # noqa: E731

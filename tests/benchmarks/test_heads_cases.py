@@ -48,6 +48,7 @@ def accurate(h_base, w_base, h_aux, w_aux, target, scale):
     return rest.log1p().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_name", ["forward", "training", "both", "half_ignored", "lora"])
 @pytest.mark.parametrize("inputs", ["flat", "peaked"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -73,6 +74,7 @@ def with_wrong_gradient(name, error):
     return function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["h_base", "w_base", "h_aux", "w_aux"])
 @pytest.mark.parametrize("error", [1e-3, math.nan])
 def test_a_wrong_gradient_is_not_timed(name, error):
@@ -81,6 +83,7 @@ def test_a_wrong_gradient_is_not_timed(name, error):
     assert candidate["time_us"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -272,6 +275,7 @@ def test_every_bar_speaks_of_a_case_of_the_quick_grid(device):
             assert bar.measure(rows) is not None, bar.text
 
 
+@pytest.mark.slow
 def test_operators_share_a_chart_and_a_table(tmp_path):
     pytest.importorskip("matplotlib")
     rows = []

@@ -203,11 +203,13 @@ def miniature(tmp_path_factory):
     return whole_and_interrupted(planner.main, folder, ["--seeds", "2"], 24, planner_job.Job, 7)
 
 
+@pytest.mark.slow
 def test_interrupted_reproduction_gives_the_same_results(miniature):
     whole, parts, _ = miniature
     assert without_times(parts) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_no_resume_removes_the_checkpoints_of_these_settings_alone(cache):
     job = planner_job.Job(TINY, torch.device("cpu"), cache, Terminal())
     other = cache / "other settings"

@@ -47,6 +47,7 @@ def accurate(mode, scores, table, segment_ids, seed=SEED, temperature=TEMPERATUR
     return mixture if segment_ids is None else mixture.index_select(-2, segment_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_name", soft_embedding.PASSES)
 @pytest.mark.parametrize("inputs", ["flat", "peaked"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -58,6 +59,7 @@ def test_an_accurate_result_is_timed(pass_name, inputs, dtype):
     assert list(yardstick["fp64_error"]) == ([] if MODES[pass_name].gumbel else names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_name", ["forward", "training", "planner", "gumbel", "decode_top_k"])
 @pytest.mark.parametrize(
     "wrong",
@@ -76,6 +78,7 @@ def test_a_wrong_result_is_not_timed(wrong, pass_name):
     assert candidate["status"].startswith(("wrong: mixture", "failed: RuntimeError"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index, name", [(0, "dscores"), (1, "dtable")])
 @pytest.mark.parametrize("error", [1e-3, math.nan])
 def test_a_wrong_gradient_is_not_timed(index, name, error):
@@ -91,6 +94,7 @@ def test_a_wrong_gradient_is_not_timed(index, name, error):
     assert candidate["status"].startswith(f"wrong: {name} error")
 
 
+@pytest.mark.slow
 def test_ours_is_held_to_its_noise_and_a_baseline_to_finite_values():
     other_seed = lambda *xs: accurate(*xs, seed=SEED + 1)  # noqa: E731
     assert rows_with(other_seed, "gumbel")[1]["status"].startswith("wrong: mixture")

@@ -45,6 +45,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_compiled_is_eager_with_ignored_rows_too(impl, options, ignored):
@@ -56,6 +57,7 @@ def test_compiled_is_eager_with_ignored_rows_too(impl, options, ignored):
     assert_same(impl, with_gradient(fast, base, aux, target), with_gradient(function, base, aux, target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", ["mean", "none"])
 def test_compiled_half_precision_is_eager(impl, options, dtype):
@@ -82,6 +84,7 @@ def test_generated_code_around_the_operator_is_eager(impl, options):
         assert_alike(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["mean", "none", "everything"])
 def test_the_number_of_rows_is_compiled_once(impl, options):
     def function(base, aux, target):
@@ -96,6 +99,7 @@ def test_the_number_of_rows_is_compiled_once(impl, options):
     assert set(counts) == {counts[0]}
 
 
+@pytest.mark.slow
 def test_changing_the_number_of_rows_recompiles_once_and_then_is_dynamic(impl):
     def function(base, aux, target):
         return aux_cross_entropy(base, aux, target, backend=impl.backend)
@@ -120,6 +124,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["mean", "recompute"])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_changes_every_step_does_not_recompile_every_step(impl, name, options):
@@ -144,6 +149,7 @@ def test_a_number_that_changes_every_step_does_not_recompile_every_step(impl, na
     assert set(counts[8:]) == {counts[8]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
 def test_constant_options_are_compiled_in(impl, name):
     def function(base, aux, target):
@@ -185,6 +191,7 @@ def test_sequences_of_sources_compile(impl):
         assert_alike(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_target", [False, True])
 def test_statistics_compile_with_their_gradients(impl, with_target):
     def function(base, aux, target):

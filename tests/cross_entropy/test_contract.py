@@ -482,6 +482,7 @@ for arguments, error in (
 """
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_under_python_O_too():
     backends = ["reference"] if auxkernels.dispatch.native_missing() else ["reference", "native"]
     code = f"BACKENDS = {backends}\n{OPTIMISED}"

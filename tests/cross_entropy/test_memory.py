@@ -70,6 +70,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CALLS)
@@ -83,6 +84,7 @@ def test_a_call_takes_its_results_and_little_else(native, name, shape):
     assert int(done.stdout) <= allowed + (num_grads + 1) * HUGE_PAGE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("kind", ["losses", "statistics", "errors", "sums"])
 def test_a_thousand_calls_leave_nothing_behind(on_cpu, kind):

@@ -40,6 +40,7 @@ def run(code: str, backend: str = "reference", first: str = "") -> str:
 # -- fork --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_forked_child_can_call_after_its_parent_has(on_cpu):
     """The OpenMP runtime's threads do not survive a fork: entering it in the child hangs."""
     out = run(
@@ -67,6 +68,7 @@ def test_a_forked_child_can_call_after_its_parent_has(on_cpu):
     assert out.strip() == ("True" if on_cpu.backend == "native" else "close")
 
 
+@pytest.mark.slow
 def test_a_child_of_a_child_can_call_too(native):
     out = run(
         """
@@ -90,6 +92,7 @@ def test_a_child_of_a_child_can_call_too(native):
     assert out.strip() == "children ended with 0"
 
 
+@pytest.mark.slow
 def test_data_loader_workers_can_call(on_cpu):
     out = run(
         """
@@ -113,6 +116,7 @@ def test_data_loader_workers_can_call(on_cpu):
     assert out.strip() == "4"
 
 
+@pytest.mark.slow
 def test_a_spawned_child_can_call(on_cpu, tmp_path):
     script = tmp_path / "spawned.py"
     script.write_text(
@@ -141,6 +145,7 @@ def test_a_spawned_child_can_call(on_cpu, tmp_path):
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_threads_may_make_the_first_call_together_and_many_after_it(on_cpu):
     out = run(
         """

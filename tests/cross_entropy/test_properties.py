@@ -184,6 +184,7 @@ def test_calls_repeat_bit_for_bit(impl, problem, reduction):
     assert_same_bits(run(impl, *problem, reduction=reduction), run(impl, *problem, reduction=reduction))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fifty_calls_with_work_between_them_are_one(fused, reduction):
     """Rows go to whichever thread is free, and results must not show it; memory is used again and may hold anything."""

@@ -199,6 +199,7 @@ print("survived")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset, survives", [(31, True), (32, False)])
 def test_the_guard_page_kills_a_process_that_reads_one_byte_too_far(offset, survives):
     """The negative control of the tests below."""

@@ -259,6 +259,7 @@ def test_it_leaves_gradients_of_the_others_as_they_are(impl):
     torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["forward", "differentiable", "with a loss"])
 def test_compiled_graphs_give_it(impl, form):
     torch._dynamo.reset()

@@ -64,12 +64,14 @@ def ours(impl):
     return lambda base, aux, labels: aux_cross_entropy(base, aux, labels, backend=impl.backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_losses_coincide_with_eager_torch_in_float32(impl, seed):
     losses, *_ = assert_same_course(lambda loss_of: train(loss_of, impl.device, seed=seed), eager, ours(impl))
     assert losses[-1] < 0.6 * losses[0]  # it does learn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_losses_coincide_with_eager_torch_in_half_precision(impl, dtype):
     courses = {"course_of": lambda loss_of: train(loss_of, impl.device, dtype), "stored": unit(dtype)}
@@ -88,6 +90,7 @@ def test_only_the_auxiliary_learns(impl):
     assert all(map(torch.equal, before, base.parameters()))
 
 
+@pytest.mark.slow
 def test_a_base_that_learns_too_takes_the_course_of_eager_torch(impl):
     options = {"seed": 3, "steps": 20, "base_learns": True}
     assert_same_course(lambda loss_of: train(loss_of, impl.device, **options), eager, ours(impl))

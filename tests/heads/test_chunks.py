@@ -82,6 +82,7 @@ def spy_chunks(monkeypatch) -> list:
     return seen
 
 
+@pytest.mark.slow
 def test_the_settings_are_read_by_every_call(fused, monkeypatch):
     base, aux = (head(5000, vocab_size=40, device=fused.device) for _ in range(2))
     target = targets(5000, vocab_size=40, device=fused.device)

@@ -78,6 +78,7 @@ def assert_same(impl, got, want):
 HALVES = [("mean", torch.bfloat16), ("mean", torch.float16), ("none", torch.float16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, dtype", [*((name, torch.float32) for name in OPTIONS), *HALVES], ids=str)
 def test_compiled_is_eager(impl, options, dtype):
     if impl.backend == "reference" and (options, dtype) != ("mean", torch.float32):
@@ -88,6 +89,7 @@ def test_compiled_is_eager(impl, options, dtype):
     assert_same(impl, with_gradients(fast, *arguments), with_gradients(function, *arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", ["hidden", "weights", "base", "nothing"])
 def test_compiled_with_some_tensors_frozen_is_eager(fused, needs):
     batch, function = Batch(fused.device), step(fused)
@@ -104,6 +106,7 @@ def test_compiled_with_some_tensors_frozen_is_eager(fused, needs):
         assert_same(fused, with_gradients(fast, *arguments), with_gradients(function, *arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["mean", "none"])
 def test_the_number_of_rows_is_compiled_once_however_many_are_ignored(fused, options):
     batch, function, counts = Batch(fused.device), step(fused, **OPTIONS[options]), []
@@ -128,6 +131,7 @@ def test_changing_the_number_of_rows_recompiles_once_and_then_is_dynamic(fused):
     assert set(counts[1:]) == {counts[1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, options", [("number", "mean"), ("tensor", "mean"), ("tensor", "recompute")])
 def test_scales_and_normalizer_that_change_every_step_do_not_recompile_every_step(fused, kind, options):
     def function(h_base, h_aux, target, w_base, w_aux, one, two, three):
@@ -148,6 +152,7 @@ def test_scales_and_normalizer_that_change_every_step_do_not_recompile_every_ste
     assert set(counts[8:]) == {counts[8]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shared, options",
     [("weight", "mean"), ("hidden", "mean"), ("both", "mean"), ("both", "none"), ("scale", "mean"), ("logits", "mean")],
@@ -177,6 +182,7 @@ def test_one_tensor_in_two_places_compiles(fused, shared, options):
         assert_alike(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["mean", "none"])
 def test_sums_scales_and_softcaps_compile(fused, options):
     def function(values, h_base, h_aux, target, w_base, w_aux, bias, one, many):

@@ -97,6 +97,7 @@ def test_every_pair_of_the_tensors_of_a_sum_gets_its_gradients(impl, monkeypatch
     check_gradients_of_many_calls(case, upstream, got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_every_subset_of_the_tensors_of_unscaled_heads_in_a_sum_gets_its_gradients(impl, monkeypatch, path, dtype):

@@ -110,6 +110,7 @@ def test_a_step_takes_a_chunk_its_gradients_and_little_else(native, peaks, name)
         assert peak < N * V * compute + scratch
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("kind", ["losses", "statistics", "errors"])
 def test_three_hundred_calls_leave_nothing_behind(native, monkeypatch, kind):

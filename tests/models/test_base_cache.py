@@ -244,6 +244,7 @@ def _first_token(data):
     return data[5]["input_ids"][0].item()
 
 
+@pytest.mark.slow
 def test_a_spawned_process_reads_the_cache(cache):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_first_token, (cache.dataset(),)) == cache[5]["input_ids"][0].item()

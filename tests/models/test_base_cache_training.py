@@ -62,6 +62,7 @@ def assert_same_training(online, cached):
 # -- to the bit --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["gpt2", "llama"])
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("trunk_layer", [None, 1])
@@ -88,6 +89,7 @@ def test_other_families_have_the_logits_of_online_calls(family, tmp_path):
         assert torch.equal(online, cached) and online.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("make", [examples_of, packed_examples], ids=["padded", "packed"])
 @pytest.mark.parametrize("head", ["own", "shared", "low_rank"])
@@ -153,6 +155,7 @@ def logged(run, name="loss"):
     return [entry[name] for entry in run.state.log_history if name in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk_layer", [None, 1])
 def test_trainer_gives_the_losses_and_folders_of_online_training(trunk_layer, tmp_path):
     base, examples = saved_base(tmp_path / "base"), examples_of()
@@ -173,6 +176,7 @@ def test_trainer_gives_the_losses_and_folders_of_online_training(trunk_layer, tm
         assert files[0][name] == files[1][name], name
 
 
+@pytest.mark.slow
 def test_trainer_evaluates_saves_and_resumes_without_the_trunk(tmp_path):
     base = saved_base(tmp_path / "base")
     cache = BaseCache.create(tmp_path / "cache", base, examples_of(), batch_size=BATCH)
@@ -186,6 +190,7 @@ def test_trainer_evaluates_saves_and_resumes_without_the_trunk(tmp_path):
     assert logged(resumed, "eval_loss")[-1] == logged(run, "eval_loss")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_under_autocast_is_that_of_online_training(dtype, tmp_path):
     base, examples = saved_base(tmp_path / "base", dtype=getattr(torch, dtype)), examples_of()

@@ -133,6 +133,7 @@ def test_several_returned_sequences_have_their_texts_arguments(num_beams, varian
         assert torch.equal(got, generate(model, text, mask, **kwargs).sequences.repeat_interleave(2, dim=0))
 
 
+@pytest.mark.slow
 def test_prompt_lookup_equals_greedy(variant):
     model, kwargs = variant
     kwargs = one_row(kwargs, 1)
@@ -144,6 +145,7 @@ def test_prompt_lookup_equals_greedy(variant):
     assert torch.equal(got.sequences, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assistant", ["lm", "pair", "ensemble", "itself"])
 def test_assistants_draft_and_the_ensemble_decides(assistant, variant, tokens):
     model, kwargs = variant
@@ -160,6 +162,7 @@ def test_assistants_draft_and_the_ensemble_decides(assistant, variant, tokens):
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_unconditional_branch_has_the_arguments_of_the_call(variant, tokens):
     model, kwargs = variant

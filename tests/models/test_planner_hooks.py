@@ -87,6 +87,7 @@ def count_of_hooks(lm) -> list[int]:
     return [len(layer._forward_pre_hooks) for layer in decoder_layers(lm)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )

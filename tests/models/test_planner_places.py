@@ -181,6 +181,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, place, checkpoints_f
         model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_compiled_forward_and_gradient_equal_eager(family, place):

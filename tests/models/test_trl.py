@@ -52,6 +52,7 @@ def test_supervised_training_is_that_of_a_plain_loop(kind):
     assert all("entropy" in row and "mean_token_accuracy" in row for row in trainer.state.log_history[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"padding_free": True, "max_length": None}, {"packing": True}], ids=["free", "bfd"]
 )
@@ -194,6 +195,7 @@ def test_other_replacements_of_forward_are_left_alone():
     assert model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.shape == (2, 4) and len(calls) == 2
 
 
+@pytest.mark.slow
 def test_losses_that_a_trainer_would_leave_out_are_refused():
     model = auxiliary()
     model.config.label_smoothing = 0.1
@@ -253,6 +255,7 @@ def dpo_loss(reference):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("reference", ["given", "precomputed"])
 def test_preferences_are_trained_as_by_a_plain_loop(kind, reference):
@@ -349,6 +352,7 @@ def test_leave_one_out_is_trained(kind):
 # -- references, adapters, plans ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_reference_is_loaded_from_the_folder_that_the_model_came_from(kind, tmp_path):
     tiny_model("llama", seed=1, width=24).save_pretrained(tmp_path / "base")
@@ -367,6 +371,7 @@ def test_the_reference_is_loaded_from_the_folder_that_the_model_came_from(kind, 
     assert type(trainer.ref_model) is type(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, names", [("auxiliary", r"aux\..*q_proj"), ("planner", r"lm\..*q_proj")])
 def test_adapters_of_a_trainer_are_trained(kind, names):
     config = pytest.importorskip("peft").LoraConfig(r=2, target_modules=names)

@@ -33,6 +33,7 @@ def test_every_operator_has_the_gradient_of_eager(native, name):
     assert_gradients([x], [gradient(f, x.detach())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_several_losses_of_one_leaf_accumulate(native, name):
     f, x = operator(name, "native")
@@ -57,6 +58,7 @@ def test_gradients_of_all_parts_of_several_sources(native, reduction):
     assert_gradients(leaves, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean", "none"])
 def test_a_whole_training_step_compiles(native, name):
     f, x = operator(name, "native")

@@ -91,6 +91,7 @@ def assert_error_or_truth(transform: str, name: str, backend: str, compiler):
         assert abs(got - want) <= 2 * OF_A_ROW * unit(torch.float32) * terms.abs().sum() < abs(want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_transforms_are_errors_that_say_what_to_do(native, name, transform):
@@ -100,6 +101,7 @@ def test_compiled_transforms_are_errors_that_say_what_to_do(native, name, transf
             TRANSFORMS[transform](f, x, lambda g, options=compiler: torch.compile(g, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["mean", "tables and stats"])
 def test_compiled_transforms_are_an_error_or_the_truth(native, name, transform):
@@ -117,6 +119,7 @@ def test_generated_code_of_a_transform_is_an_error_or_the_truth(native, transfor
     assert_error_or_truth(transform, "mean", "native", torch.compile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap of grad", "dual number"])
 @pytest.mark.parametrize("name", ["mean", "logit_stats", "hard"])
 def test_compiled_transforms_of_the_reference_are_an_error_or_the_truth(name, transform):
@@ -151,6 +154,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", RIGHT)
 @pytest.mark.parametrize("name", FEW)
 def test_compiled_autograd_functions_have_the_gradients_of_eager(native, name, way):

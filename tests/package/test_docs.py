@@ -31,6 +31,7 @@ def test_there_are_pages():
     assert of_operators | of_models <= {page.stem for page in PAGES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_pages_examples_run_in_their_order(page):
     blocks = [textwrap.dedent(block) for _, block in BLOCKS.findall(page.read_text())]

@@ -44,6 +44,7 @@ def with_gradient(function, *arguments):
     return [out.detach(), *torch.autograd.grad(out, arguments[:2], upstream)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_is_eager(impl, mode, dtype):
@@ -112,6 +113,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_that_change_every_step_are_compiled_a_small_number_of_times(fused, name):
     def function(scores, table, options):

@@ -169,6 +169,7 @@ def test_threads_change_no_bit_of_the_kernels_results(native, options):
 # -- sizes of zero -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7, 0), (2, 7, 0), (0, 7, 3)], ids=["no columns", "none twice", "no tables"])
 def test_a_table_of_no_columns_or_no_tables_gives_as_much_or_is_refused(on_cpu, shape):
     """In a process of its own: a division by its width once ended it."""
@@ -228,6 +229,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("mode, dtype", [("soft", "float32"), ("noisy", "bfloat16"), ("statistics", "float32")])
 def test_forward_takes_its_output_a_few_bytes_a_row_and_a_chunks_buffer(native, mode, dtype):
@@ -289,6 +291,7 @@ def instruction_set(request, native):
     native.set_instruction_set(native.instruction_sets()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 2, 3, 15, 16, 17, 31, 33, 255, 257, 1023, 1025, 4095, 4097, 8200])
 def test_every_instruction_set_matches_float64(instruction_set, K):
     dtypes = (F32, torch.bfloat16, torch.float16, F64)

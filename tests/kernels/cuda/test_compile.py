@@ -40,6 +40,7 @@ def named(architecture: str, pattern: str) -> list[cuda_compile.Kernel]:
     return found
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_registers_or_uses_local_memory(architecture):
     for kernel in named(architecture, "_kernel<float"):
         assert (kernel.stack_bytes, kernel.spilled_bytes) == (0, 0), kernel.name

@@ -123,6 +123,7 @@ def covering():
     return [(target, call) for target in TARGETS for call in CALLS if target == "sm_90" or call in ELSEWHERE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, name", covering())
 def test_kernels_compile_without_spills(compiled, tmp_path, target, name):
     kernels = compiled(target, CALLS[name])

@@ -36,6 +36,7 @@ def _many_segments(monkeypatch):
         monkeypatch.setattr(cross_entropy, "tiles_at_once", lambda *_: 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 def test_the_interpreted_kernels_pass():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]

@@ -37,6 +37,7 @@ WITHOUT_TARGET = ALL_FIELDS & ~request.OF_TARGET
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
+@pytest.mark.slow
 @compiles
 def test_the_interpreted_kernels_pass():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]

@@ -37,6 +37,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="compiled kernels and interpre
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
+@pytest.mark.slow
 @compiles
 def test_the_interpreted_kernels_pass():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
@@ -451,6 +452,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("target, function, num_labels, dtype, has_options", CALLS)
 def test_kernels_compile_without_spills_or_atomics(
