@@ -51,6 +51,7 @@ def _id(value):
     return f"{value.pass_name}-{'x'.join(map(str, value.shape))}-{value.dtype}-{value.inputs}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "name"), CASES, ids=_id)
 def test_result_is_right_and_its_time_is_recorded(benchmark, spec, name):
     case = OPS[type(spec)].build(spec, torch.device("cpu"), seed=0)

@@ -177,6 +177,7 @@ def test_a_class_dimension_with_gaps_is_a_value_error(arguments, impl, make):
     refuses(ValueError, message, arguments.call, impl, base=base, aux=aux, target=arguments.target.clamp(max=3))
 
 
+@pytest.mark.slow
 def test_a_class_dimension_of_one_may_have_any_stride(impl):
     base = torch.zeros(3, 4, device=impl.device)[:, 2:3].as_strided((3, 1), (4, 7))
     target = torch.zeros(3, dtype=torch.int64, device=impl.device)

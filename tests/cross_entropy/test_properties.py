@@ -124,6 +124,7 @@ def test_a_row_alone_has_the_bits_it_has_among_others(fused, problem, reduction)
             assert_same_bits(alone[:1], [together[0][n : n + 1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("vocab_size", [4096, 40000, 131072])  # one block; split over threads where there are few rows
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"scaled": True}], ids=str)

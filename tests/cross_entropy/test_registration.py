@@ -60,11 +60,13 @@ def needs_of(given):
 # -- opcheck -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [("nll",), ("argmax",), request.FIELDS, ()], ids=lambda names: f"{len(names)} of")
 def test_scan_passes_opcheck(fused, given, wanted):
     opcheck(raw.scan_op, (*raw.sources(given), request.mask_of(*wanted), fused.backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_gradient", [False, True], ids=["no gradient", "all gradients"])
 def test_loss_passes_opcheck(fused, given, has_gradient):
     needs = [need and has_gradient for need in needs_of(given)]

@@ -36,6 +36,7 @@ def tensors(*sources: Head):
 # -- which gradients ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("path", PATHS)
 def test_every_subset_of_the_tensors_gets_its_gradients_and_no_other(impl, monkeypatch, path, num_chunks):

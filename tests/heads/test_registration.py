@@ -99,10 +99,12 @@ def given(request, fused):
 # -- opcheck -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scan_passes_opcheck(fused, given):
     opcheck(scan_op, (*given.arguments(), request.mask_of(*request.FIELDS), fused.backend))
 
 
+@pytest.mark.slow
 def test_loss_passes_opcheck(fused, given):
     check_loss(fused, given, given.needs())
 
@@ -121,6 +123,7 @@ def check_loss(fused, given, needs):
     opcheck(loss_op, (*given.arguments(), *rest))
 
 
+@pytest.mark.slow
 def test_backward_passes_opcheck(fused, given):
     state = given.state(fused.backend)
     coefficients = [torch.randn_like(state[0]) if i % 3 else None for i in range(len(request.COEFFICIENTS))]
@@ -298,6 +301,7 @@ def gradcheck_leaves(device, scalar):
     return *(leaf(device, *shape) for shape in shapes), scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"recompute": True, "label_smoothing": 0.2, "z_loss": 0.1}])
 @pytest.mark.parametrize("scalar", [False, True], ids=["scale per row", "one scale"])
 @pytest.mark.parametrize("form", FORMS)
@@ -330,6 +334,7 @@ def test_one_pass_gradients_are_slopes(doubles, monkeypatch, form, reduction):
         assert abs((ends[0] - ends[1]) / 2e-6 - want) < 1e-6 + 1e-4 * abs(want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log_prob", "base_log_prob", "lse", "entropy", "kl_to_base"])
 @pytest.mark.parametrize("form", FORMS)
 def test_statistics_pass_gradcheck(doubles, monkeypatch, form, name):

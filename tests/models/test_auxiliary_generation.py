@@ -101,6 +101,7 @@ def test_several_returned_sequences(num_beams, tokens):
     assert got.shape[0] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base, aux", PAIRS)
 def test_prompt_lookup_equals_greedy(base, aux, variant):
     options, kwargs = variant

@@ -112,6 +112,7 @@ def beam_loop(model, tokens, mask, num_beams, **kwargs):
     return beams[0][1]
 
 
+@pytest.mark.slow
 def test_beams_equal_a_search_without_cache(variant, tokens):
     model, kwargs = variant
     text, mask = padded(tokens, (9, 5, 2))

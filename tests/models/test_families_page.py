@@ -37,6 +37,7 @@ def _of_other_version() -> str | None:
     return None if stated == transformers.__version__ else f"the page is of transformers {stated}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_of_other_version() is not None, reason=str(_of_other_version()))
 @pytest.mark.parametrize("family", sorted(families.families()) if IS_WHOLE else SAMPLE)
 def test_the_page_says_what_is_found(family):

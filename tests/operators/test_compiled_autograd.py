@@ -25,6 +25,7 @@ def assert_gradients(leaves, want, times=1.0):
         torch.testing.assert_close(leaf.grad, times * one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_has_the_gradient_of_eager(native, name):
     f, x = operator(name, "native")

@@ -451,6 +451,7 @@ def test_forward_passes_opcheck(fused, sample, names):
     opcheck(forward_op, (*sample.values(), mask_of(*names), fused.backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["all", "no upstream", "statistics"])
 def test_backward_passes_opcheck(fused, sample, what):
     names = ["max", "log_denom", "argmax"] + (["labels"] if sample["top_k"] else [])

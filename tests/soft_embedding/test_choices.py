@@ -219,6 +219,7 @@ def test_what_is_kept_is_chosen_after_mask_and_noise(impl):
     assert (out > 0).tolist() == [[False, False, True, True, False]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_labels", [5000, 151936])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_few_of_a_vocabulary(impl, num_labels, dtype):

@@ -41,6 +41,7 @@ def check_lookup(got, scores, table, temperature, upstream, products=None):
     check_results(case, dict(zip(NAMES, got, strict=False)), {"out": upstream}, products=products)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mixture_and_gradients_match_float64(taken, shape, temperature):

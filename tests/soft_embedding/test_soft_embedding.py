@@ -94,6 +94,7 @@ def test_every_pair_of_options_matches_float64(impl, monkeypatch, row, num_chunk
     check(case, impl.backend, case.upstream(*names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", LABELS)
 @pytest.mark.parametrize("table_dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("scores_dtype", [F32, BF16])

@@ -65,6 +65,7 @@ def sources_of(rows, vocab_size, dtypes):
     return base, aux
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", DTYPES, ids=short)
 @pytest.mark.parametrize("vocab_size", WIDTHS)
 def test_loss_gradients_and_statistics_of_every_plan(vocab_size, dtypes):
@@ -161,6 +162,7 @@ FORMS = {
 SHARED_OUT = [(1025, BF16), (12000, F32), (12001, BF16), (24000, BF16), (24007, F16), (50257, BF16), (96008, BF16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("vocab_size, dtype", SHARED_OUT, ids=short)
 def test_a_row_has_the_same_bits_however_it_is_shared_out(machine, vocab_size, dtype, form):
@@ -243,6 +245,7 @@ SEEDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEDED)
 def test_any_order_of_the_threads_gives_the_same_bits(machine, name):
     rows, vocab_size, dtype, device, options = SEEDED[name]
@@ -419,6 +422,7 @@ def test_rescaling_stays_inside(machine, dtype, vocab_size, offset):
 # -- gradients in the sources' own memory ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [Device(), Device(4, 100 << 10), NO_CLUSTERS], ids=["resident", "small", "reread"])
 @pytest.mark.parametrize("vocab_size", [1, 33, 1025, 8200, 12001, 24000, 96001])
 def test_gradients_may_take_the_sources_place(machine, vocab_size, device):

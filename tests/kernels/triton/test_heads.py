@@ -452,6 +452,7 @@ def loops_of_products(kernel, tmp_path) -> list[str]:
     return [text for r, text in loops.items() if not any(r[0] <= o[0] and o[1] <= r[1] and o != r for o in loops)]
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("target, variant", COMPILED)
 def test_the_scan_compiles_to_matrix_instructions_and_keeps_its_registers(compiled, tmp_path, target, variant):
