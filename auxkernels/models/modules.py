@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -99,9 +100,26 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if does_more(module) or (isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward):
+    if (does_more(module) and not _is_gathered(module)) or (isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward):
         return False
     return all(_is_dense(weight) for weight in module.parameters(recurse=False))
+
+
+def _is_gathered(module: nn.Module) -> bool:
+    """Whether all that a call does more is to gather the weights of a unit of FSDP2, which is done at this point.
+
+    So it is in `fully_shard([norm, head])` once the norm has been called and the head has not: weights then are plain
+    tensors until the backward pass, and FSDP takes their gradients whether the head is called or not. The outermost
+    module with fully_shard ends the unit's forward pass in the head's place (since torch 2.13).
+    """
+    if not isinstance(module, FSDPModule) or hasattr(module, "parametrizations") or "forward" in module.__dict__:
+        return False
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name, {}).values()]
+    if not all(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp") for hook in hooks):
+        return False
+    state = module._get_fsdp_state()
+    has_begun = module in getattr(state, "_modules_to_run_forward", ())
+    return has_begun and hasattr(state, "_force_complete_incomplete_states")
 
 
 def _is_dense(weight: Tensor) -> bool:
