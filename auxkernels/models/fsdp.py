@@ -75,7 +75,9 @@ def _behind(body: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
     """The modules with weights that follow a model's layers: its last norm."""
     for module in body.modules():
         children = list(module.children())
-        last = max((i for i, child in enumerate(children) if any(one in layers for one in child.children())), default=-1)
+        last = max(
+            (i for i, child in enumerate(children) if any(one in layers for one in child.children())), default=-1
+        )
         if last >= 0:
             return [child for child in children[last + 1 :] if any(p.numel() for p in child.parameters())]
     return []

@@ -100,7 +100,9 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if (does_more(module) and not _is_gathered(module)) or (isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward):
+    if (does_more(module) and not _is_gathered(module)) or (
+        isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ):
         return False
     return all(_is_dense(weight) for weight in module.parameters(recurse=False))
 

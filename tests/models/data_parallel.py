@@ -1,0 +1,113 @@
+"""Twenty steps of training, in one process and by several that each read a part of the batch."""
+
+from __future__ import annotations
+
+import contextlib
+
+import planner_models
+import torch
+import torch.distributed as dist
+from tiny import tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from auxkernels.models import AuxiliaryForCausalLM, sums
+from auxkernels.models.fsdp import apply_fully_shard
+
+STEPS, ROWS, LENGTH = 20, 8, 7
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def new_model(kind: str, architecture: str, is_tied: bool):
+    """In float64: two ways that compute the same then differ by far less than what a wrong factor would change."""
+    options = _NO_DROPOUT if architecture == "gpt2" else {}
+    if kind == "auxiliary":
+        base, aux = (tiny_model(architecture, seed=i, sharpness=4.0, **options) for i in (1, 2))
+        model = AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False)
+        head, embeddings = aux.get_output_embeddings(), aux.get_input_embeddings()
+        head.weight = embeddings.weight if is_tied else torch.nn.Parameter(embeddings.weight.detach().clone())
+    else:
+        torch.manual_seed(3)
+        lm = planner_models.tiny_lm(architecture, **options, tie_word_embeddings=is_tied)
+        model = planner_models.tiny_model(lm=lm, freeze_lm=architecture == "llama")
+    return model.double().train()
+
+
+def batch_of(kind: str, step: int, rows: slice) -> dict[str, torch.Tensor]:
+    """Rows of a step's batch, and what its loss is divided by."""
+    drawn = torch.Generator().manual_seed(step)
+    tokens = torch.randint(3, 50, (ROWS, LENGTH), generator=drawn)
+    batch = {"input_ids": tokens[rows], "labels": tokens[rows], "num_items_in_batch": ROWS * (LENGTH - 1)}
+    if kind == "planner":  # two segments in each row, whose features are theirs alone
+        features = torch.randn(ROWS, 2, planner_models.FEATURES, generator=drawn, dtype=torch.float64)[rows]
+        first = 2 * torch.arange(len(features)).unsqueeze(1)
+        batch["segment_ids"] = first + (torch.arange(LENGTH) >= LENGTH // 2)
+        batch["planner_inputs"] = {"features": features.flatten(0, 1)}
+    return batch
+
+
+def trained(model, kind: str, accumulate: int, rank=0, world=1, group=None, rate=0.3) -> list[float]:
+    """The losses of all rows; gradients of several processes are averages, hence the factor."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=0.5)
+    losses, part = [], ROWS // accumulate // world
+    for step in range(STEPS):
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(accumulate):
+            start = i * ROWS // accumulate + rank * part
+            batch = batch_of(kind, step, slice(start, start + part))
+            is_last = i == accumulate - 1
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(is_last)
+            with contextlib.nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():
+                loss = model(**batch).loss
+                (world * loss).backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        if world > 1:
+            dist.all_reduce(total, group=group)
+        losses.append(total.item())
+    return losses
+
+
+def trained_by_many(place, kind: str, architecture: str, is_tied: bool, accumulate: int, way: str) -> list[float]:
+    """On one of the processes."""
+    model = new_model(kind, architecture, is_tied)
+    if way == "DDP":
+        model = DistributedDataParallel(model, process_group=place.group)
+    else:
+        mesh = place.mesh if way != "HSDP" else init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        model = apply_fully_shard(model, mesh, shard_frozen=way != "FSDP2")
+        model.set_force_sum_reduction_for_comms(True)  # gloo's averages were sums before torch 2.11
+        assert any(isinstance(weight, DTensor) for weight in model.parameters())
+    return trained(model, kind, accumulate, place.rank, place.size, place.group)
+
+
+def gradient_of_known(place) -> float:
+    """Of a weight of one that each process multiplies by its rank + 1, under FSDP2: the mean."""
+    module = torch.nn.Linear(1, place.size, bias=False)
+    torch.nn.init.ones_(module.weight)
+    fully_shard(module, mesh=place.mesh)
+    module.set_force_sum_reduction_for_comms(True)
+    module(torch.full((1, 1), place.rank + 1.0)).sum().backward()
+    return module.weight.grad.full_tensor()[0].item()
+
+
+def kinds_of_heads(place, architecture: str, is_tied: bool) -> tuple[set[str], int]:
+    """How the loss read both heads, and how many of the auxiliary's weights have a gradient after a step."""
+    found, original = set(), sums.output_head
+
+    def seen(model):
+        head = original(model)
+        found.add(type(head).__name__)
+        return head
+
+    model = apply_fully_shard(new_model("auxiliary", architecture, is_tied), place.mesh, shard_frozen=True)
+    sums.output_head = seen
+    try:
+        model(**batch_of("auxiliary", 0, slice(0, 2))).loss.backward()
+    finally:
+        sums.output_head = original
+    return found, sum(weight.grad is None for weight in model.aux.parameters())

@@ -1,0 +1,59 @@
+"""DistributedDataParallel and FSDP2: many processes train as one does."""
+
+import data_parallel
+import pytest
+import torch
+import torch.distributed as dist
+from processes import processes
+
+ARCHITECTURES = ("gpt2", "llama")
+
+
+@pytest.fixture(scope="module")
+def running():
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    with processes() as found:
+        yield found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_average_of_a_known_gradient(running, size):
+    """What the other tests compare would hide a gloo that sums where it should average."""
+    want = sum(range(1, size + 1)) / size
+    assert running.run(size, data_parallel.gradient_of_known) == [pytest.approx(want)] * size
+
+
+def check_curves(running, size, kind, architecture, is_tied, accumulate, way):
+    want, untrained = (
+        data_parallel.trained(data_parallel.new_model(kind, architecture, is_tied), kind, accumulate, rate=rate)
+        for rate in (0.3, 0.0)
+    )
+    found = running.run(size, data_parallel.trained_by_many, kind, architecture, is_tied, accumulate, way)
+    assert all(curve == found[0] for curve in found)
+    assert want[-1] < untrained[-1] - 1e-4  # a hundred times what curves may differ by
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(want), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["auxiliary", "planner"])
+def test_curve_is_that_of_one_process(running, kind, architecture, is_tied, accumulate, way):
+    check_curves(running, 2, kind, architecture, is_tied, accumulate, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, architecture", [("auxiliary", "gpt2"), ("planner", "llama")])
+@pytest.mark.parametrize("size, way", [(2, "FSDP2, frozen parts too"), (4, "HSDP"), (4, "FSDP2")])
+def test_curve_of_other_meshes_and_frozen_parts(running, kind, architecture, size, way):
+    check_curves(running, size, kind, architecture, True, 1, way)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_logits_are_stored_beside_a_sharded_head(running, architecture, is_tied):
+    found = running.run(2, data_parallel.kinds_of_heads, architecture, is_tied)
+    assert found == [({"OutputHead"}, 0)] * 2
