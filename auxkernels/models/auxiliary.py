@@ -20,6 +20,7 @@ from .composite_generation import inherited
 from .config_fields import describe_as
 from .configuration import AuxiliaryConfig
 from .frozen_base import Call, Given, OnFrozenBase
+from .gathering import written_by_one
 from .heads import CalledHead, check_output_head, output_head, probe, zero_output_head
 from .loading_options import pop_place, with_call_options
 from .modules import device_of, head_width, run
@@ -222,6 +223,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         model.config.name_or_path = os.fspath(folder)
         return (model, {problem: set() for problem in saving.PROBLEMS}) if output_loading_info else model
 
+    @written_by_one(saving.not_saved)
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -233,7 +235,8 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
         """Saves the auxiliary, with a pointer to the base (name, revision, fingerprint of its weights).
 
         save_base   also saves the base, in the folder's "base/"
-        The configuration is written last, so that an interrupted save leaves no folder that loads.
+        The configuration is written last, so that an interrupted save leaves no folder that loads. Where weights are
+        sharded (`apply_fully_shard`), all processes call and the first one writes.
         Raises ValueError for a base without a name, unless save_base; where the folder holds the base that is pointed
         to, or another kind of model; for adapters of PEFT, unless they are the auxiliary's own, which are saved.
         """

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import auxiliary_inputs as reading
-from . import members_saving
+from . import members_saving, saving
 from .auxiliary import AuxiliaryForCausalLM
 from .base_states import Layers
 from .config_fields import describe_as
 from .ensemble_config import check_known
 from .frozen_base import Given, OnFrozenBase
+from .gathering import written_by_one
 from .members_saving import MEMBERS, ConfigOfMembers, is_trained
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class MembersOnFrozenBase(OnFrozenBase):
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
+    @written_by_one(saving.not_saved)
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],

@@ -108,7 +108,7 @@ def save(
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         write_all(new)
         if save_base:
-            model.base.save_pretrained(os.path.join(new, saving.BASE_FOLDER))
+            saving.write_base(model.base, os.path.join(new, saving.BASE_FOLDER), state_dict)
         saving.move_in(new, os.fspath(folder), (MEMBERS,))
 
 

@@ -38,6 +38,7 @@ from .conditioning import (
     decoder_layers,
     token_mask,
 )
+from .gathering import written_by_one
 from .heads import check_output_head, kept_positions, output_head, probe
 from .loading_options import with_call_options
 from .modalities import auto_class, reads_more_than_text
@@ -462,6 +463,7 @@ class PlannerForCausalLM(
 
     # -- transformers --------------------------------------------------------------------------------------------------
 
+    @written_by_one(loading.not_saved)
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -472,6 +474,7 @@ class PlannerForCausalLM(
     ) -> None:
         """As any model's, with a pointer (name, revision, fingerprint) instead of a frozen language model's weights.
 
+        Where weights are sharded (`apply_fully_shard`), all processes call and the first one writes.
         save_lm   True: also the language model's weights. None: where it is not frozen, has no name or path, or has
                   changed since it was given. One that was changed between its own loading and `from_lm` needs True.
         Raises    ValueError: save_lm=False in such a case; the folder that the language model was loaded from

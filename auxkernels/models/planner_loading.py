@@ -97,6 +97,11 @@ def is_lm_saved(model: PlannerForCausalLM, save_lm: bool | None, folder: str | o
     return problem is not None
 
 
+def not_saved(model: PlannerForCausalLM, folder: str | os.PathLike[str], options: dict[str, Any]) -> tuple[str, ...]:
+    """Prefixes of the keys that save_pretrained does not write."""
+    return () if is_lm_saved(model, options.get("save_lm"), folder) else ("lm.",)
+
+
 def _pointers_problem(model: PlannerForCausalLM) -> str | None:
     config = model.config
     if not config.freeze_lm:

@@ -256,8 +256,21 @@ def save(
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         write(new, state_dict=own, **kwargs)
         if save_base:
-            model.base.save_pretrained(os.path.join(new, BASE_FOLDER))
+            write_base(model.base, os.path.join(new, BASE_FOLDER), state_dict)
         move_in(new, os.fspath(folder))
+
+
+def not_saved(model: PreTrainedModel, folder: str | os.PathLike[str], options: dict[str, Any]) -> tuple[str, ...]:
+    """Prefixes of the keys that save_pretrained of a model on a frozen base does not write."""
+    return () if options.get("save_base") else ("base.",)
+
+
+def write_base(base: PreTrainedModel, folder: str, state_dict: dict[str, Any] | None) -> None:
+    """Writes a base to a new folder; state_dict: of the model that has it, with whole weights where it is sharded."""
+    weights = None
+    if state_dict is not None and is_sharded(base):
+        weights = {key.removeprefix("base."): one for key, one in state_dict.items() if key.startswith("base.")}
+    base.save_pretrained(folder, state_dict=weights)
 
 
 def write_folder(model: AuxiliaryForCausalLM, folder: str, state_dict: dict[str, Any], kwargs: dict[str, Any]) -> None:

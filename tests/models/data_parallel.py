@@ -111,3 +111,17 @@ def kinds_of_heads(place, architecture: str, is_tied: bool) -> tuple[set[str], i
     finally:
         sums.output_head = original
     return found, sum(weight.grad is None for weight in model.aux.parameters())
+
+
+def saved(place, kind: str, folder: str, is_frozen_sharded: bool, options: dict) -> None:
+    """Trains for some steps and saves, from all processes."""
+    model = apply_fully_shard(new_model(kind, "llama", True), place.mesh, shard_frozen=is_frozen_sharded)
+    model.set_force_sum_reduction_for_comms(True)
+    trained(model, kind, 1, place.rank, place.size, place.group)
+    model.save_pretrained(folder, **options)
+
+
+def saved_on_the_base(place, folder: str) -> None:
+    model = new_model("auxiliary", "llama", True)
+    model.config.base_name_or_path = folder
+    apply_fully_shard(model, place.mesh).save_pretrained(folder)

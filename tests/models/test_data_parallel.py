@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import processes
+from safetensors.torch import load_file
 
 ARCHITECTURES = ("gpt2", "llama")
 
@@ -57,3 +58,30 @@ def test_curve_of_other_meshes_and_frozen_parts(running, kind, architecture, siz
 def test_no_logits_are_stored_beside_a_sharded_head(running, architecture, is_tied):
     found = running.run(2, data_parallel.kinds_of_heads, architecture, is_tied)
     assert found == [({"OutputHead"}, 0)] * 2
+
+
+@pytest.mark.parametrize("kind", ["auxiliary", "planner"])
+@pytest.mark.parametrize("is_frozen_sharded", [False, True])
+def test_what_many_save_is_what_one_saves(running, tmp_path, kind, is_frozen_sharded):
+    option = {"auxiliary": "save_base", "planner": "save_lm"}[kind]
+    one = data_parallel.new_model(kind, "llama", True)
+    data_parallel.trained(one, kind, 1)
+    one.save_pretrained(tmp_path / "one", **{option: True})
+    running.run(2, data_parallel.saved, kind, str(tmp_path / "many"), is_frozen_sharded, {option: True})
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    for file in (tmp_path / "one").rglob("*.safetensors"):
+        want, found = load_file(file), load_file(tmp_path / "many" / file.relative_to(tmp_path / "one"))
+        assert want.keys() == found.keys()
+        for name, weight in want.items():
+            torch.testing.assert_close(found[name], weight, rtol=0.0, atol=1e-6, msg=name)
+
+
+def files(folder):
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+
+
+def test_failed_save_is_an_error_on_all(running, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    found = running.tried(2, data_parallel.saved_on_the_base, str(tmp_path))
+    assert [error[0] for _, error in found] == [ValueError, RuntimeError]
+    assert "save_directory" in found[1][1][1]
