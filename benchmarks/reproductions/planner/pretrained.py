@@ -71,6 +71,7 @@ def part_of_layers(lm: PreTrainedModel, first: int, end: int) -> PreTrainedModel
     part = copy.deepcopy(lm, {id(weight): weight for weight in lm.parameters()})
     part.base_model.layers = part.base_model.layers[first:end]
     part.config.num_hidden_layers = end - first
+    part.config.use_cache = False  # which knows layers by their place in the whole model
     return part
 
 
