@@ -36,7 +36,8 @@ class PretrainedJob(Job):
 
     def embeddings(self, texts: list[str], train: slice, dim: int) -> Tensor:
         """The sentence encoder's, on the first `dim` singular vectors of those of texts[train]."""
-        return reduced(encoded(texts, self.device), train, dim)
+        with self.autocast():
+            return reduced(encoded(texts, self.device), train, dim)
 
     def load_base(self) -> None:
         first, count = self.scale.first_layer, self.base.config.num_hidden_layers
