@@ -6,10 +6,12 @@ labels in its layers. Compared at equal training, over seeds: no plan, a fixed l
 straight-through, the mixture with a frozen planner, the mixture with planner and conditioning trained end to end, these
 two also where the paper's code adds labels, before the attention's output projection, and the oracle label. Measured:
 perplexity of held-out chapters, and which labels the planner predicts.
+With --scale pretrained the language model is SmolLM2-135M, the embeddings are those of all-MiniLM-L6-v2, and labels
+are added at the layers' input alone.
 
-    python -m benchmarks.reproductions.planner [--scale tiny|small|gpu] [--seeds N] [--no-resume]
+    python -m benchmarks.reproductions.planner [--scale tiny|small|gpu|pretrained] [--seeds N] [--no-resume]
 
-An interrupted run goes on from its checkpoints. Needs: pip install '.[bench,models,labels,repro]'
+An interrupted run goes on from its checkpoints. Needs: pip install '.[bench,models,labels,repro]'; make pretrained
 Source: Cornille et al. 2024, End-to-end Planner Training for Language Modeling.
 """
 

@@ -6,10 +6,9 @@ import copy
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.reproductions.gpt2 import build_gpt2, gpt2_config, lm_loss
 from benchmarks.reproductions.job import ReproductionJob, check_unchanged, run_job
@@ -22,131 +21,69 @@ from benchmarks.reproductions.planner.methods import (
     window_losses,
 )
 from benchmarks.reproductions.planner.report import make_report, plot_results, results_table
-from benchmarks.reproductions.planner.task import Labels, Task, load_labels, load_task
+from benchmarks.reproductions.planner.scales import SCALES, PretrainedScale, Scale
+from benchmarks.reproductions.planner.task import (
+    Labels,
+    SegmentedWindows,
+    Task,
+    load_labels,
+    load_task,
+    tfidf_embeddings,
+)
 from benchmarks.training.terminal import Terminal
 from benchmarks.training.text import IGNORE_INDEX
 
-EVALUATION_BATCH = 64
 SECOND_STAGE = 1000  # added to the seed of the order of the windows, so that it is not the first stage's again
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of a reproduction. `length` is the tokens of a window, `context` the verses that the planner reads.
+class Job(ReproductionJob):
+    """One reproduction: its text, labels and base, and the folder that its checkpoints and measurements are kept in.
 
-    Batches are windows for the language model, verses for the planner; learning rates are of AdamW. Conditioning is
-    trained in two stages, alone (`start_steps`) and, at a lower rate, with the planner where a way trains it
-    (`joint_steps`): from an untrained conditioning the planner would first get noise for a gradient, and forget.
+    base           the language model, which all seeds share
+    conditioned    what of it is conditioned and predicts, of the `layers` given (None: `PlannerForCausalLM`'s default)
     """
 
-    vocab_size: int
-    length: int
-    max_chapters: int | None
-    width: int
-    layers: int
-    dropout: float
-    num_labels: int
-    label_dim: int
-    context: int
-    dtype: str
-    batch: int
-    base_steps: int
-    base_rate: float
-    planner_batch: int
-    planner_steps: int
-    planner_rate: float
-    start_steps: int
-    start_rate: float
-    joint_steps: int
-    joint_rate: float
-    conditioning_init: str
-
-
-SMALL = Scale(
-    vocab_size=4096,
-    length=64,
-    max_chapters=None,
-    width=128,
-    layers=4,
-    dropout=0.0,
-    num_labels=128,
-    label_dim=64,
-    context=8,
-    dtype="float32",
-    batch=16,
-    base_steps=1000,
-    base_rate=3e-3,
-    planner_batch=128,
-    planner_steps=1000,
-    planner_rate=3e-3,
-    start_steps=200,
-    start_rate=1e-2,
-    joint_steps=200,
-    joint_rate=1e-3,
-    conditioning_init="zero_projection",
-)
-SCALES = {
-    "tiny": dataclasses.replace(
-        SMALL,
-        vocab_size=1024,
-        length=32,
-        max_chapters=60,
-        width=32,
-        layers=3,
-        num_labels=16,
-        label_dim=16,
-        context=4,
-        batch=8,
-        base_steps=60,
-        planner_batch=32,
-        planner_steps=40,
-        planner_rate=1e-3,
-        start_steps=20,
-        joint_steps=10,
-    ),
-    "small": SMALL,
-    "gpu": dataclasses.replace(
-        SMALL,
-        vocab_size=8192,
-        length=128,
-        width=512,
-        layers=8,
-        dropout=0.2,
-        num_labels=256,
-        label_dim=128,
-        dtype="bfloat16",
-        batch=64,
-        base_steps=1200,
-        base_rate=1e-3,
-        planner_steps=600,
-        planner_rate=1e-3,
-        start_steps=400,
-        start_rate=3e-3,
-        joint_steps=400,
-        joint_rate=3e-4,
-    ),
-}
-
-
-class Job(ReproductionJob):
-    """One reproduction: its text, labels and base, and the folder that its checkpoints and measurements are kept in."""
+    arms = tuple(ARMS)
+    evaluation_batch = 64
+    layers: list[int] | None = None
 
     def __init__(self, scale: Scale, device: torch.device, checkpoints, terminal: Terminal, resume: bool = True):
         super().__init__(scale, {}, device, checkpoints, terminal, resume)
         with terminal.stage("reading the text"):
-            task = load_task(scale.vocab_size, scale.length, scale.context, scale.max_chapters, checkpoints)
+            task = self.load_task(checkpoints)
         with terminal.stage("labels of the verses"):
-            labels = load_labels(task, scale.num_labels, scale.label_dim, self.folder / "labels.safetensors")
+            path = self.folder / "labels.safetensors"
+            labels = load_labels(task, scale.num_labels, scale.label_dim, path, self.embeddings)
         windows = {split: value.to(device) for split, value in task.windows.items()}
         self.task: Task = dataclasses.replace(task, windows=windows, contexts=task.contexts.to(device))
         self.labels = Labels(*(value.to(device) for value in vars(labels).values()))
+        self.load_base()
+
+    # -- the text and the language model, of a scale whose language model is trained on the text -----------------------
+
+    def load_task(self, checkpoints) -> Task:
+        scale = self.scale
+        return load_task(scale.vocab_size, scale.length, scale.context, scale.max_chapters, checkpoints)
+
+    def embeddings(self, texts: list[str], train: slice, dim: int) -> Tensor:
+        """Sentence embeddings float32 [texts, dim] of length 1, of which only texts[train] are learnt from."""
+        return tfidf_embeddings(texts, train, dim)
+
+    def load_base(self) -> None:
+        """Sets `base` and `conditioned`."""
+        scale = self.scale
         config = gpt2_config(scale.vocab_size, scale.length, scale.width, scale.layers, scale.dropout)
-        self.base = build_gpt2(config, seed=0).to(device)
+        self.base: nn.Module = build_gpt2(config, seed=0).to(self.device)
+        self.conditioned = self.base
+
+    def reading(self, windows: SegmentedWindows) -> dict[str, Tensor]:
+        """Arguments by which `conditioned` reads windows."""
+        return {"input_ids": windows.tokens}
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def fit_base(self) -> dict:
-        """Trains the language model that all seeds share, and freezes it."""
+        """Trains the language model that all seeds share, and freezes it; what the report says of it."""
         scale, windows = self.scale, self.task.windows["train"]
         cost = self.train(
             "base",
@@ -188,7 +125,8 @@ class Job(ReproductionJob):
         """
         scale, codebook = self.scale, self.labels.centroids
         start = ARMS[name].start or name
-        model = conditioned_lm(self.base, copy.deepcopy(planner), ARMS[name], codebook, seed, scale.conditioning_init)
+        arm, init = ARMS[name], scale.conditioning_init
+        model = conditioned_lm(self.conditioned, copy.deepcopy(planner), arm, codebook, seed, init, self.layers)
         try:
             self.fit_conditioning(
                 f"{start}, start, seed {seed}", model, start, scale.start_steps, scale.start_rate, seed
@@ -210,10 +148,13 @@ class Job(ReproductionJob):
 
         def loss_of(rows):
             batch = windows[rows]
-            inputs = conditioned_inputs(ARMS[arm], batch, self.task, self.labels)
+            inputs = self.conditioned_inputs(arm, batch)
             return model(**inputs, shift_labels=batch.targets).loss
 
         return self.train(run_name, model, loss_of, len(windows), steps, self.scale.batch, rate, seed)
+
+    def conditioned_inputs(self, arm: str, batch: SegmentedWindows) -> dict:
+        return conditioned_inputs(ARMS[arm], batch, self.task, self.labels, self.reading(batch))
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -223,8 +164,8 @@ class Job(ReproductionJob):
         windows = self.task.windows[split]
         sums = torch.zeros(int(windows.chapters.max()) + 1, dtype=torch.float64)
         tokens = torch.zeros_like(sums)
-        for start in range(0, len(windows), EVALUATION_BATCH):
-            batch = windows[start : start + EVALUATION_BATCH]
+        for start in range(0, len(windows), self.evaluation_batch):
+            batch = windows[start : start + self.evaluation_batch]
             with self.autocast():
                 losses = window_losses(model, inputs_of(batch), batch.targets)
             chapters = batch.chapters.cpu()
@@ -233,10 +174,9 @@ class Job(ReproductionJob):
         return {"loss": (sums.sum() / tokens.sum()).item(), "chapter_nats": sums.tolist()}
 
     def measure_arm(self, model, name: str, split: str) -> dict:
-        arm = ARMS[name]
         model.eval()
-        result = self.measure_lm(model, lambda batch: conditioned_inputs(arm, batch, self.task, self.labels), split)
-        return result | (self.measure_planner(model.planner, split) if arm.labels == "planner" else {})
+        result = self.measure_lm(model, lambda batch: self.conditioned_inputs(name, batch), split)
+        return result | (self.measure_planner(model.planner, split) if ARMS[name].labels == "planner" else {})
 
     @torch.no_grad()
     def measure_planner(self, planner: Planner, split: str = "test") -> dict:
@@ -293,15 +233,15 @@ def train_and_measure(job: Job, num_seeds: int) -> dict:
     start = time.perf_counter()
     cost = job.fit_base()
     original = copy.deepcopy(job.base.state_dict())
-    use_tokens = lambda batch: {"input_ids": batch.tokens, "use_cache": False}  # noqa: E731
-    base = {**cost, **job.measured("base", lambda: job.measure_lm(job.base, use_tokens))}
+    reading = lambda batch: {**job.reading(batch), "use_cache": False}  # noqa: E731
+    base = {**cost, **job.measured("base", lambda: job.measure_lm(job.conditioned, reading))}
     planners, runs = [], []
     for seed in range(num_seeds):
         planner = job.new_planner(seed)
         cost = job.fit_planner(planner, seed)
         measured = job.measured(f"planner, seed {seed}", lambda planner=planner: job.measure_planner(planner))
         planners.append({"seed": seed, **cost, **measured})
-        for name in ARMS:
+        for name in job.arms:
             runs.append(job.fit_arm(name, planner, seed))
             job.terminal.say(f"  perplexity {math.exp(runs[-1]['loss']):.3f}")
     check_unchanged(job.base, original)
@@ -315,11 +255,20 @@ def train_and_measure(job: Job, num_seeds: int) -> dict:
     }
 
 
+def job_class(scale: Scale) -> type[Job]:
+    if isinstance(scale, PretrainedScale):
+        from benchmarks.reproductions.planner.pretrained import PretrainedJob
+
+        return PretrainedJob
+    return Job
+
+
 def run(arguments) -> int:
     """Run the reproduction and write its results; returns the exit status."""
 
     def new_job(device, terminal):
-        return Job(SCALES[arguments.scale], device, arguments.checkpoints, terminal, arguments.resume)
+        scale = SCALES[arguments.scale]
+        return job_class(scale)(scale, device, arguments.checkpoints, terminal, arguments.resume)
 
     def files(results):
         return {"perplexity.png": plot_results(results), "report.md": make_report(results)}

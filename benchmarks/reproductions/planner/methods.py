@@ -84,9 +84,14 @@ def planner_inputs(verses: Tensor, task: Task, labels: Labels) -> dict[str, Tens
     return {"embeddings": labels.rows[rows.clamp(min=0)], "is_padding": rows == NO_VERSE}
 
 
-def conditioned_inputs(arm: Arm, windows: SegmentedWindows, task: Task, labels: Labels) -> dict:
-    """Arguments of `PlannerForCausalLM` for a batch of windows: one segment for each verse that occurs in it."""
-    inputs = {"input_ids": windows.tokens, "mode": arm.mode, "use_cache": False}
+def conditioned_inputs(
+    arm: Arm, windows: SegmentedWindows, task: Task, labels: Labels, reading: dict[str, Tensor] | None = None
+) -> dict:
+    """Arguments of `PlannerForCausalLM` for a batch of windows: one segment for each verse that occurs in it.
+
+    reading   by which arguments the language model reads the windows; None: their tokens
+    """
+    inputs = {**(reading or {"input_ids": windows.tokens}), "mode": arm.mode, "use_cache": False}
     if arm.labels == "none":
         return inputs
     verses, segment_ids = windows.verses.unique(return_inverse=True)
@@ -102,12 +107,21 @@ def window_losses(model: nn.Module, inputs: dict, targets: Tensor) -> Tensor:
     return aux_cross_entropy(logits, None, targets, ignore_index=IGNORE_INDEX, reduction="none").sum(1)
 
 
-def conditioned_lm(lm, planner: Planner, arm: Arm, codebook: Tensor, seed: int, init: str) -> PlannerForCausalLM:
+def conditioned_lm(
+    lm, planner: Planner, arm: Arm, codebook: Tensor, seed: int, init: str, layers: list[int] | None = None
+) -> PlannerForCausalLM:
     """The frozen language model with a frozen planner, and conditioning whose first values depend on `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = PlannerForCausalLM.from_lm(
-            lm, planner, codebook=codebook, place=arm.place, mode=arm.mode, freeze_lm=True, conditioning_init=init
+            lm,
+            planner,
+            codebook=codebook,
+            layers=layers,
+            place=arm.place,
+            mode=arm.mode,
+            freeze_lm=True,
+            conditioning_init=init,
         )
     model.freeze_planner()
     return model

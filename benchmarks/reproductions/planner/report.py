@@ -187,27 +187,49 @@ def make_report(results: dict) -> str:
 
 
 def _setting(results: dict) -> str:
-    scale, base, text, runs = results["scale"], results["base"], results["text"], results["runs"]
-    place = f"the input of layers 3 to {scale['layers']}"
+    scale, text, runs = results["scale"], results["text"], results["runs"]
+    is_pretrained, test = "language_model" in scale, text["splits"]["test"]
+    first, count = (scale["first_layer"], results["base"]["layers"]) if is_pretrained else (2, scale["layers"])
+    place = f"the input of layers {first + 1} to {count}"
     if "soft_attention" in arms_of(results):
         place += ' ("in the attention": to the outputs of its heads)'
-    train, test = (text["splits"][split] for split in ("train", "test"))
     num_seeds = len(runs_of(results, REFERENCE))
+    embedded = f"{scale['sentence_encoder']}, pretrained too," if is_pretrained else "TF-IDF"
+    chapters = f"{test['chapters']} held-out chapters"
+    if is_pretrained and scale["held_out_one_in"] > 1:
+        chapters += f", one in {scale['held_out_one_in']} of all those held out"
     return (
-        f"A GPT-2 of {scale['layers']} layers and width {scale['width']} ({base['trained_parameters'] / 1e6:.2f} M "
-        f"parameters, windows of {scale['length']} tokens) was trained for {base['epochs']:.1f} epochs on the American "
-        f"Standard Version ({train['verses']:,} verses, {train['tokens']:,} tokens) and frozen. Segments are verses, "
-        f"embedded by TF-IDF and {scale['label_dim']} singular vectors; labels are {scale['num_labels']} k-means "
+        f"{_pretrained_base(results) if is_pretrained else _trained_base(results)} Segments are verses, "
+        f"embedded by {embedded} and {scale['label_dim']} singular vectors; labels are {scale['num_labels']} k-means "
         f"centroids. The planner reads the {scale['context']} verses before, also those outside the language model's "
         f"window, and is pretrained for {scale['planner_steps']} steps to predict the nearest centroid. Each way adds "
         f"label embeddings to {place} and is trained with the language model's loss "
         f"on the same {runs[0]['examples']:,} windows: {scale['start_steps']} steps of the conditioning alone, then "
         f'{scale["joint_steps"]} at a lower rate, where "end to end" trains the planner too. The {num_seeds} seeds '
         f"share text, base, embeddings and codebook; planner, its pretraining and the windows' order are each "
-        f"seed's own and the same for all ways. Measured on {test['verses']:,} verses of {test['chapters']} "
-        f"held-out chapters ({test['tokens']:,} tokens). ± is one standard error, over seeds unless said otherwise; a "
+        f"seed's own and the same for all ways. Measured on {test['verses']:,} verses of {chapters} "
+        f"({test['tokens']:,} tokens). ± is one standard error, over seeds unless said otherwise; a "
         f"difference is called clear if it has the same sign for every seed and exceeds two standard errors over seeds "
         f"and over chapters.\n"
+    )
+
+
+def _trained_base(results: dict) -> str:
+    scale, base, train = results["scale"], results["base"], results["text"]["splits"]["train"]
+    return (
+        f"A GPT-2 of {scale['layers']} layers and width {scale['width']} ({base['trained_parameters'] / 1e6:.2f} M "
+        f"parameters, windows of {scale['length']} tokens) was trained for {base['epochs']:.1f} epochs on the American "
+        f"Standard Version ({train['verses']:,} verses, {train['tokens']:,} tokens) and frozen."
+    )
+
+
+def _pretrained_base(results: dict) -> str:
+    scale, base, train = results["scale"], results["base"], results["text"]["splits"]["train"]
+    return (
+        f"{base['name']} ({base['layers']} layers, width {base['width']}, {base['parameters'] / 1e6:.1f} M parameters, "
+        f"its own vocabulary of {base['vocab_size']:,}), frozen as it came pretrained, reads windows of "
+        f"{scale['length']} tokens of the American Standard Version (training chapters: {train['verses']:,} verses, "
+        f"{train['tokens']:,} tokens). What it was pretrained on may hold this text."
     )
 
 

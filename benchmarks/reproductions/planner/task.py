@@ -8,6 +8,7 @@ the text itself says so: a change of the label tells nobody that a verse is abou
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,11 @@ class Task:
 def load_task(vocab_size: int, length: int, context: int, max_chapters: int | None, cache_folder: Path) -> Task:
     """The whole text, or `max_chapters` chapters of it, as windows of `length` tokens."""
     splits = split_chapters(load_verses(), max_chapters)
-    tokenizer = train_tokenizer(splits["train"], vocab_size, cache_folder)
+    return make_task(splits, train_tokenizer(splits["train"], vocab_size, cache_folder), length, context)
+
+
+def make_task(splits: dict[str, list[list[str]]], tokenizer: Tokenizer, length: int, context: int) -> Task:
+    """The task of verses by split and chapter."""
     texts: list[str] = []
     verses_of, windows, contexts = {}, {}, []
     for split in SPLITS:
@@ -140,14 +145,30 @@ class Labels:
     oracle: Tensor
 
 
-def load_labels(task: Task, num_labels: int, label_dim: int, path: Path) -> Labels:
-    """Labels of the task's verses, kept at `path`: TF-IDF, singular vectors and centroids of the training verses."""
+def tfidf_embeddings(texts: list[str], train: slice, dim: int) -> Tensor:
+    """Embeddings [texts, dim] of length 1: TF-IDF and its singular vectors, both of texts[train]."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english")
+    return reduced(vectorizer.fit(texts[train]).transform(texts), train, dim)
+
+
+def reduced(features, train: slice, dim: int) -> Tensor:
+    """Rows of a matrix (SciPy's or NumPy's) on the first `dim` singular vectors of features[train], of length 1."""
+    svd = TruncatedSVD(dim, random_state=0).fit(features[train])
+    return normalize(torch.from_numpy(svd.transform(features)).float(), dim=1)
+
+
+def load_labels(
+    task: Task,
+    num_labels: int,
+    label_dim: int,
+    path: Path,
+    embed: Callable[[list[str], slice, int], Tensor] = tfidf_embeddings,
+) -> Labels:
+    """Labels of the task's verses, kept at `path`: embeddings by embed(texts, training part, label_dim) and centroids
+    of the training verses."""
     if not path.exists():
-        texts, train = task.texts, task.verses_of["train"]
-        vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english")
-        weights = vectorizer.fit(texts[train]).transform(texts)
-        svd = TruncatedSVD(label_dim, random_state=0).fit(weights[train])
-        embeddings = normalize(torch.from_numpy(svd.transform(weights)).float(), dim=1)
+        train = task.verses_of["train"]
+        embeddings = embed(task.texts, train, label_dim)
         centroids = fit_codebook(embeddings[train], num_labels, seed=0).centroids
         tensors = {"rows": torch.cat((torch.zeros(1, label_dim), embeddings)), "centroids": centroids}
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
