@@ -151,7 +151,7 @@ class Job(ReproductionJob):
         if name == "fine-tuning":
             return PlainLM(copy.deepcopy(base).requires_grad_(True), is_conditional=True), scale.tuning_rate
         trunk_layer = {"auxiliary": scale.trunk_layer, "independent": None}[name]
-        return AuxiliaryTuning(base, trunk_layer, scale.own_layers, scale.dropout, seed), scale.aux_rate
+        return AuxiliaryTuning.beside_gpt2(base, trunk_layer, scale.own_layers, scale.dropout, seed), scale.aux_rate
 
     def fit(self, method, name: str, flops: float, rate: float, windows: Windows, keyword_ids) -> dict:
         """Trains a method for as many steps as `flops` allow; what it cost."""

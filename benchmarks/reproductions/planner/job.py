@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.reproductions.gpt2 import build_gpt2, gpt2_config, lm_loss
+from benchmarks.reproductions.gpt2 import build_gpt2, gpt2_config
 from benchmarks.reproductions.job import ReproductionJob, check_unchanged, run_job
+from benchmarks.reproductions.language_models import lm_loss
 from benchmarks.reproductions.planner.methods import (
     ARMS,
     Planner,
