@@ -15,6 +15,8 @@ from .configuration import AuxiliaryConfig
 from .ensemble import AuxiliaryEnsembleForCausalLM
 from .ensemble_cache import EnsembleCache
 from .ensemble_config import AuxiliaryEnsembleConfig
+from .group import AuxiliaryGroupForCausalLM, AuxiliaryGroupOutput
+from .group_config import AuxiliaryGroupConfig
 from .paired_cache import PairedCache
 from .planner import PlannerCausalLMOutput, PlannerForCausalLM
 from .planner_config import PlannerConfig
@@ -24,6 +26,7 @@ from .sums import AuxiliaryCausalLMOutput
 for config, model in (
     (AuxiliaryConfig, AuxiliaryForCausalLM),
     (AuxiliaryEnsembleConfig, AuxiliaryEnsembleForCausalLM),
+    (AuxiliaryGroupConfig, AuxiliaryGroupForCausalLM),
     (PlannerConfig, PlannerForCausalLM),
 ):
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -36,6 +39,9 @@ __all__ = [
     "AuxiliaryEnsembleConfig",
     "AuxiliaryEnsembleForCausalLM",
     "AuxiliaryForCausalLM",
+    "AuxiliaryGroupConfig",
+    "AuxiliaryGroupForCausalLM",
+    "AuxiliaryGroupOutput",
     "BaseCache",
     "BaseCacheDataset",
     "DataCollatorForBaseCache",

@@ -332,7 +332,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
             "output_hidden_states": bool(output_hidden_states),
         }
         states = given_states(
-            self.base, self.config.trunk_layer, input_ids, base_hidden_states, base_trunk_states, refused, kwargs
+            self.base, self._trunk_layers, input_ids, base_hidden_states, base_trunk_states, refused, kwargs
         )
         call = Call(
             input_ids,

@@ -7,37 +7,31 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from . import adapters, ensemble_saving, saving
-from . import auxiliary_inputs as reading
+from . import adapters, members_saving, saving
 from .auxiliary import AuxiliaryForCausalLM
-from .base_states import Layers
 from .caches import is_dynamic
 from .causal_lm import has_cache
 from .composite_generation import GenerationOfComposites, inherited
-from .config_fields import describe_as
 from .ensemble_cache import EnsembleCache
 from .ensemble_config import AuxiliaryEnsembleConfig, check_floor, check_known, check_names
-from .ensemble_saving import MEMBERS, is_trained
-from .frozen_base import Call, Given, OnFrozenBase
+from .frozen_base import Call, Given
+from .members import MembersOnFrozenBase
+from .members_saving import MEMBERS
 from .modalities import has_more_than_text
 from .sums import AuxiliaryCausalLMOutput, Scale
 from .vocabulary import check_tokenizers
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
-    from typing_extensions import Self
-
     from .paired_cache import PairedCache
 
 _Scale = TypeVar("_Scale", bound="Scale | None")
 
 
-class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixin):
+class AuxiliaryEnsembleForCausalLM(MembersOnFrozenBase, PreTrainedModel, GenerationMixin):
     """softmax(base_scale * base logits + the sum of aux_scale * aux logits): `from_members` or `from_pretrained`.
 
     base      the frozen model, which runs once for all
@@ -72,19 +66,9 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
                 "or from_pretrained, which never make a base of random weights"
             )
         super().__init__(config)
-        _check_members(base, members)
-        self.base = base
-        self.members: Mapping[str, AuxiliaryForCausalLM] = nn.ModuleDict(members)  # type: ignore[assignment]
+        self._take_members(base, members)
         auxiliaries = self._auxiliaries
-        config.base_config, config.base_fingerprint = base.config, auxiliaries[0].config.base_fingerprint
-        config.vocab_size = auxiliaries[0].config.vocab_size
         config.num_valid_tokens = min(one.config.num_valid_tokens for one in auxiliaries)
-        describe_as(config, base.config, *(one.aux.config for one in auxiliaries))
-        self.post_init()
-        for name, one in members.items():  # transformers looks for tied weights in direct children alone
-            tied = {key: to for key, to in one.all_tied_weights_keys.items() if key.startswith("aux.")}
-            prefix = f"{MEMBERS}.{name}."
-            self.all_tied_weights_keys.update({prefix + key: prefix + to for key, to in tied.items()})
         self.generation_config = inherited(base.generation_config)
         self._is_stateful = any(one._is_stateful for one in auxiliaries)
         self._has_cache = all(one._has_cache for one in auxiliaries)
@@ -92,11 +76,6 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
         reads_images = [readers[0].is_multimodal[0], *(reader.is_multimodal[1] for reader in readers)]
         self._leader_name, self._num_leaders = "base" if reads_images[0] else None, sum(reads_images)
         self._has_text_positions = any(reader.leaders()[2] for reader in readers)
-        self._is_pointer_checked = False
-        for name in config.frozen_members:
-            self.members[name].requires_grad_(False)
-        self._freeze_base()
-        self.train(any(one.training for one in auxiliaries))
 
     @classmethod
     def from_members(
@@ -147,7 +126,7 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
             base_scale=base_scale,
             base_floor=base_floor,
         )
-        ensemble_saving.take_pointer(config, list(joined.values()))
+        members_saving.take_pointer(config, list(joined.values()))
         return cls(config, base_model, joined)
 
     @classmethod
@@ -166,62 +145,13 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
 
         Arguments and errors as in `AuxiliaryForCausalLM.from_pretrained`; **kwargs are those of all models.
         """
-        config, base_model, members = ensemble_saving.load(
-            folder, config, base=base, base_kwargs=base_kwargs, check_base=check_base, **kwargs
+        config, base_model, members = members_saving.load(
+            folder, config, cls, base=base, base_kwargs=base_kwargs, check_base=check_base, **kwargs
         )
         model = cls(config, base_model, members).eval()
         saving.load_generation_config(model, folder, kwargs)
         model.config.name_or_path = os.fspath(folder)
         return (model, {problem: set() for problem in saving.PROBLEMS}) if output_loading_info else model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        save_base: bool = False,
-        state_dict: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Saves the ensemble's configuration, and each member in "members/<name>/" as by its own `save_pretrained`.
-
-        save_base   also saves the base, in the folder's "base/"; members by themselves are then loaded with base=
-        Members that are trained are in the folder's model.safetensors once more, from which a Trainer resumes. The
-        configuration is written last, so that an interrupted save leaves no folder that loads.
-        Raises ValueError as `AuxiliaryForCausalLM.save_pretrained`.
-        """
-        ensemble_saving.save(self, super().save_pretrained, save_directory, save_base, state_dict, kwargs)
-
-    # -- members -------------------------------------------------------------------------------------------------------
-
-    @property
-    def _auxiliaries(self) -> list[AuxiliaryForCausalLM]:
-        return list(self.members.values())
-
-    @property
-    def _keys_to_ignore_on_save(self) -> set[str]:
-        """Of the folder's own weights, which are those of trained members."""
-        return ensemble_saving.keys_kept_elsewhere(self)
-
-    @_keys_to_ignore_on_save.setter
-    def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
-        """Nothing: transformers sets what it has found in direct children."""
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        for one in self._auxiliaries:
-            if not is_trained(one):
-                one.eval()
-        return self
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        for one in self._auxiliaries:  # the base keeps no activations, nor do members that are frozen
-            if is_trained(one):
-                one._set_gradient_checkpointing(*args, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Of the first member that is trained, or of the first."""
-        trained = [one for one in self._auxiliaries if is_trained(one)]
-        return (trained or self._auxiliaries)[0].get_input_embeddings()
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -384,35 +314,6 @@ class AuxiliaryEnsembleForCausalLM(OnFrozenBase, PreTrainedModel, GenerationMixi
                 raise TypeError(f"aux_scale[{name!r}] must be a number or a tensor, got {type(scale).__name__}")
         return [given.get(name, defaults[name]) for name in names]
 
-    def _of_members(self, argument: str, given: Mapping[str, Tensor] | None) -> list[Tensor | None]:
-        if given is None:
-            return [None] * len(self.members)
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{argument} must be a dict of tensors by members' names, got {type(given).__name__}")
-        check_known(argument, given, list(self.members))
-        return [given.get(name) for name in self.members]
-
-    def _aux_text(self, index: int, text: reading.Text, given: Given) -> reading.AuxText:
-        try:
-            return super()._aux_text(index, text, given)
-        except ValueError as error:
-            raise ValueError(f"of the member {list(self.members)[index]!r}: {error}") from error
-
-    def _run_one(
-        self,
-        one: AuxiliaryForCausalLM,
-        text: reading.Text,
-        own: reading.AuxText,
-        use_cache: bool,
-        states: Layers | None,
-        kwargs: dict[str, Any],
-    ) -> ModelOutput:
-        needs_grad = torch.is_grad_enabled() and is_trained(one)
-        if one.aux.training and not is_trained(one):  # it was frozen after `train()`
-            one.eval()
-        with torch.set_grad_enabled(needs_grad):
-            return super()._run_one(one, text, own, use_cache, states, kwargs)
-
 
 def _member(
     name: str, given: Any, base: PreTrainedModel, base_name: str | None, base_kwargs: dict[str, Any], vocab_policy: str
@@ -440,22 +341,6 @@ def _member(
             f"{type(given).__name__}"
         )
     return AuxiliaryForCausalLM.from_base_and_aux(base, given, zero_init=False, vocab_policy=vocab_policy)
-
-
-def _check_members(base: PreTrainedModel, members: Mapping[str, AuxiliaryForCausalLM]) -> None:
-    seen: dict[int, str] = {}
-    for name, one in members.items():
-        if one.base is not base:
-            raise ValueError(
-                f"members must share the base as one object, members[{name!r}] has another: join or load it with "
-                "base=base, or give the folder that it was saved to"
-            )
-        if id(one.aux) in seen:
-            raise ValueError(
-                f"members must be different models, {seen[id(one.aux)]!r} and {name!r} are one: give it once, with the "
-                "sum of their scales"
-            )
-        seen[id(one.aux)] = name
 
 
 def _as_number(scale: _Scale) -> _Scale | float:

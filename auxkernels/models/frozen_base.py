@@ -16,7 +16,7 @@ from .causal_lm import are_packed, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .heads import kept_positions
 from .modules import features, run
-from .sums import AuxiliaryCausalLMOutput, Scale, Sum, Term
+from .sums import AuxiliaryCausalLMOutput, Scale, Sum, Term, with_router_loss
 from .token_statistics import OwnTokenStatistics, check_no_further_loss
 from .trunkless import check_has_trunk
 
@@ -47,6 +47,20 @@ class Call:
 
 
 @dataclass
+class Ran:
+    """What the models of a call gave.
+
+    h_base   [batch, new, D], what enters the base's head; states: its hidden states, where they are wanted
+    terms, router_losses   of each auxiliary; a balancing loss, 0-d, where it is wanted and its experts have one
+    """
+
+    h_base: Tensor
+    states: Layers | None
+    terms: list[Term]
+    router_losses: list[Tensor | None]
+
+
+@dataclass
 class Given:
     """What a call gives one auxiliary: its scale, a number, 0-d or [batch], and its prefix with a mask."""
 
@@ -67,6 +81,11 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
     @property
     def _auxiliaries(self) -> list[AuxiliaryForCausalLM]:
         raise NotImplementedError
+
+    @property
+    def _trunk_layers(self) -> set[int]:
+        """Which of the base's hidden states are read beside the last ones."""
+        return {one.config.trunk_layer for one in self._auxiliaries if one.config.trunk_layer is not None}
 
     # -- the base stays frozen -----------------------------------------------------------------------------------------
 
@@ -145,15 +164,15 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         reading.check_inputs(call.input_ids, target, call.num_items_in_batch, kwargs)
         if call.past_key_values is not None:
             self._check_cache(call.past_key_values)
-        if self.training and target is not None:
-            self._check_pointer()
-            if torch.is_grad_enabled():
-                for one in self._auxiliaries:
-                    one._check_trainable()
+        assert call.input_ids is not None, "they have been checked"
+        wants_balance = [False] * len(given)
+        if target is not None:
+            self._check_trained()
+            wants_balance = self._wants_balance(kwargs)
         cache, use_cache = self._cache_of(call, target is not None)
-        balanced = None if target is None else kwargs.pop("output_router_logits", None)
-        wants_balance = [target is not None and wants_router_logits(one.aux, balanced) for one in self._auxiliaries]
-        total, states, router = self._run(call, given, cache, use_cache, wants_balance, kwargs, base_scale)
+        base_scale = reading.row_scale(base_scale, call.input_ids.shape, "base_scale")
+        ran = self._run(call, given, cache, use_cache, wants_balance, kwargs)
+        total = Sum(self.base, ran.h_base, ran.terms, self.config.num_valid_tokens, base_scale)
 
         if token_statistics is not None:
             check_no_further_loss(self, any(wants_balance))
@@ -164,8 +183,10 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         if target is not None:
             label_smoothing = self.config.label_smoothing if self.training else 0.0
             numbers = total.loss(target, label_smoothing, call.num_items_in_batch, self.training)
-        if router is not None:
-            numbers |= {"loss": numbers["loss"] + router.to(numbers["loss"].device), "router_loss": router}
+        balances = [one for one in ran.router_losses if one is not None]
+        if balances:
+            router = sum((one.to(balances[0].device) for one in balances[1:]), balances[0])
+            numbers = with_router_loss(numbers, router)
         skip_logits = call.skip_logits
         if skip_logits is None:
             skip_logits = target is not None and (self.training or self.config.skip_logits_in_evaluation)
@@ -175,9 +196,22 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         return AuxiliaryCausalLMOutput(
             logits=logits,
             past_key_values=cache if use_cache else None,
-            hidden_states=states if call.output_hidden_states and isinstance(states, tuple) else None,
+            hidden_states=ran.states if call.output_hidden_states and isinstance(ran.states, tuple) else None,
             **numbers,
         )
+
+    def _check_trained(self) -> None:
+        """In training, of a call with labels: what will not save, adapters in the base, dead heads."""
+        if self.training:
+            self._check_pointer()
+            if torch.is_grad_enabled():
+                for one in self._auxiliaries:
+                    one._check_trainable()
+
+    def _wants_balance(self, kwargs: dict[str, Any]) -> list[bool]:
+        """Of each auxiliary, in a call with labels: whether its loss has a balancing loss. kwargs lose what says so."""
+        balanced = kwargs.pop("output_router_logits", None)
+        return [wants_router_logits(one.aux, balanced) for one in self._auxiliaries]
 
     def _run(
         self,
@@ -187,9 +221,8 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         use_cache: bool,
         wants_balance: list[bool],
         kwargs: dict[str, Any],
-        base_scale: Scale,
-    ) -> tuple[Sum, Layers | None, Tensor | None]:
-        """Runs the base once and each auxiliary once: (sum, the base's hidden states if wanted, balancing loss)."""
+    ) -> Ran:
+        """Runs the base, unless its states are given, and each auxiliary once."""
         input_ids = call.input_ids
         assert input_ids is not None, "they have been checked"
         past = 0 if cache is None else cache.get_seq_length()
@@ -197,29 +230,26 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         texts = [reading.Text(input_ids, call.attention_mask, call.position_ids, pair, past) for pair in pairs]
         base_text, base_kwargs, split = self._split(texts, given, kwargs)
         scales = [reading.row_scale(one.scale, input_ids.shape) for one in given]
-        base_scale = reading.row_scale(base_scale, input_ids.shape, "base_scale")
         behind = [self._aux_text(i, text, one) for i, ((text, _), one) in enumerate(zip(split, given, strict=True))]
         if cache is not None:
             cache.is_complete = False
         if call.base_states is None:
             h_base, states = self._run_base(base_text, use_cache, call.output_hidden_states, base_kwargs)
         else:
-            h_base, states = call.base_states.hidden, call.base_states.of_layers(self.config.trunk_layer)
-        terms, router = [], None
+            h_base, states = call.base_states.hidden, call.base_states.trunks
+        ran = Ran(h_base, states, [], [])
         for one, (text, inputs), own, scale, is_balanced in zip(
             self._auxiliaries, split, behind, scales, wants_balance, strict=True
         ):
             aux_kwargs = own.with_token_types(inputs | ({"output_router_logits": True} if is_balanced else {}))
             output = self._run_one(one, text, own, use_cache, states, aux_kwargs)
-            terms.append(Term(one, own.of_text(features(output)), scale))
-            balance = router_loss(one.aux, output, own.attention_mask) if is_balanced else None
-            if balance is not None:
-                router = balance if router is None else router + balance.to(router.device)
+            ran.terms.append(Term(one, own.of_text(features(output)), scale))
+            ran.router_losses.append(router_loss(one.aux, output, own.attention_mask) if is_balanced else None)
             if text.cache is not None:
                 text.cache.prefix_mask, text.cache.arranged_mask = own.prefix_mask, own.arranged_mask
         if cache is not None:
             cache.is_complete = True
-        return Sum(self.base, h_base, terms, self.config.num_valid_tokens, base_scale), states, router
+        return ran
 
     def _split(
         self, texts: list[reading.Text], given: list[Given], kwargs: dict[str, Any]
@@ -251,9 +281,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
     ) -> tuple[Tensor, Layers | None]:
         """`features` [batch, new, D] and, where they are wanted, all of them."""
         check_has_trunk(self.base, "a call without base_hidden_states")
-        wants_states = bool(output_hidden_states) or any(
-            one.config.trunk_layer is not None for one in self._auxiliaries
-        )
+        wants_states = bool(output_hidden_states) or bool(self._trunk_layers)
         if self.base.training:  # it may be shared
             self.base.eval()
         with torch.no_grad():

@@ -34,7 +34,7 @@ from .trunkless import has_trunk, whole_of
 
 if TYPE_CHECKING:
     from .auxiliary import AuxiliaryForCausalLM
-    from .ensemble import AuxiliaryEnsembleForCausalLM
+    from .members import MembersOnFrozenBase
 
 BASE_FOLDER = "base"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -266,9 +266,7 @@ def write_folder(model: AuxiliaryForCausalLM, folder: str, state_dict: dict[str,
     PreTrainedModel.save_pretrained(model, folder, state_dict=_own_weights(model, state_dict), **kwargs)
 
 
-def check_can_save(
-    model: AuxiliaryForCausalLM | AuxiliaryEnsembleForCausalLM, save_base: bool, kwargs: dict[str, Any]
-) -> None:
+def check_can_save(model: AuxiliaryForCausalLM | MembersOnFrozenBase, save_base: bool, kwargs: dict[str, Any]) -> None:
     """ValueError for what no folder can be made of."""
     if kwargs.get("push_to_hub"):
         raise ValueError("push_to_hub must be False in save_pretrained: call model.push_to_hub(name)")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..cross_entropy import aux_cross_entropy
+from ..cross_entropy import LogitStats, aux_cross_entropies, aux_cross_entropy
 from ..sources import Logits, Source, row_scale
 from .auxiliary_inputs import IGNORE_INDEX
 from .heads import CalledHead, OutputHead, detached, output_head
@@ -136,12 +136,16 @@ class Sum:
 
     def sources(self) -> tuple[list[Source], list[Source] | None]:
         """Base and auxiliaries as `aux_cross_entropy` takes them."""
-        aux = []
+        aux = self._aux_sources()
+        return [source for part in self._parts_of_base() for source in self._frozen_sources(*part)], aux
+
+    def _aux_sources(self) -> list[Source] | None:
+        aux: list[Source] = []
         for term in self.terms:
             if not term.is_shared:
                 hidden, head = term.head()
                 aux += [scaled(source, term.scale) for source in head.sources(hidden)]
-        return [source for part in self._parts_of_base() for source in self._frozen_sources(*part)], aux or None
+        return aux or None
 
     def loss(
         self, target: Tensor, label_smoothing: float, num_items_in_batch: int | Tensor | None, is_training: bool
@@ -156,15 +160,31 @@ class Sum:
             return_stats=True,
             **options,
         )
+        return self._numbers(loss, stats, target, num_items_in_batch, is_training)
+
+    def _numbers(
+        self,
+        loss: Tensor,
+        stats: LogitStats,
+        target: Tensor,
+        num_items_in_batch: int | Tensor | None,
+        is_training: bool,
+    ) -> dict[str, Any]:
         num_valid = (target != IGNORE_INDEX).sum()
         num_correct, entropy_sum = (stats.argmax == target).sum(), stats.entropy.sum()
-        base_loss = None
+        base_loss: Any = None
         if self._has_plain_base:
             assert stats.base_log_prob is not None, "there is a target"
             base_loss = -stats.base_log_prob.sum() / (num_valid if num_items_in_batch is None else num_items_in_batch)
         elif not is_training:
-            base = self._frozen_sources(self.h_base.detach())
-            base_loss = aux_cross_entropy(base, None, target, normalizer=num_items_in_batch, **options)
+            base_loss = aux_cross_entropy(
+                self._frozen_sources(self.h_base.detach()),
+                None,
+                target,
+                ignore_index=IGNORE_INDEX,
+                normalizer=num_items_in_batch,
+                vocab_size=self.num_valid,
+            )
         return {
             "loss": loss,
             "base_loss": base_loss,
@@ -206,6 +226,48 @@ class Sum:
             base = base[..., : self.num_valid].to(dtype)
             total = total.masked_fill(base < base.amax(dim=-1, keepdim=True) + math.log(floor), -torch.inf)
         return nn.functional.pad(total, (0, width - self.num_valid), value=-torch.inf)
+
+
+def losses(
+    sums: list[Sum],
+    targets: list[Tensor],
+    label_smoothing: list[float],
+    num_items_in_batch: list[int | Tensor | None],
+    is_training: bool,
+) -> list[dict[str, Any]]:
+    """`Sum.loss` of each of several sums of one base and one h_base, with the same bits.
+
+    The base's logits of a chunk of rows are made once for all whose auxiliaries have logits of their own. A shared head
+    multiplies a sum of hidden states, which no other has.
+    """
+    beside = [i for i, one in enumerate(sums) if one._has_plain_base]
+    made: dict[int, tuple[Tensor, LogitStats]] = {}
+    if beside:
+        first = sums[beside[0]]
+        found: list[Any] = aux_cross_entropies(
+            first._frozen_sources(first.h_base),
+            [sums[i]._aux_sources() for i in beside],
+            [targets[i] for i in beside],
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=[label_smoothing[i] for i in beside],
+            normalizer=[num_items_in_batch[i] for i in beside],
+            vocab_size=[sums[i].num_valid for i in beside],
+            return_stats=True,
+        )
+        made.update(zip(beside, found, strict=True))
+    return [
+        one._numbers(*made[i], targets[i], num_items_in_batch[i], is_training)
+        if i in made
+        else one.loss(targets[i], label_smoothing[i], num_items_in_batch[i], is_training)
+        for i, one in enumerate(sums)
+    ]
+
+
+def with_router_loss(numbers: dict[str, Any], router: Tensor | None) -> dict[str, Any]:
+    """The numbers of `AuxiliaryCausalLMOutput` with a balancing loss in the loss."""
+    if router is None:
+        return numbers
+    return numbers | {"loss": numbers["loss"] + router.to(numbers["loss"].device), "router_loss": router}
 
 
 def added(h_base: Tensor, projected: list[tuple[Tensor, Scale]], dtype: torch.dtype, base_scale: Scale = 1.0) -> Tensor:

@@ -29,13 +29,14 @@ def packed_positions(positions: Sequence[Tensor], side: str) -> Tensor:
 class DataCollatorForBaseCache(DataCollatorForPrefixes):
     """Batches for `AuxiliaryForCausalLM` of examples of a `BaseCacheDataset`, or of the same without hidden states.
 
-    As `DataCollatorForPrefixes`, with base_hidden_states and base_trunk_states [batch, seq, D] where the examples have
-    them, zeros on padding. Examples with position_ids [n] hold several texts: there is then no attention mask, padding
-    counts as one more text, and no text's first token is predicted.
+    As `DataCollatorForPrefixes`, with base_hidden_states and base_trunk_states [batch, seq, D] (a dict of them by layer
+    where the examples have one) where the examples have them, zeros on padding. Examples with position_ids [n] hold
+    several texts: there is then no attention mask, padding counts as one more text, and no text's first token is
+    predicted.
     """
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = super().__call__(examples)
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().__call__(examples)
         packed = [example.get("position_ids") is not None for example in examples]
         if any(packed):
             if not all(packed):
@@ -55,6 +56,11 @@ class DataCollatorForBaseCache(DataCollatorForPrefixes):
             given = [example[name] for example in examples if example.get(name) is not None]
             if given and len(given) < len(examples):
                 raise ValueError(f"{name} must be given for every example or for none")
-            if given:
-                batch[name] = pad_sequence(given, batch_first=True, padding_side=self.padding_side)
+            if given and isinstance(given[0], Mapping):
+                batch[name] = {layer: self._padded([one[layer] for one in given]) for layer in given[0]}
+            elif given:
+                batch[name] = self._padded(given)
         return batch
+
+    def _padded(self, states: list[Tensor]) -> Tensor:
+        return pad_sequence(states, batch_first=True, padding_side=self.padding_side)

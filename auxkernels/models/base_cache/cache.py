@@ -274,8 +274,8 @@ class BaseCache:
     ) -> BaseCacheDataset:
         """The examples as a data set for `DataLoader` and `Trainer`.
 
-        model        the `AuxiliaryForCausalLM` that is trained: its base must be the cache's, and its trunk_layer is
-                     the one that is given
+        model        the `AuxiliaryForCausalLM`, or group of them, that is trained: its base must be the cache's, and
+                     the trunk layers that it reads are those that are given
         examples     of the same tokens, one for one, whose further columns (labels, aux_input_ids, ...) are added
         trunk_layer  where there is no model: which of the trunk layers is given, None: none
         Raises       ValueError: another base, a trunk layer that the cache does not hold, another number of examples

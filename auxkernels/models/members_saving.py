@@ -1,4 +1,4 @@
-"""Loading and saving of `AuxiliaryEnsembleForCausalLM`: members in their own folders, and one pointer to their base."""
+"""Loading and saving of several auxiliaries on one base: members in their own folders, and one pointer to the base."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from . import saving
 from .auxiliary import AuxiliaryForCausalLM
 from .ensemble_config import AuxiliaryEnsembleConfig
+from .group_config import AuxiliaryGroupConfig
 
 if TYPE_CHECKING:
-    from .ensemble import AuxiliaryEnsembleForCausalLM
+    from .members import MembersOnFrozenBase
 
 MEMBERS = "members"
+ConfigOfMembers = AuxiliaryEnsembleConfig | AuxiliaryGroupConfig
 _POINTER = ("base_name_or_path", "base_revision", "base_options")
 
 
@@ -26,8 +28,8 @@ def is_trained(member: AuxiliaryForCausalLM) -> bool:
     return any(weight.requires_grad for part in own for weight in part.parameters())
 
 
-def keys_kept_elsewhere(model: AuxiliaryEnsembleForCausalLM) -> set[str]:
-    """Of an ensemble's state dict, what loads from other files than its folder's own: all but the trained members'."""
+def keys_kept_elsewhere(model: MembersOnFrozenBase) -> set[str]:
+    """Of a state dict, what loads from other files than its folder's own: all but the trained members'."""
     prefixes = {f"{MEMBERS}.{name}.": one for name, one in model.members.items()}
     base = model.base.state_dict().keys()
     keys = {f"{prefix}base.{key}" for prefix in ("", *prefixes) for key in base}
@@ -37,22 +39,22 @@ def keys_kept_elsewhere(model: AuxiliaryEnsembleForCausalLM) -> set[str]:
     return keys
 
 
-def _unread_keys(model: AuxiliaryEnsembleForCausalLM) -> set[str]:
+def _unread_keys(model: MembersOnFrozenBase) -> set[str]:
     return {f"{MEMBERS}.{name}.{key}" for name, one in model.members.items() for key in one._unread_keys}
 
 
 # -- the pointer -------------------------------------------------------------------------------------------------------
 
 
-def take_pointer(config: AuxiliaryEnsembleConfig, members: list[AuxiliaryForCausalLM]) -> None:
-    """Makes an ensemble's pointer that of the first member that has one; all of them have the same base."""
+def take_pointer(config: ConfigOfMembers, members: list[AuxiliaryForCausalLM]) -> None:
+    """Makes the pointer that of the first member that has one; all of them have the same base."""
     known = next((one.config for one in members if one.config.base_name_or_path), members[0].config)
     for name in _POINTER:
         setattr(config, name, getattr(known, name))
 
 
-def _give_pointer(config: AuxiliaryEnsembleConfig, members: list[AuxiliaryForCausalLM], replaces: bool) -> None:
-    """Makes the pointers of members that have none (or of all) the ensemble's."""
+def _give_pointer(config: ConfigOfMembers, members: list[AuxiliaryForCausalLM], replaces: bool) -> None:
+    """Makes the pointers of members that have none (or of all) this one."""
     for one in members:
         if replaces or not one.config.base_name_or_path:
             for name in _POINTER:
@@ -63,7 +65,7 @@ def _give_pointer(config: AuxiliaryEnsembleConfig, members: list[AuxiliaryForCau
 
 
 def save(
-    model: AuxiliaryEnsembleForCausalLM,
+    model: MembersOnFrozenBase,
     write: Callable[..., None],
     folder: str | os.PathLike[str],
     save_base: bool,
@@ -116,20 +118,21 @@ def save(
 def load(
     folder: str | os.PathLike[str],
     config: PretrainedConfig | None,
+    kind: type[MembersOnFrozenBase],
     *,
     base: PreTrainedModel | str | None,
     base_kwargs: dict[str, Any] | None,
     check_base: bool,
     **kwargs: Any,
-) -> tuple[AuxiliaryEnsembleConfig, PreTrainedModel, dict[str, AuxiliaryForCausalLM]]:
-    """(config, base, members) of a saved folder; arguments as for `from_pretrained`."""
+) -> tuple[Any, PreTrainedModel, dict[str, AuxiliaryForCausalLM]]:
+    """(config, base, members) of a saved folder of a kind; arguments as for `from_pretrained`."""
     where = saving.hub_options(kwargs)
     if config is None:
-        config = AuxiliaryEnsembleConfig.from_pretrained(folder, **where)
-    if not isinstance(config, AuxiliaryEnsembleConfig):
-        raise TypeError(f"config must be an AuxiliaryEnsembleConfig, got {type(config).__name__}")
+        config = kind.config_class.from_pretrained(folder, **where)
+    if not isinstance(config, kind.config_class):
+        raise TypeError(f"config must be an {kind.config_class.__name__}, got {type(config).__name__}")
     if config.base_config is None or not config.member_names:
-        raise OSError(f"{folder} must hold the configuration of an AuxiliaryEnsembleForCausalLM, found none")
+        raise OSError(f"{folder} must hold the configuration of an {kind.__name__}, found none")
     given, base_model = saving.load_base(folder, config, base, base_kwargs, check_base, kwargs)
     saving.point_to(config, given, base_model, check_base, base_kwargs)
     members = {}
