@@ -15,8 +15,10 @@ def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    scale_help = "tiny: seconds; small: meant for ten minutes on two cores (default); gpu: for one GPU, not run yet"
-    parser.add_argument("--scale", choices=("tiny", "small", "gpu"), default="small", help=scale_help)
+    scale_help = "tiny: seconds; small: meant for ten minutes on two cores (default); gpu: for one GPU, not run yet; "
+    scale_help += "pretrained: from models that `make pretrained` installs, meant for half an hour on two cores"
+    scales = ("tiny", "small", "gpu", "pretrained")
+    parser.add_argument("--scale", choices=scales, default="small", help=scale_help)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: PyTorch's choice)")
     resume_help = "go on from the checkpoints of a run with the same settings (default); --no-resume removes them"

