@@ -120,14 +120,14 @@ def _setting(results: dict) -> str:
     test, rates = text["splits"]["test"], dict(scale["rates"])
     told = ", ".join(f"{LABELS[method]} {rate:g}" for method, rate in rates.items())
     return (
-        f"The base is SmolLM2-135M-Instruct ({model['parameters'] / 1e6:.0f} M weights in {model['layers']} layers, its "
-        f"4-bit weights brought to {scale['dtype']}), as it comes, frozen. The task: passages of the American Standard "
+        f"The base is SmolLM2-135M-Instruct ({model['parameters'] / 1e6:.0f} M weights in {model['layers']} layers, "
+        f"its 4-bit weights brought to {scale['dtype']}), as it comes, frozen. The task: passages of the American Standard "
         f"Version of up to {scale['length'] - 1} tokens that contain one of {text['keyword_candidates']} keywords, "
         f"{text['splits']['train']['with_keyword']:,} of them to train on. Compute is counted in FLOPs of matrix "
         f"products: once the forward pass of what is frozen and passes no gradient, twice of what is frozen and passes "
         f"one, three times of what is trained; 1 is {scale['base_flops'] / 1e12:g} TFLOP. The shared trunk is the "
-        f"base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy; the own small model "
-        f'is `aux="small"`; all auxiliaries share the base\'s head. LoRA has rank {scale["lora_rank"]} on all linear '
+        f"base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy; the own small "
+        f'model is `aux="small"`; all auxiliaries share the base\'s head. LoRA has rank {scale["lora_rank"]} on all linear '
         f"layers but the head. Learning rates, usual ones and not searched: {told}. Measured on "
         f"{results['num_samples']} passages of held-out chapters and as many written to their keywords by sampling at "
         f"temperature 1, on {min(scale['max_plain'], test['passages'])} held-out passages without keyword, and on "
@@ -218,8 +218,8 @@ def _forgetting(results: dict) -> str:
         parts.append(f"{LABELS[method]} {told}")
     return (
         f"Without a keyword the base has perplexity {math.exp(base['loss_without_keyword']):.1f} on held-out passages "
-        f"and {math.exp(base['loss_other_text']):.1f} on docstrings. With the auxiliary's scale at zero it is the base, "
-        f"whose weights are the same bits after all trainings (the run checks it). Afterwards: {'; '.join(parts)}."
+        f"and {math.exp(base['loss_other_text']):.1f} on docstrings. With the auxiliary's scale at zero it is the "
+        f"base, whose weights are the same bits after all trainings (the run checks it). Afterwards: {'; '.join(parts)}."
     )
 
 
@@ -259,7 +259,8 @@ def beside_the_paper(results: dict) -> list[str]:
     elif differ(scratch, base) <= 0:
         sentences.append(
             f"{claim} It agrees as far as it goes: {LABELS[best]} has {_share(goal)} where training from scratch at "
-            f"the same compute is not above chance. That they end up similar was not tried, scratch is far from its end."
+            f"the same compute is not above chance. That they end up similar was not tried, scratch is far from "
+            f"its end."
         )
     else:
         needed = budget_for_control(points[best], scratch["control"])
@@ -285,7 +286,7 @@ def beside_the_paper(results: dict) -> list[str]:
         f"training showed: {told} at {fraction(budget)}; the auxiliaries' base cannot."
     )
     sentences.append(
-        "Other than in the paper: the base (135 M weights that have seen the web, and follow instructions), one keyword "
-        "of one token, passages of a few clauses, and budgets of minutes."
+        "Other than in the paper: the base (135 M weights that have seen the web, and follow instructions), one "
+        "keyword of one token, passages of a few clauses, and budgets of minutes."
     )
     return sentences
