@@ -121,14 +121,14 @@ def _setting(results: dict) -> str:
     told = ", ".join(f"{LABELS[method]} {rate:g}" for method, rate in rates.items())
     return (
         f"The base is SmolLM2-135M-Instruct ({model['parameters'] / 1e6:.0f} M weights in {model['layers']} layers, "
-        f"its 4-bit weights brought to {scale['dtype']}), as it comes, frozen. The task: passages of the American Standard "
-        f"Version of up to {scale['length'] - 1} tokens that contain one of {text['keyword_candidates']} keywords, "
+        f"its 4-bit weights brought to {scale['dtype']}), as it comes, frozen. The task: passages of the American "
+        f"Standard Version of up to {scale['length'] - 1} tokens that contain one of {text['keyword_candidates']} keywords, "
         f"{text['splits']['train']['with_keyword']:,} of them to train on. Compute is counted in FLOPs of matrix "
         f"products: once the forward pass of what is frozen and passes no gradient, twice of what is frozen and passes "
         f"one, three times of what is trained; 1 is {scale['base_flops'] / 1e12:g} TFLOP. The shared trunk is the "
         f"base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy; the own small "
-        f'model is `aux="small"`; all auxiliaries share the base\'s head. LoRA has rank {scale["lora_rank"]} on all linear '
-        f"layers but the head. Learning rates, usual ones and not searched: {told}. Measured on "
+        f'model is `aux="small"`; all auxiliaries share the base\'s head. LoRA has rank {scale["lora_rank"]} on all '
+        f"linear layers but the head. Learning rates, usual ones and not searched: {told}. Measured on "
         f"{results['num_samples']} passages of held-out chapters and as many written to their keywords by sampling at "
         f"temperature 1, on {min(scale['max_plain'], test['passages'])} held-out passages without keyword, and on "
         f"{scale['other_windows']} windows of {scale['other_length']} tokens of the Python library's docstrings. ± is "
@@ -219,7 +219,8 @@ def _forgetting(results: dict) -> str:
     return (
         f"Without a keyword the base has perplexity {math.exp(base['loss_without_keyword']):.1f} on held-out passages "
         f"and {math.exp(base['loss_other_text']):.1f} on docstrings. With the auxiliary's scale at zero it is the "
-        f"base, whose weights are the same bits after all trainings (the run checks it). Afterwards: {'; '.join(parts)}."
+        f"base, whose weights are the same bits after all trainings (the run checks it). Afterwards: "
+        f"{'; '.join(parts)}."
     )
 
 
