@@ -63,9 +63,9 @@ class PretrainedScale:
     num_seeds: int = 3
     cached_passages: int = 2048
     max_examples: int = 256
-    max_plain: int = 256
-    other_files: int = 600
-    other_windows: int = 96
+    max_plain: int = 192
+    other_files: int = 400
+    other_windows: int = 64
     other_length: int = 128
 
 

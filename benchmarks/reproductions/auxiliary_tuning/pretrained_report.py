@@ -122,9 +122,9 @@ def _setting(results: dict) -> str:
     return (
         f"The base is SmolLM2-135M-Instruct ({model['parameters'] / 1e6:.0f} M weights in {model['layers']} layers, "
         f"its 4-bit weights brought to {scale['dtype']}), as it comes, frozen. The task: passages of the American "
-        f"Standard Version of up to {scale['length'] - 1} tokens that contain one of {text['keyword_candidates']} keywords, "
-        f"{text['splits']['train']['with_keyword']:,} of them to train on. Compute is counted in FLOPs of matrix "
-        f"products: once the forward pass of what is frozen and passes no gradient, twice of what is frozen and passes "
+        f"Standard Version of up to {scale['length'] - 1} tokens that contain one of {text['keyword_candidates']} "
+        f"keywords, {text['splits']['train']['with_keyword']:,} of them to train on. Compute is counted in FLOPs of "
+        f"matrix products: once the forward pass of what is frozen and passes no gradient, twice of what is frozen and passes "
         f"one, three times of what is trained; 1 is {scale['base_flops'] / 1e12:g} TFLOP. The shared trunk is the "
         f"base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy; the own small "
         f'model is `aux="small"`; all auxiliaries share the base\'s head. LoRA has rank {scale["lora_rank"]} on all '
