@@ -124,7 +124,7 @@ class PretrainedJob(Job):
             method, cost = self.trained(run, base)
 
             def measure() -> dict:
-                with self.terminal.stage(f"{run.name} seed {run.seed}, measuring"):
+                with self.terminal.stage(f"{run.name}, measuring"):
                     return {**cost, **self.measure(method, base, self.seed + run.seed)}
 
         result = self.measured(run.name, measure if not is_done else dict)

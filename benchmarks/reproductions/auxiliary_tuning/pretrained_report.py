@@ -96,7 +96,7 @@ def plot_results(results: dict) -> bytes:
     """PNG: control and four perplexities over the training compute, means over seeds."""
     curves = {LABELS[method]: (points, *STYLES[method]) for method, points in averaged(results).items() if points}
     unit = results["scale"]["base_flops"] / 1e12
-    return plot_curves(curves, results["base"], LOSSES, f"training compute ({unit:g} TFLOP = 1)")
+    return plot_curves(curves, results["base"], LOSSES, f"training compute ({unit:g} TFLOP = 1)", True)
 
 
 def make_report(results: dict) -> str:
@@ -124,9 +124,9 @@ def _setting(results: dict) -> str:
         f"its 4-bit weights brought to {scale['dtype']}), as it comes, frozen. The task: passages of the American "
         f"Standard Version of up to {scale['length'] - 1} tokens that contain one of {text['keyword_candidates']} "
         f"keywords, {text['splits']['train']['with_keyword']:,} of them to train on. Compute is counted in FLOPs of "
-        f"matrix products: once the forward pass of what is frozen and passes no gradient, twice of what is frozen and passes "
-        f"one, three times of what is trained; 1 is {scale['base_flops'] / 1e12:g} TFLOP. The shared trunk is the "
-        f"base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy; the own small "
+        f"matrix products: once the forward pass of what is frozen and passes no gradient, twice of what is frozen and "
+        f"passes one, three times of what is trained; 1 is {scale['base_flops'] / 1e12:g} TFLOP. The shared trunk is "
+        f"the base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy; the own small "
         f'model is `aux="small"`; all auxiliaries share the base\'s head. LoRA has rank {scale["lora_rank"]} on all '
         f"linear layers but the head. Learning rates, usual ones and not searched: {told}. Measured on "
         f"{results['num_samples']} passages of held-out chapters and as many written to their keywords by sampling at "
@@ -197,11 +197,11 @@ def _compute_of_scratch(results: dict, name: str) -> str:
 
 def _against(results: dict, other: str) -> str:
     _, largest, budget = _named(results)
-    parts = []
-    for name in ("auxiliary", "independent"):
-        word = {1: "more", -1: "less", 0: "no other"}[differ(largest[name], largest[other])]
-        than = "than" if word != "no other" else "(within two standard errors) than"
-        parts.append(f"{LABELS[name]} has {word} control {than} {LABELS[other]}")
+    words = {1: "more control than", -1: "less control than", 0: "the same control, within two standard errors, as"}
+    parts = [
+        f"{LABELS[name]} has {words[differ(largest[name], largest[other])]} {LABELS[other]}"
+        for name in ("auxiliary", "independent")
+    ]
     losses = ", ".join(f"{LABELS[m]} {math.exp(largest[m]['loss']):.1f}" for m in ("auxiliary", "independent", other))
     return f"At compute {fraction(budget)} {', and '.join(parts)}. Perplexity given the keyword: {losses}."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from benchmarks.training.results import figure_png, machine_text, markdown_table
 
@@ -81,11 +82,16 @@ def plot_results(results: dict) -> bytes:
 
 
 def plot_curves(
-    curves: dict[str, tuple[list[dict], str, str]], base: dict, panels: dict[str, str], x_label: str
+    curves: dict[str, tuple[list[dict], str, str]],
+    base: dict,
+    panels: dict[str, str],
+    x_label: str,
+    is_log: bool = False,
 ) -> bytes:
     """PNG: control, then for each loss of `panels` (key: title) a panel of perplexities, over budgets, two in a row.
 
     curves   by label: runs by rising budget, colour, marker
+    is_log   whether perplexities are on a logarithmic axis
     """
     count = 1 + len(panels)
     figure = Figure(figsize=(10, 4 * math.ceil(count / 2)), dpi=130, layout="constrained")
@@ -102,18 +108,20 @@ def plot_curves(
     control.set(title="written passages with the requested keyword, %", ylim=(0, None))
     for axes, (key, title) in zip(others, panels.items(), strict=False):
         axes.axhline(math.exp(base[key]), **BASE_STYLE)
-        axes.set(title=title)
+        axes.set(title=title, yscale="log" if is_log else "linear")
+    shown = [control, *others][:count]
     for axes in others[len(panels) :]:
         axes.set_visible(False)
-    for axes in (control, *others):
+    for axes in shown:
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [fraction(budget) for budget in budgets])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(True, color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in [control, *others][-2:]:
+    for axes in shown[-2:]:
         axes.set_xlabel(x_label)
+        axes.tick_params(labelbottom=True)
     handles, labels = control.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure_png(figure)
