@@ -180,12 +180,35 @@ def run(folder, name):
 
 
 @pytest.fixture(scope="module")
-def miniature(tmp_path_factory):
-    """(results of a whole run, of one interrupted in two trainings that goes on, the results' folder)."""
+def reproduction(tmp_path_factory):
+    """A folder, in which `run` runs the miniature."""
     folder = tmp_path_factory.mktemp("pretrained")
     splits = bible.split_chapters(bible.load_verses(), MINIATURE.max_chapters)
     tokenizer = SimpleNamespace(backend_tokenizer=bible.train_tokenizer(splits["train"], VOCAB_SIZE, folder))
-    results, interrupted, original = folder / "results" / "pretrained", [], loop.save_checkpoint
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "load_language_model", lambda: (tiny_llama(), tokenizer))
+        patch.setattr(pretrained_job, "SCALE", MINIATURE)
+        patch.setattr(pretrained_job.PretrainedJob, "checkpoint_steps", 5)
+        yield folder
+    torch.set_num_threads(threads)
+
+
+def results_of(folder):
+    return json.loads((folder / "results" / "pretrained" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def miniature(reproduction):
+    """(results of a whole run, the folder)."""
+    assert run(reproduction, "whole") == 0
+    return results_of(reproduction), reproduction
+
+
+@pytest.mark.slow
+def test_interrupted_run_that_goes_on_gives_the_same_results(miniature, monkeypatch):
+    whole, folder = miniature
+    interrupted, original = [], loop.save_checkpoint
 
     def interrupting(*arguments):
         original(*arguments)
@@ -194,20 +217,9 @@ def miniature(tmp_path_factory):
             interrupted.append(method)
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "load_language_model", lambda: (tiny_llama(), tokenizer))
-        patch.setattr(pretrained_job, "SCALE", MINIATURE)
-        patch.setattr(pretrained_job.PretrainedJob, "checkpoint_steps", 5)
-        assert run(folder, "whole") == 0
-        whole = json.loads((results / "results.json").read_text())
-        patch.setattr(loop, "save_checkpoint", interrupting)
-        assert [run(folder, "parts") for _ in range(3)] == [130, 130, 0]
-    return whole, json.loads((results / "results.json").read_text()), folder
-
-
-def test_interrupted_run_gives_the_same_results(miniature):
-    whole, parts, _ = miniature
-    assert without_times(parts) == without_times(whole)
+    monkeypatch.setattr(loop, "save_checkpoint", interrupting)
+    assert [run(folder, "parts") for _ in range(3)] == [130, 130, 0]
+    assert without_times(results_of(folder)) == without_times(whole)
 
 
 def test_every_method_is_run_within_its_budget_with_its_seeds(miniature):
@@ -230,12 +242,12 @@ def test_every_method_is_run_within_its_budget_with_its_seeds(miniature):
 
 
 def test_checkpoints_are_gone_once_they_are_measured(miniature):
-    left = [path for path in (miniature[2] / "whole").rglob("*.safetensors") if "base_cache" not in path.parts]
+    left = [path for path in (miniature[1] / "whole").rglob("*.safetensors") if "base_cache" not in path.parts]
     assert left == []
 
 
 def test_report_has_every_method_and_says_what_follows(miniature):
-    results, _, folder = miniature
+    results, folder = miniature
     folder = folder / "results" / "pretrained"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (folder / "report.md").read_text()

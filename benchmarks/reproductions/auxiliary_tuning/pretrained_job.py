@@ -6,6 +6,7 @@ The base is SmolLM2-135M from an installed package, in bfloat16; what is trained
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -164,7 +165,7 @@ class PretrainedJob(Job):
         rows = self.cached_rows()
         windows, keyword_ids = self.tuning["train"][rows], self.keyword_ids["train"][rows]
         group = AuxiliaryGroupForCausalLM.from_members({f"seed_{i}": m.model for i, m in enumerate(methods)})
-        data, collator = self.cache(base).dataset(group), DataCollatorForBaseCache()
+        data, collator = self.cache.dataset(group), DataCollatorForBaseCache()
 
         def loss_of(batch):
             items = collator([data[i] for i in batch.tolist()])
@@ -204,13 +205,14 @@ class PretrainedJob(Job):
         count = min(self.scale.cached_passages, len(self.tuning["train"]))
         return torch.linspace(0, len(self.tuning["train"]) - 1, count).long().to(self.device)
 
-    def cache(self, base) -> BaseCache:
+    @functools.cached_property
+    def cache(self) -> BaseCache:
         """The base's hidden states of the cached passages: written once, an interrupted writing goes on."""
         tokens = self.tuning["train"].tokens[self.cached_rows()]
         with self.terminal.stage("base cache"), torch.no_grad():
             return BaseCache.create(
                 self.folder / "base_cache",
-                base,
+                self.base,
                 [{"input_ids": row.tolist()} for row in tokens],
                 dtype=getattr(torch, self.scale.dtype),
                 trunk_layers=[0],
@@ -218,10 +220,10 @@ class PretrainedJob(Job):
                 batch_size=32,
             )
 
-    def cache_result(self, base) -> dict:
+    def cache_result(self) -> dict:
         """What the cache cost, and its size. It was written when an auxiliary was first trained on it."""
-        cache = self.cache(base)
-        flops = len(cache) * forward_flops(base, self.scale.length, predicted=0)
+        cache = self.cache
+        flops = len(cache) * forward_flops(self.base, self.scale.length, predicted=0)
         return {"passages": len(cache), "tokens": cache.num_tokens, "bytes": cache.num_bytes, "flops": flops}
 
     # -- measuring -----------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ class PretrainedJob(Job):
             "vocab_size": self.base.config.vocab_size,
         }
         num_samples = min(self.scale.max_examples, len(self.tuning["test"]))
-        return {**super().setting(), "num_samples": num_samples, "model": sizes, "cache": self.cache_result(self.base)}
+        return {**super().setting(), "num_samples": num_samples, "model": sizes, "cache": self.cache_result()}
 
 
 def with_lora(base: PreTrainedModel, rank: int) -> PreTrainedModel:
