@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,9 +40,21 @@ class ReproductionJob:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.scale.dtype == "bfloat16")
 
     def train(
-        self, name: str, model: nn.Module, loss_of, num_examples: int, steps: int, batch: int, rate: float, seed: int
+        self,
+        name: str,
+        model: nn.Module,
+        loss_of,
+        num_examples: int,
+        steps: int,
+        batch: int,
+        rate: float,
+        seed: int,
+        clipped_apart: Sequence[nn.Module] = (),
     ) -> dict:
-        """Trains what of `model` requires a gradient by loss_of(rows [batch]) -> 0-d; what it cost."""
+        """Trains what of `model` requires a gradient by loss_of(rows [batch]) -> 0-d; what it cost.
+
+        clipped_apart   parts whose gradients are clipped by their own norms, as if each were trained alone
+        """
         warmup = min(100, max(1, steps // 10))
         recipe = Recipe(steps, batch, rate, warmup, seed, checkpoint_steps=self.checkpoint_steps)
 
@@ -52,7 +64,7 @@ class ReproductionJob:
 
         with self.terminal.stage(f"{name}, {steps} steps", total=steps) as advance:
             path = self.folder / f"{name}.safetensors"
-            progress = train(model, loss_in_dtype, num_examples, recipe, path, advance)
+            progress = train(model, loss_in_dtype, num_examples, recipe, path, advance, clipped_apart)
         self.seconds[f"training {name}"] = progress.seconds
         return {
             "steps": steps,

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +62,7 @@ def train(
     recipe: Recipe,
     path: Path,
     on_step: Callable[[str], None] = lambda text: None,
+    clipped_apart: Sequence[nn.Module] = (),
 ) -> Progress:
     """Trains the parameters of `model` that require a gradient; goes on from the checkpoint at `path` if there is one.
 
@@ -69,6 +70,8 @@ def train(
     path      safetensors file of the checkpoint; after the last step it is the trained model, and a later call only
               loads it. Whoever gives a path answers for its settings being those of the call (`settings_key`).
     on_step   called once for each step, also for those that a checkpoint has done already.
+    clipped_apart   parts of the model that hold all its trained parameters, each once: gradients are clipped by the
+              norm of each part's, as if it were trained alone. None: by that of all.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [  # no decay of biases and norms
@@ -79,6 +82,7 @@ def train(
     progress = load_checkpoint(path, parameters, optimizer)
     for loss in progress.losses:
         on_step(f"loss {loss:.3f}")
+    clipped = [[p for p in part.parameters() if p.requires_grad] for part in clipped_apart or (model,)]
     order = batch_order(num_examples, recipe.batch, recipe.steps, recipe.seed)
     model.train()
     start = time.perf_counter() - progress.seconds
@@ -88,7 +92,8 @@ def train(
             group["lr"] = recipe.rate_at(progress.step)
         loss = loss_of(order[progress.step])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
+        for part in clipped:
+            torch.nn.utils.clip_grad_norm_(part, recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         progress.step += 1

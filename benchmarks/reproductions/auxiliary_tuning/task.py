@@ -91,10 +91,14 @@ def keyword_of(passage: str, candidates: Iterable[str]) -> str | None:
     return min(found, key=lambda word: hashlib.sha256(f"{passage} {word}".encode()).digest(), default=None)
 
 
-def load_task(scale, cache_folder: Path) -> Task:
-    """Reads and tokenizes the text. `scale` has vocab_size, length (tokens of a window), max_chapters and the band."""
+def load_task(scale, cache_folder: Path, tokenizer: Tokenizer | None = None) -> Task:
+    """Reads and tokenizes the text. `scale` has length (tokens of a window), max_chapters and the band.
+
+    tokenizer   one in which END_OF_TEXT is a token; None: trained on the training chapters, of `scale.vocab_size`
+    """
     splits = bible.split_chapters(bible.load_verses(), scale.max_chapters)
-    tokenizer = bible.train_tokenizer(splits["train"], scale.vocab_size, cache_folder)
+    if tokenizer is None:
+        tokenizer = bible.train_tokenizer(splits["train"], scale.vocab_size, cache_folder)
     verses = [verse for chapter in splits["train"] for verse in chapter]
     candidates = candidate_ids(verses, tokenizer, scale.min_verses, scale.max_verses)
     passages, tuning, keywords, keyword_ids = {}, {}, {}, {}

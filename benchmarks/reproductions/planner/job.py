@@ -10,8 +10,9 @@ import time
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reproductions.gpt2 import build_gpt2, gpt2_config, lm_loss
+from benchmarks.reproductions.gpt2 import build_gpt2, gpt2_config
 from benchmarks.reproductions.job import ReproductionJob, check_unchanged, run_job
+from benchmarks.reproductions.language_models import lm_loss
 from benchmarks.reproductions.planner.methods import (
     ARMS,
     Planner,

@@ -1,0 +1,284 @@
+"""The reproduction on a pretrained base, which has never been trained here: `--scale pretrained`.
+
+The base is SmolLM2-135M from an installed package, in bfloat16; what is trained keeps float32 weights under autocast.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from auxkernels.models import AuxiliaryForCausalLM, AuxiliaryGroupForCausalLM, BaseCache, DataCollatorForBaseCache
+from benchmarks import pretrained
+from benchmarks.reproductions.auxiliary_tuning.job import Job, Run, train_and_measure
+from benchmarks.reproductions.auxiliary_tuning.methods import (
+    AuxiliaryTuning,
+    PlainLM,
+    copy_layers,
+    reading_the_trunk_as_it_is,
+)
+from benchmarks.reproductions.auxiliary_tuning.pretrained_report import make_report, plot_results, results_table
+from benchmarks.reproductions.auxiliary_tuning.task import Task, load_task
+from benchmarks.reproductions.job import run_job
+from benchmarks.reproductions.language_models import forward_flops
+from benchmarks.training.standard_library import load_corpus
+from benchmarks.training.text import Windows, make_windows
+
+CACHED = "cached"
+
+
+@dataclass(frozen=True)
+class PretrainedScale:
+    """Sizes of a reproduction on a pretrained base.
+
+    `base_flops` is the unit of the budgets, `length` the tokens of a window, the band of the keywords is in training
+    verses, learning rates are of AdamW. At the largest budget each method is run `num_seeds` times. `cached_passages`:
+    of how many training passages the base's hidden states are kept. Measured on `max_examples` held-out passages with
+    a keyword, `max_plain` without, and `other_windows` windows of `other_length` tokens of other text, of
+    the held-out ones among `other_files` files.
+    """
+
+    length: int = 32
+    max_chapters: int | None = None
+    min_verses: int = 100
+    max_verses: int = 2000
+    trunk_layer: int = 24
+    lora_rank: int = 16
+    batch: int = 16
+    dtype: str = "bfloat16"
+    base_flops: float = 20e12
+    rates: tuple[tuple[str, float], ...] = (
+        ("auxiliary", 1e-3),
+        ("independent", 3e-3),
+        (CACHED, 3e-3),
+        ("fine-tuning", 1e-4),
+        ("lora", 1e-3),
+        ("scratch", 1e-3),
+    )
+    budgets: tuple[float, ...] = (1 / 4, 1 / 2, 1.0)
+    num_seeds: int = 3
+    cached_passages: int = 2048
+    max_examples: int = 256
+    max_plain: int = 192
+    other_files: int = 400
+    other_windows: int = 64
+    other_length: int = 128
+
+
+SCALE = PretrainedScale()
+
+
+class PretrainedJob(Job):
+    """One reproduction. A training's checkpoint is removed once its measurement exists: full ones take 1.6 GB."""
+
+    checkpoint_steps = 1000  # at the end alone: writing 1.6 GB takes as long as a few steps
+    evaluation_batch = 256
+
+    def load_task(self, checkpoints) -> Task:
+        base, tokenizer = pretrained.load_language_model()
+        self.base = base.requires_grad_(False).to(self.device, getattr(torch, self.scale.dtype))
+        backend = tokenizer.backend_tokenizer
+        corpus = load_corpus(self.scale.other_files)
+        windows = make_windows(backend, corpus.held_out_docstrings, self.scale.other_length)
+        windows = windows.spread(self.scale.other_windows)
+        self.other = Windows(windows.tokens.to(self.device), windows.targets.to(self.device))
+        return load_task(self.scale, checkpoints, backend)
+
+    def planned(self) -> list[Run]:
+        """All runs, by rising budget; auxiliaries from the cached base at the largest alone."""
+        methods, seeds = dict(self.scale.rates), range(self.scale.num_seeds)
+        largest = max(self.scale.budgets)
+        smaller = [Run(m, b) for b in sorted(self.scale.budgets) if b < largest for m in methods if m != CACHED]
+        return [*smaller, *(Run(method, largest, seed) for method in methods for seed in seeds)]
+
+    def base_and_result(self):
+        plain = PlainLM(self.base, is_conditional=False)
+        with self.terminal.stage("base, measuring"):
+            self.base_result = self.measured("base", lambda: self.measure(plain, self.base, self.seed))
+        return self.base, self.base_result
+
+    # -- methods -------------------------------------------------------------------------------------------------------
+
+    def new_method(self, name: str, base: PreTrainedModel, seed: int = 0):
+        rate = dict(self.scale.rates)[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed + 1 + seed)
+            if name == "scratch":
+                model = AutoModelForCausalLM.from_config(base.config, dtype=torch.float32).to(self.device)
+                return PlainLM(model, is_conditional=True), rate
+            if name == "fine-tuning":
+                return PlainLM(copy.deepcopy(base).float().requires_grad_(True), is_conditional=True), rate
+            if name == "lora":
+                return PlainLM(with_lora(base, self.scale.lora_rank), is_conditional=True), rate
+            if name == "auxiliary":
+                return AuxiliaryTuning(upper_layers_beside(base, self.scale.trunk_layer)), rate
+            return AuxiliaryTuning(AuxiliaryForCausalLM.from_base_and_aux(base, "small", head="shared")), rate
+
+    def result_of(self, run: Run, base) -> dict:
+        is_done = (self.folder / f"{run.name}.json").exists()
+        if not is_done:
+            method, cost = self.trained(run, base)
+
+            def measure() -> dict:
+                with self.terminal.stage(f"{run.name}, measuring"):
+                    return {**cost, **self.measure(method, base, self.seed + run.seed)}
+
+        result = self.measured(run.name, measure if not is_done else dict)
+        self.seconds[f"training {run.name}"] = result["seconds"]
+        if run.method != CACHED or run.seed == self.scale.num_seeds - 1:
+            (self.folder / f"{self.checkpoint_of(run)}.safetensors").unlink(missing_ok=True)
+        rate = dict(self.scale.rates)[run.method]
+        return {"method": run.method, "budget": run.budget, "seed": run.seed, "learning_rate": rate, **result}
+
+    def checkpoint_of(self, run: Run) -> str:
+        return f"{CACHED} {run.budget:g}" if run.method == CACHED else run.name
+
+    def trained(self, run: Run, base):
+        """A method after its training, and what that cost."""
+        if run.method == CACHED:
+            return self.trained_from_cache(run, base)
+        method, rate = self.new_method(run.method, base, run.seed)
+        flops, windows, keyword_ids = (
+            run.budget * self.scale.base_flops,
+            self.tuning["train"],
+            self.keyword_ids["train"],
+        )
+        cost = self.fit(method, run.name, flops, rate, windows, keyword_ids, self.seed + run.seed)
+        if isinstance(method, PlainLM):  # measured in the dtype that autocast computes in: nothing is cast at each step
+            method.model.to(getattr(torch, self.scale.dtype))
+        return method, cost
+
+    # -- from a cached base --------------------------------------------------------------------------------------------
+
+    def trained_from_cache(self, run: Run, base):
+        """Auxiliaries of all seeds, trained together by one pass over the cache; the one of the run, and what it cost.
+
+        All read the same batches; what one costs is a share of what all cost.
+        """
+        scale, count = self.scale, self.scale.num_seeds
+        methods = [self.new_method(CACHED, base, seed)[0] for seed in range(count)]
+        rows = self.cached_rows()
+        windows, keyword_ids = self.tuning["train"][rows], self.keyword_ids["train"][rows]
+        group = AuxiliaryGroupForCausalLM.from_members({f"seed_{i}": m.model for i, m in enumerate(methods)})
+        data, collator = self.cache.dataset(group), DataCollatorForBaseCache()
+
+        def loss_of(batch):
+            items = collator([data[i] for i in batch.tolist()])
+            states = {name: value for name, value in items.items() if name.startswith("base_")}
+            return group(
+                input_ids=windows.tokens[batch],
+                aux_input_ids=keyword_ids[batch],
+                shift_labels=windows.targets[batch],
+                **{name: value.to(self.device) for name, value in states.items() if name != "base_lse"},
+            ).loss
+
+        step_flops = scale.batch * methods[0].training_flops(scale.length, is_base_cached=True)
+        steps = max(1, round(run.budget * scale.base_flops / step_flops))
+        members = [method.model for method in methods]
+        cost = self.train(
+            self.checkpoint_of(run),
+            group,
+            loss_of,
+            len(windows),
+            steps,
+            scale.batch,
+            dict(scale.rates)[CACHED],
+            self.seed,
+            clipped_apart=members,
+        )
+        for name in ("seconds", "trained_parameters", "train_loss"):
+            cost[name] /= count
+        return methods[run.seed], {
+            **cost,
+            "flops": steps * step_flops,
+            "flops_per_passage": step_flops / scale.batch,
+            "epochs": cost["examples"] / len(windows),
+        }
+
+    def cached_rows(self) -> torch.Tensor:
+        """Training passages at equal distances, of which the base's hidden states are kept."""
+        count = min(self.scale.cached_passages, len(self.tuning["train"]))
+        return torch.linspace(0, len(self.tuning["train"]) - 1, count).long().to(self.device)
+
+    @functools.cached_property
+    def cache(self) -> BaseCache:
+        """The base's hidden states of the cached passages: written once, an interrupted writing goes on."""
+        tokens = self.tuning["train"].tokens[self.cached_rows()]
+        with self.terminal.stage("base cache"), torch.no_grad():
+            return BaseCache.create(
+                self.folder / "base_cache",
+                self.base,
+                [{"input_ids": row.tolist()} for row in tokens],
+                dtype=getattr(torch, self.scale.dtype),
+                trunk_layers=[0],
+                lse=False,
+                batch_size=32,
+            )
+
+    def cache_result(self) -> dict:
+        """What the cache cost, and its size. It was written when an auxiliary was first trained on it."""
+        cache = self.cache
+        flops = len(cache) * forward_flops(self.base, self.scale.length, predicted=0)
+        return {"passages": len(cache), "tokens": cache.num_tokens, "bytes": cache.num_bytes, "flops": flops}
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def losses_without_keyword(self, method) -> dict:
+        if isinstance(method, AuxiliaryTuning):  # without keyword it is the base, whose weights are the same bits
+            return {name: self.base_result[name] for name in ("loss_without_keyword", "loss_other_text")}
+        plain = self.passages["test"].spread(self.scale.max_plain)
+        return {
+            "loss_without_keyword": self.mean_loss(method, plain),
+            "loss_other_text": self.mean_loss(method, self.other),
+        }
+
+    def setting(self) -> dict:
+        sizes = {
+            "parameters": sum(p.numel() for p in self.base.parameters()),
+            "layers": self.base.config.num_hidden_layers,
+            "width": self.base.config.hidden_size,
+            "vocab_size": self.base.config.vocab_size,
+        }
+        num_samples = min(self.scale.max_examples, len(self.tuning["test"]))
+        return {**super().setting(), "num_samples": num_samples, "model": sizes, "cache": self.cache_result()}
+
+
+def with_lora(base: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """A copy of the base with trainable float32 adapters on all linear layers but the head."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = inject_adapter_in_model(config, copy.deepcopy(base))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def upper_layers_beside(base: PreTrainedModel, trunk_layer: int) -> AuxiliaryForCausalLM:
+    """An auxiliary that begins as a copy of the base's layers above `trunk_layer`, and reads the states below them.
+
+    Its head is a map of zeros into what enters the base's head, so that the untrained model is the base.
+    """
+    config = copy.deepcopy(base.config)
+    config.num_hidden_layers -= trunk_layer
+    aux = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(base.device)
+    copy_layers(base, aux, trunk_layer)
+    aux.base_model.norm.load_state_dict(base.base_model.norm.state_dict())
+    model = AuxiliaryForCausalLM.from_base_and_aux(base, aux, trunk_layer=trunk_layer, head="shared")
+    return reading_the_trunk_as_it_is(model)
+
+
+def run(arguments) -> int:
+    """Run the reproduction and write its results; returns the exit status."""
+
+    def new_job(device, terminal):
+        return PretrainedJob(SCALE, arguments.seed, device, arguments.checkpoints, terminal, arguments.resume)
+
+    def files(results):
+        return {"curves.png": plot_results(results), "report.md": make_report(results)}
+
+    return run_job(arguments, new_job, train_and_measure, results_table, files)
