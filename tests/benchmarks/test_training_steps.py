@@ -1,5 +1,7 @@
 """The steps of benchmarks.training_steps: the same loss by every method that has the same auxiliary."""
 
+import argparse
+
 import pytest
 import torch
 from rich.console import Console
@@ -9,7 +11,7 @@ pytest.importorskip("transformers")
 from tiny import tiny_model
 
 from benchmarks import training_steps
-from benchmarks.training_steps import CACHED, EAGER, ONLINE, SHARED
+from benchmarks.training_steps import CACHED, EAGER, GROUP_CACHED, GROUP_ONLINE, ONLINE, SHARED
 
 
 def test_every_method_trains_on_the_same_loss(monkeypatch, tmp_path):
@@ -20,32 +22,48 @@ def test_every_method_trains_on_the_same_loss(monkeypatch, tmp_path):
         return backward(loss, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "backward", kept)
-    steps = training_steps.steps_of(tiny_model("llama"), torch.randint(2, 61, (3, 9)), str(tmp_path / "cache"))
-    assert list(steps) == [EAGER, ONLINE, CACHED, SHARED]
-    for step in steps.values():
-        step()
-    eager, online, cached, shared = losses
+    methods = training_steps.methods_of(tiny_model("llama"), torch.randint(2, 61, (3, 9)), str(tmp_path / "cache"), 3)
+    assert list(methods) == [EAGER, ONLINE, CACHED, SHARED, GROUP_ONLINE, GROUP_CACHED]
+    assert [method.num_auxiliaries for method in methods.values()] == [1, 1, 1, 1, 3, 3]
+    for method in methods.values():
+        method.step()
+    eager, online, cached, shared, group_online, group_cached = losses
     assert online == cached == shared  # at the start all of them are the base
+    assert group_online == group_cached
+    torch.testing.assert_close(group_online, 3 * online, rtol=1e-6, atol=0)
     torch.testing.assert_close(eager, online, rtol=1e-5, atol=0)
     del losses[:]
-    for step in steps.values():
-        step()
-    eager_after, online_after, cached_after, shared_after = losses
+    for method in methods.values():
+        method.step()
+    eager_after, online_after, cached_after, shared_after, group_online_after, group_cached_after = losses
     assert online_after == cached_after != shared_after and online_after < online and shared_after < shared
+    assert group_online_after == group_cached_after < group_online
     torch.testing.assert_close(eager_after, online_after, rtol=1e-4, atol=0)
 
 
+def test_without_a_model_it_is_the_packaged_one(monkeypatch):
+    arguments = argparse.Namespace(model=None, dtype="bfloat16", gguf_file=None)
+    monkeypatch.setattr(training_steps.pretrained, "load_language_model", lambda dtype: dtype)
+    assert training_steps.load(arguments) is torch.bfloat16
+
+
 def test_the_table_has_each_method_beside_eager():
-    methods = {EAGER: (2.0, 4_000_000), ONLINE: (1.0, None)}
+    methods = {EAGER: (2.0, 1, 4_000_000), ONLINE: (1.0, 1, None), GROUP_ONLINE: (1.0, 4, None)}
     rows = {
-        name: {"step_seconds": seconds, "tokens_per_second": 27 / seconds, "peak_bytes": peak}
-        for name, (seconds, peak) in methods.items()
+        name: {
+            "auxiliaries": count,
+            "step_seconds": seconds,
+            "tokens_per_second": count * 27 / seconds,
+            "peak_bytes": peak,
+        }
+        for name, (seconds, count, peak) in methods.items()
     }
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(training_steps.table({"tokens_per_step": 27, "dtype": "float32", "methods": rows}))
     lines = console.export_text().splitlines()
     assert any(all(word in line for word in (EAGER, "14", "1.00", "4")) for line in lines)
     assert any(all(word in line for word in (ONLINE, "27", "2.00", "unknown")) for line in lines)
+    assert any(all(word in line for word in (GROUP_ONLINE, "108", "8.00", "unknown")) for line in lines)
 
 
 def test_one_step_alone_is_refused(monkeypatch, capsys):
