@@ -68,12 +68,16 @@ def gathered(model: nn.Module, unsaved: tuple[str, ...], is_kept: bool) -> dict[
         if isinstance(value, DTensor):
             weight = weights.get(key, key)
             if weight not in once:
-                full = value.detach().full_tensor()
+                full = _whole(value)
                 once[weight] = full.cpu() if is_kept else full[:0]
             value = once[weight]
         if is_kept:
             whole[key] = value
     return whole
+
+
+def _whole(weight: DTensor) -> Tensor:
+    return weight.full_tensor()  # without gradients, as those of the other processes' parts would be lost
 
 
 def _raise_on_all(error: Exception | None, mesh: DeviceMesh) -> None:
