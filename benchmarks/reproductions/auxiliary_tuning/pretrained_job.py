@@ -51,7 +51,7 @@ class PretrainedScale:
     lora_rank: int = 16
     batch: int = 16
     dtype: str = "bfloat16"
-    base_flops: float = 20e12
+    base_flops: float = 18e12
     # those of auxiliaries by the training loss of 36 steps at constant rates: with a shared trunk 3e-4 and 1e-3 are
     # alike and 1e-4 is worse, for the small model 1e-3 is a little better than 3e-3. the others are usual ones
     rates: tuple[tuple[str, float], ...] = (
@@ -65,10 +65,10 @@ class PretrainedScale:
     budgets: tuple[float, ...] = (1 / 4, 1 / 2, 1.0)
     num_seeds: int = 3
     cached_passages: int = 2048
-    max_examples: int = 256
-    max_plain: int = 192
+    max_examples: int = 160
+    max_plain: int = 96
     other_files: int = 400
-    other_windows: int = 64
+    other_windows: int = 32
     other_length: int = 128
 
 
