@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..sources import Head, Source, SourceLike, as_sources, leaves_of
+from ..sources import Head, Source, SourceLike, as_sources, has_dtensor, leaves_of
 from . import autograd, ops, reference, rows
 from .request import Arguments, LossTerms
 from .rows import LogitStats
@@ -63,12 +63,14 @@ def aux_cross_entropy(
                      unavailable backend; a second backward without recompute=True; double differentiation.
     Source           Zeldes et al. 2020 (auxiliary tuning); Milakov & Gimelshein 2018 (online softmax).
     """
-    if shard is not None:
-        from ..distributed import cross_entropy as sharded  # imports torch.distributed
+    if shard is not None or has_dtensor(base, aux, target):
+        from ..distributed import cross_entropy as sharded
 
-        more = sharded.Options(weight, label_smoothing, z_loss, reduction, normalizer, return_stats, recompute)
-        if not sharded.is_of_one_process(shard, base, aux, vocab_size):
-            return sharded.aux_cross_entropy(base, aux, target, shard, ignore_index, vocab_size, backend, more)
+        resolved = sharded.resolved(base, aux, target, shard, vocab_size)
+        if resolved.shard is not None:
+            more = sharded.Options(weight, label_smoothing, z_loss, reduction, normalizer, return_stats, recompute)
+            return sharded.aux_cross_entropy(resolved, ignore_index, vocab_size, backend, more)
+        base, aux, target = resolved[:3]
     options = weight, label_smoothing, z_loss, reduction, normalizer
     given, terms, normalizer = checked_loss(base, aux, target, ignore_index, vocab_size, backend, *options)
     label_smoothing, z_loss, _ = terms
@@ -120,11 +122,13 @@ def logit_stats(
     Returns   `LogitStats` of tensors [*], float32 (float64 if a source is) and int64.
     Raises    as `aux_cross_entropy`.
     """
-    if shard is not None:
-        from ..distributed import cross_entropy as sharded  # imports torch.distributed
+    if shard is not None or has_dtensor(base, aux, target):
+        from ..distributed import cross_entropy as sharded
 
-        if not sharded.is_of_one_process(shard, base, aux, vocab_size):
-            return sharded.logit_stats(base, aux, target, shard, ignore_index, vocab_size, backend)
+        resolved = sharded.resolved(base, aux, target, shard, vocab_size)
+        if resolved.shard is not None:
+            return sharded.logit_stats(resolved, ignore_index, vocab_size, backend)
+        base, aux, target = resolved[:3]
     if target is not None:
         checks.classes(target)
     return _statistics(_checked(base, aux, target, ignore_index, vocab_size, backend))

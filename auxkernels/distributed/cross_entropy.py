@@ -13,7 +13,7 @@ from ..cross_entropy import api, autograd, ops, rows
 from ..cross_entropy.request import Arguments, LossTerms, raise_out_of_range
 from ..cross_entropy.rows import LogitStats
 from ..heads.rows import settings
-from ..sources import Logits, Source, SourceLike, as_sources
+from ..sources import Logits, Source, SourceLike, as_sources, has_dtensor
 from . import local, scan
 from .agreement import Agreement, Facts, agree, digest, digest_of
 from .one_pass import loss_and_gradients
@@ -42,14 +42,41 @@ class _Call(NamedTuple):
     widest: int  # columns of the process that has the most
 
 
-def is_of_one_process(shard: object, base: SourceLike, aux: SourceLike | None, vocab_size: int | None) -> bool:
-    """Whether one process holds all columns, so that its call is none of a shard. Raises ValueError if it does not."""
-    if not isinstance(shard, VocabShard):
+class Resolved(NamedTuple):
+    """Arguments of a call in which DTensors are plain tensors.
+
+    shard    None: of one process, which holds all columns
+    summed   tensors whose gradients are added up over the processes on their way back
+    """
+
+    base: SourceLike
+    aux: SourceLike | None
+    target: Any
+    shard: VocabShard | None
+    summed: tuple[Tensor, ...] = ()
+
+
+def resolved(
+    base: SourceLike, aux: SourceLike | None, target: Any, shard: VocabShard | None, vocab_size: int | None
+) -> Resolved:
+    """Which shard a call means, given or by DTensors. Of what means none, nothing is changed."""
+    if shard is not None and not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard, got {type(shard).__name__}")
+    summed: tuple[Tensor, ...] = ()
+    if has_dtensor(base, aux, target):
+        from .dtensors import localised  # imports DTensors
+
+        of_base, of_aux = as_sources("base", base), [] if aux is None else as_sources("aux", aux)
+        plain = localised(named(of_base, of_aux), len(of_base), target, shard)
+        if plain.shard is None:
+            return Resolved(base, aux, target, None)
+        base, aux, target, shard, summed = plain.base, plain.aux or None, *plain[2:]
+    if shard is None:
+        return Resolved(base, aux, target, None)
     if shard.world_size() > 1:
         if torch.compiler.is_compiling():
             raise RuntimeError("a sharded vocabulary cannot be compiled: call it outside of torch.compile")
-        return False
+        return Resolved(base, aux, target, shard, summed)
     if shard.width != shard.size:
         raise ValueError(
             f"shard: the one process of the group must hold all {shard.size} columns, got [{shard.start}, {shard.stop})"
@@ -58,23 +85,23 @@ def is_of_one_process(shard: object, base: SourceLike, aux: SourceLike | None, v
     widths = [source.values.shape[-1] if isinstance(source, Logits) else len(source.weight) for source in sources]
     if vocab_size is None and any(width != shard.size for width in widths):
         raise ValueError(f"shard: the sources must have its {shard.size} columns, got widths {widths}")
-    return True
+    return Resolved(base, aux, target, None)
+
+
+def named(base: list[Source], aux: list[Source]) -> list[tuple[str, Source]]:
+    """The sources with what errors call them."""
+    return [
+        (side if len(sources) == 1 else f"{side}[{i}]", source)
+        for side, sources in (("base", base), ("aux", aux))
+        for i, source in enumerate(sources)
+    ]
 
 
 def aux_cross_entropy(
-    base: SourceLike,
-    aux: SourceLike | None,
-    target: Tensor,
-    shard: VocabShard,
-    ignore_index: int,
-    vocab_size: int | None,
-    backend: str,
-    options: Options,
+    given: Resolved, ignore_index: int, vocab_size: int | None, backend: str, options: Options
 ) -> Tensor | tuple[Tensor, LogitStats]:
-    """With several processes; arguments as they were given."""
-    part, call, terms, normalizer, widest = _agreed(
-        base, aux, target, shard, ignore_index, vocab_size, backend, options
-    )
+    """With several processes; other arguments as they were given."""
+    part, call, terms, normalizer, widest = _agreed(given, ignore_index, vocab_size, backend, options)
     label_smoothing, z_loss, _ = terms
     has_gradient = autograd.requires_grad(call)
     wanted = api.OF_STATS if options.return_stats else 0
@@ -88,7 +115,7 @@ def aux_cross_entropy(
         fields = scan.row_fields(part, call.leaves, has_gradient, wanted | rows.fields_of_loss(label_smoothing, z_loss))
         loss = rows.loss_of(
             fields,
-            target,
+            given.target,
             options.weight,
             ignore_index,
             part.shard.size,
@@ -103,21 +130,13 @@ def aux_cross_entropy(
     return (loss, rows.finished_stats(fields)) if options.return_stats else loss
 
 
-def logit_stats(
-    base: SourceLike,
-    aux: SourceLike | None,
-    target: Tensor | None,
-    shard: VocabShard,
-    ignore_index: int,
-    vocab_size: int | None,
-    backend: str,
-) -> LogitStats:
-    """With several processes; arguments as they were given."""
-    part, call, *_ = _agreed(base, aux, target, shard, ignore_index, vocab_size, backend, None)
+def logit_stats(given: Resolved, ignore_index: int, vocab_size: int | None, backend: str) -> LogitStats:
+    """With several processes; other arguments as they were given."""
+    part, call, *_ = _agreed(given, ignore_index, vocab_size, backend, None)
     if not autograd.requires_grad(call):
-        wanted = api.OF_STATS if target is not None else rows.FINISHED
+        wanted = api.OF_STATS if given.target is not None else rows.FINISHED
         return rows.finished_stats(scan.row_fields(part, call.leaves, False, wanted))
-    wanted = rows.PARTS | rows.PARTS_OF_TARGET if target is not None else rows.PARTS
+    wanted = rows.PARTS | rows.PARTS_OF_TARGET if given.target is not None else rows.PARTS
     return rows.stats_of_parts(scan.row_fields(part, call.leaves, True, wanted))
 
 
@@ -136,17 +155,10 @@ class _Checked(NamedTuple):
     facts: Facts
 
 
-def _agreed(
-    base: SourceLike,
-    aux: SourceLike | None,
-    target: Tensor | None,
-    shard: VocabShard,
-    ignore_index: int,
-    vocab_size: int | None,
-    backend: str,
-    options: Options | None,
-) -> _Call:
+def _agreed(given: Resolved, ignore_index: int, vocab_size: int | None, backend: str, options: Options | None) -> _Call:
     """The call on the own columns. Raises on all processes what any of them finds wrong, on CPU."""
+    base, aux, target, shard, summed = given
+    assert shard is not None, "there are several processes"
     group = shard.processes()
     assert group is not None, "there are several processes"
     found, error = None, None
@@ -157,7 +169,7 @@ def _agreed(
     device = _device_of(base, target)
     agreement = agree(group, device, Facts() if found is None else found.facts, error)
     assert found is not None, "its error has been raised"
-    return _own_call(found, agreement, shard, options or Options())
+    return _own_call(found, agreement, shard, summed, options or Options())
 
 
 def _device_of(base: SourceLike, target: Tensor | None) -> torch.device:
@@ -195,12 +207,8 @@ def _checked(
     if not 0 < num_columns <= shard.size:
         raise ValueError(f"vocab_size must be in [1, {shard.size}], the shard's size, got {num_columns}")
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    named = [
-        (side if len(sources) == 1 else f"{side}[{i}]", source)
-        for side, sources in (("base", of_base), ("aux", of_aux))
-        for i, source in enumerate(sources)
-    ]
-    of_sources = local.checked_sources(named, shard, num_columns, shape, device, autocast)
+    sources = named(of_base, of_aux)
+    of_sources = local.checked_sources(sources, shard, num_columns, shape, device, autocast)
     if given.weight is not None:
         checks.class_weight(given.weight, num_columns, device)
     backend = dispatch.resolve(backend, device, of_sources.compute, has_cuda_kernels=True)
@@ -213,7 +221,7 @@ def _checked(
     if device.type == "cpu":
         shown = normalizer.item() if isinstance(normalizer, Tensor) else normalizer
         everything = (*everything, shown, digest(given.weight))
-    how = [local.layout_of(source) for _, source in named]
+    how = [local.layout_of(source) for _, source in sources]
     what = options is not None, target is not None, given.return_stats, given.recompute, torch.is_grad_enabled()
     facts = Facts(
         start=shard.start,
@@ -225,19 +233,21 @@ def _checked(
         rows=digest(target),
         outputs=digest_of(*what, len(of_base), how, of_sources.widths, autocast, settings.num_bytes),
         options=digest_of(*everything),
-        gradients=local.trained([source for _, source in named]),
+        gradients=local.trained([source for _, source in sources]),
     )
     arguments = Arguments([], [], target, ignore_index, num_columns, of_sources.compute, autocast, backend)
     normalizer = api.number(normalizer, torch.float64, device)
     return _Checked(of_base, of_aux, of_sources, terms, normalizer, arguments, facts)
 
 
-def _own_call(found: _Checked, agreement: Agreement, shard: VocabShard, options: Options) -> _Call:
+def _own_call(
+    found: _Checked, agreement: Agreement, shard: VocabShard, summed: tuple[Tensor, ...], options: Options
+) -> _Call:
     base, aux, arguments = found.base, found.aux, found.arguments
     group = shard.processes()
     assert group is not None, "there are several processes"
     shard = shard.up_to(arguments.vocab_size)
-    sources = local.own_sources([*base, *aux], shard, agreement, found.facts, group)
+    sources = local.own_sources([*base, *aux], shard, agreement, found.facts, group, summed)
     target, ignore_index = arguments.target, arguments.ignore_index
     own = arguments._replace(
         base=sources[: len(base)],

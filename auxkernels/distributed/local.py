@@ -56,16 +56,24 @@ def checked_sources(
 
 
 def own_sources(
-    sources: list[Source], shard: VocabShard, agreement: Agreement, facts: Facts, group: ProcessGroup
+    sources: list[Source],
+    shard: VocabShard,
+    agreement: Agreement,
+    facts: Facts,
+    group: ProcessGroup,
+    summed: tuple[Tensor, ...] = (),
 ) -> list[Source]:
     """The sources' own columns, with gradients of what all processes hold that are added up over them.
 
-    shard   the columns that count
+    shard    the columns that count
+    summed   tensors whose gradients are added up elsewhere
     """
     of_all = [agreement.is_of_all_columns(i, facts) for i in range(len(sources))]
     held: list[Tensor] = []  # by all processes
     for source, is_of_all in zip(sources, of_all, strict=True):
-        held += [t for t in _held_by_all(source, is_of_all) if isinstance(t, Tensor)]
+        held += [
+            t for t in _held_by_all(source, is_of_all) if isinstance(t, Tensor) and not any(t is s for s in summed)
+        ]
     made = {id(t): new for t, new in zip(held, replicated(held, group), strict=True)}
 
     def of(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def loss_and_gradients(
     widest                 columns of the process that has the most: all cut the same chunks
     """
     leaves = ops.tensors_of(call.leaves)
-    bound = scan.rank_bounds(part, leaves) if wanted & mask_of("target_rank") else None
+    bound = scan.rank_bounds(part, leaves) if wanted & scan.RANK else None
     needs = autograd.needs_of(call)
     device = leaves[0].device  # type: ignore[union-attr]  # a source's first leaf is there
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

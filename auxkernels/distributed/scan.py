@@ -13,7 +13,6 @@ from ..cross_entropy import autograd, ops
 from ..cross_entropy.chunked import ChunkedCall
 from ..cross_entropy.request import (
     FIELD_BIT,
-    NUM_FLOAT_FIELDS,
     OF_BASE,
     Coefficients,
     Problem,
@@ -35,8 +34,7 @@ from .shard import VocabShard
 IGNORED = -1
 Rows = Callable[[Tensor], Tensor]  # from [*] to the rows that are worked on, [C]
 _WHO = "aux_cross_entropy or logit_stats"
-_FLOATS = (1 << NUM_FLOAT_FIELDS) - 1
-_RANK = FIELD_BIT["target_rank"]
+RANK = FIELD_BIT["target_rank"]
 
 
 class Part(NamedTuple):
@@ -248,7 +246,7 @@ def ranked(
 ) -> list[Tensor]:
     """The scan of one chunk, stacked, with the rank of targets that other processes hold."""
     found = chunks.kernels.scan(problem, wanted)
-    if not wanted & _RANK or bound is None or part.is_own is None:
+    if not wanted & RANK or bound is None or part.is_own is None:
         return found
     of_chunk, is_own = (chunks.rows.take(t, start, stop) for t in (bound, part.is_own))
     own_ranks = found[-1][-1]  # the last of the integers
@@ -316,7 +314,7 @@ def exchanged(part: Part, fields: dict[str, Tensor], wanted: int, rows: Rows | N
 
 def row_fields(part: Part, leaves: tuple[Any, ...], has_gradient: bool, wanted: int) -> dict[str, Tensor]:
     """The wanted fields of whole rows by name, each [*], differentiable where they can be."""
-    bound = rank_bounds(part, ops.tensors_of(leaves)) if wanted & _RANK else None
+    bound = rank_bounds(part, ops.tensors_of(leaves)) if wanted & RANK else None
     if not has_gradient:
         return exchanged(part, own_fields(part, leaves, wanted, bound), wanted)
     tensors = distinct(ops.tensors_of(leaves))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from .. import checks
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
 
 MAX_SIZE = 2**31 - 1  # classes travel as 32 bits
@@ -41,6 +42,20 @@ class VocabShard:
                 f"shard must have 0 <= start <= stop <= size, got start={self.start}, stop={self.stop}, "
                 f"size={self.size}"
             )
+
+    @classmethod
+    def from_dtensor(cls, tensor: Tensor) -> VocabShard:
+        """The shard of a DTensor that is cut along its classes: a head's weight, `Shard(0)`, or logits, `Shard(-1)`.
+
+        Raises TypeError: not cut, or over more than one dimension of its mesh.
+        """
+        from torch.distributed.tensor import DTensor  # takes a second
+
+        from .dtensors import shard_of
+
+        if not isinstance(tensor, DTensor):
+            raise TypeError(f"tensor must be a DTensor, got {type(tensor).__name__}")
+        return shard_of("tensor", tensor)
 
     @property
     def width(self) -> int:

@@ -186,7 +186,7 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
             name = func.__name__.split(".")[0].strip("_")
-            if name != "wait_tensor":
+            if not name.startswith(("wait", "wrap")):
                 given = args[1] if name == "allgather_base" else args[0]
                 given = given[0] if isinstance(given, (list, tuple)) else given
                 self.seen.append((name, given.numel() * given.element_size()))
