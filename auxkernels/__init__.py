@@ -11,6 +11,7 @@ from .cross_entropy.api import aux_cross_entropy, logit_stats
 from .cross_entropy.many import aux_cross_entropies
 from .cross_entropy.rows import LogitStats
 from .dispatch import show_config
+from .distributed.shard import VocabShard
 from .heads import settings as chunk_settings
 from .soft_embedding.api import LookupStats, soft_embedding
 from .soft_embedding.segments import segments_to_tokens
@@ -22,6 +23,7 @@ __all__ = [
     "LogitStats",
     "Logits",
     "LookupStats",
+    "VocabShard",
     "__version__",
     "aux_cross_entropies",
     "aux_cross_entropy",

@@ -118,6 +118,24 @@ def as_sources(name: str, given: SourceLike) -> list[Source]:
     raise TypeError(f"{name} must be a tensor, Logits, Head or a sequence of these, got {type(given).__name__}")
 
 
+def has_dtensor(*given: Any) -> bool:
+    """Whether a DTensor is among tensors and sources, without importing what that is."""
+    for one in given:
+        if one is None or type(one) is Tensor:
+            continue
+        if isinstance(one, Logits):
+            found = has_dtensor(one.values, one.scale)
+        elif isinstance(one, Head):
+            found = has_dtensor(one.hidden, one.weight, one.bias, one.scale)
+        elif isinstance(one, (list, tuple)):
+            found = has_dtensor(*one)
+        else:
+            found = isinstance(one, Tensor) and type(one).__name__ == "DTensor"
+        if found:
+            return True
+    return False
+
+
 def _with_plain_numbers(source: Source) -> Source:
     """The source with numbers of other types (int, NumPy's, fractions) as floats; what is no number as it is."""
     scale, softcap = source.scale, source.softcap

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..sources import Head, Source, SourceLike, as_sources, leaves_of
+from ..sources import Head, Source, SourceLike, as_sources, has_dtensor, leaves_of
 from . import autograd, ops, reference, rows
 from .request import Arguments, LossTerms
 from .rows import LogitStats
+
+if TYPE_CHECKING:
+    from ..distributed.shard import VocabShard
 
 OF_STATS = rows.FINISHED | rows.FINISHED_OF_TARGET
 
@@ -31,6 +34,7 @@ def aux_cross_entropy(
     return_stats: bool = False,
     recompute: bool = False,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, LogitStats]:
     """Cross-entropy of softmax(base + aux) against class indices, in nats, without storing the sum.
 
@@ -50,12 +54,23 @@ def aux_cross_entropy(
     return_stats     also return `LogitStats`, detached, from the same pass.
     recompute        keep the row state instead of a gradient: the graph can be used twice.
     backend          "auto", or "reference", "native", "triton": that one or an error.
+    shard            the columns that this process holds of a vocabulary that is sharded over processes (sources that
+                     have all columns are cut); targets, class weights and results are of the whole vocabulary. See
+                     docs/distributed.md.
     Returns          float32 (float64 if a source is): 0-d, or [*] for reduction="none".
     Raises           TypeError, ValueError: dtype, shape, device, option. IndexError: a target out of range, on CPU; on
                      GPU such a row is NaN in loss and gradient, and nothing is read out of bounds. RuntimeError: an
                      unavailable backend; a second backward without recompute=True; double differentiation.
     Source           Zeldes et al. 2020 (auxiliary tuning); Milakov & Gimelshein 2018 (online softmax).
     """
+    if shard is not None or has_dtensor(base, aux, target):
+        from ..distributed import cross_entropy as sharded
+
+        resolved = sharded.resolved(base, aux, target, shard, vocab_size)
+        if resolved.shard is not None:
+            more = sharded.Options(weight, label_smoothing, z_loss, reduction, normalizer, return_stats, recompute)
+            return sharded.aux_cross_entropy(resolved, ignore_index, vocab_size, backend, more)
+        base, aux, target = resolved[:3]
     options = weight, label_smoothing, z_loss, reduction, normalizer
     given, terms, normalizer = checked_loss(base, aux, target, ignore_index, vocab_size, backend, *options)
     label_smoothing, z_loss, _ = terms
@@ -98,6 +113,7 @@ def logit_stats(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> LogitStats:
     """Statistics of softmax(base + aux) for each row, in one pass and each differentiable but argmaxes and rank.
 
@@ -106,6 +122,13 @@ def logit_stats(
     Returns   `LogitStats` of tensors [*], float32 (float64 if a source is) and int64.
     Raises    as `aux_cross_entropy`.
     """
+    if shard is not None or has_dtensor(base, aux, target):
+        from ..distributed import cross_entropy as sharded
+
+        resolved = sharded.resolved(base, aux, target, shard, vocab_size)
+        if resolved.shard is not None:
+            return sharded.logit_stats(resolved, ignore_index, vocab_size, backend)
+        base, aux, target = resolved[:3]
     if target is not None:
         checks.classes(target)
     return _statistics(_checked(base, aux, target, ignore_index, vocab_size, backend))
@@ -136,7 +159,7 @@ def checked_loss(
     if weight is not None:
         checks.class_weight(weight, given.vocab_size, target.device)
     terms = LossTerms(label_smoothing, z_loss, reduction == "mean")
-    return given, terms, _number(normalizer, torch.float64, target.device)
+    return given, terms, number(normalizer, torch.float64, target.device)
 
 
 def _checked(
@@ -169,7 +192,7 @@ def _checked(
     return Arguments(of_base, of_aux, target, ignore_index, vocab_size, compute, autocast, backend)
 
 
-def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> float | Tensor | None:
+def number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> float | Tensor | None:
     """A number as the operators take it: a tensor while torch.compile traces, otherwise as it is."""
     if isinstance(value, Tensor):
         if value.device != device and value.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -183,7 +206,7 @@ def _scale_of(source: Source, compute: torch.dtype, device: torch.device) -> flo
     scale = source.scale
     if isinstance(scale, Tensor):
         return scale if scale.dtype == compute else scale.to(compute)
-    return None if scale == 1.0 else _number(scale, compute, device)
+    return None if scale == 1.0 else number(scale, compute, device)
 
 
 def call_of(given: Arguments, weight: Tensor | None, device: torch.device) -> ops.Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,12 +81,17 @@ def loss_in_one_pass(
 
 
 # what backward reads, and which part of it the scan has to give beside the fields that are wanted
-_SAVED = (*RowState._fields, "mean_sum", "mean_base")
+SAVED = (*RowState._fields, "mean_sum", "mean_base")
 _STATE, _STATE_OF_BASE = mask_of("max", "log_denom"), mask_of("base_max", "base_log_denom")
 _NEEDS_STATE_OF_BASE = mask_of("base_log_denom", "base_nll", "mean_base")
 # the maxima are constants of the formulas above the scan: any shift of them cancels there. finished statistics come
 # along detached
-_CONSTANTS = ("max", "base_max", "argmax", "base_argmax", "target_rank", *DERIVED)
+CONSTANTS = ("max", "base_max", "argmax", "base_argmax", "target_rank", *DERIVED)
+
+
+def state_for(wanted: int) -> int:
+    """The fields that a gradient of the wanted ones is made of."""
+    return _STATE | _STATE_OF_BASE if wanted & _NEEDS_STATE_OF_BASE else _STATE
 
 
 class RowScan(torch.autograd.Function):
@@ -100,15 +106,15 @@ class RowScan(torch.autograd.Function):
         weight: Tensor | None,
         *leaves: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        state = _STATE | _STATE_OF_BASE if wanted & _NEEDS_STATE_OF_BASE else _STATE
+        state = state_for(wanted)
         call = ops.Call(leaves, target, weight, options)
         fields, _ = named_fields(wanted | state, ops.scan(call, wanted | state))
-        ctx.save_for_backward(target, weight, *[fields.get(name) for name in _SAVED], *leaves)
+        ctx.save_for_backward(target, weight, *[fields.get(name) for name in SAVED], *leaves)
         ctx.options, ctx.wanted = options, wanted
         ctx.set_materialize_grads(False)
         # copies: an output that is a view could not be modified in place by its user
         outputs = {name: fields[name].clone() for name in fields_in(wanted)}
-        ctx.mark_non_differentiable(*[output for name, output in outputs.items() if name in _CONSTANTS])
+        ctx.mark_non_differentiable(*[output for name, output in outputs.items() if name in CONSTANTS])
         return tuple(outputs.values())
 
     @staticmethod
@@ -123,10 +129,8 @@ class RowScan(torch.autograd.Function):
                 ops.Call(tuple(leaves), target, weight, ctx.options),
                 RowState(m, log_denom, nll, m_b, log_denom_b),
             )
-            grads = _spread(ops.backward(call, state, coefficients, needs), needs)
-            for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
-                if grad is not None and _layout_of(i) == NUMBERS and leaf.dim() == 0:
-                    grads[i] = grad.sum()
+            grads = spread(ops.backward(call, state, coefficients, needs), needs)
+            grads = per_leaf(grads, leaves)
         return (None, None, None, None, *once(_WHO, grads, (*leaves, *upstream)))
 
 
@@ -135,7 +139,16 @@ def _layout_of(leaf: int) -> str:
     return LAYOUTS[leaf % len(LAYOUTS)]
 
 
-def _spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+def per_leaf(grads: list[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The numbers for each row of a 0-d scale, added up."""
+    found = list(grads)
+    for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
+        if grad is not None and _layout_of(i) == NUMBERS and leaf.dim() == 0:
+            found[i] = grad.sum()
+    return found
+
+
+def spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
     """The gradients that an op has made, one place for each leaf."""
     remaining = iter(grads)
     return [next(remaining) if need else None for need in needs]
@@ -180,7 +193,7 @@ class OnePass(torch.autograd.Function):
                 )
             ctx.handed_out = True
         target, *saved = ctx.saved_tensors
-        grads = _spread(saved, ctx.needs)
+        grads = spread(saved, ctx.needs)
         factor = upstream.detach()
         for i, grad in enumerate(grads):
             if grad is None:

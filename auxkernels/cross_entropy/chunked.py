@@ -54,6 +54,7 @@ class ChunkedCall:
     is_base_wanted   whether the base counts by itself; otherwise its products and the auxiliary's become one where they
                      can
     keeps_wide       whether gradients of float16 heads stay in float32
+    num_columns      what the chunks are cut for, where that is not how many columns the request has
 
     `make_operands` is still to be called: beside others that share its base, or alone.
     """
@@ -62,7 +63,13 @@ class ChunkedCall:
     aux: Operand
 
     def __init__(
-        self, request: Request, needs: list[Leaves], backend: str, is_base_wanted: bool, keeps_wide: bool = False
+        self,
+        request: Request,
+        needs: list[Leaves],
+        backend: str,
+        is_base_wanted: bool,
+        keeps_wide: bool = False,
+        num_columns: int | None = None,
     ):
         is_cuda = request.first().is_cuda
         self.request, self.in_place = request, backend == "native" and not is_cuda
@@ -81,7 +88,8 @@ class ChunkedCall:
         if self.is_one:
             wants = [[*wants[0], *wants[1]], []]
         shared = (request.vocab_size, request.compute(), request.autocast)
-        row_bytes = bytes_per_row(ones, wants, *shared, self.in_place, self.rows.keeps_all())
+        of_chunks = (num_columns or request.vocab_size, *shared[1:])
+        row_bytes = bytes_per_row(ones, wants, *of_chunks, self.in_place, self.rows.keeps_all())
         self.chunks = chunks_of(self.rows.num_rows, row_bytes, settings.budget(request.first().device))
         if ignored is not None:
             ignored = None if self.rows.kept is not None else ignored.flatten()
@@ -340,9 +348,11 @@ class LossCall:
         wanted: int,
         needs: list[Leaves],
         backend: str,
+        num_columns: int | None = None,
     ):
         self.request, self.divides_last = _in_half(request, needs)
-        self.chunks = ChunkedCall(self.request, needs, backend, bool(wanted & OF_BASE), keeps_wide=True)
+        is_base_wanted = bool(wanted & OF_BASE)
+        self.chunks = ChunkedCall(self.request, needs, backend, is_base_wanted, True, num_columns)
         self.divisor = self.chunks.divisor(normalizer, terms.mean)
         self.of_chunk = None if self.divides_last else self.divisor
         self.terms, self.wanted = terms._replace(mean=not self.divides_last), wanted
@@ -361,12 +371,18 @@ class LossCall:
 
     def result(self) -> tuple[Tensor, list[Tensor], list[Leaves]]:
         """(0-d loss, the wanted fields, the gradients), after all chunks."""
-        made, losses = self.chunks.gradients(), self.losses
+        made = self.chunks.gradients()
+        if self.divides_last and self.losses:
+            _scale(made, 1 / self.divisor, self.request)
+        return self.total(), self.fields, made
+
+    def total(self) -> Tensor:
+        """The loss, 0-d, after all chunks."""
+        losses = self.losses
         total = torch.stack(losses).sum(dtype=torch.float64) if losses else 0.0 / self.divisor
         if self.divides_last and losses:
             total = total / self.divisor
-            _scale(made, 1 / self.divisor, self.request)
-        return total.to(self.request.compute()), self.fields, made
+        return total.to(self.request.compute())
 
 
 def loss(

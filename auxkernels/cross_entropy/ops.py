@@ -115,6 +115,19 @@ def tensors_of(leaves: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     return tuple(dispatch.number_tensor(leaf, compute, device) for leaf in leaves)
 
 
+def request_of(call: Call) -> Request:
+    """A call as implementations take it, checked."""
+    return _request(*call.flat())
+
+
+def request_without_columns(call: Call) -> Request:
+    """Of a call whose sources have none: what its rows are, not to be computed."""
+    sources = [SourceTensors(*one) for one in by_source(tensors_of(call.leaves))]
+    options = call.options
+    classes = call.target, call.weight, options.ignore_index, options.vocab_size
+    return Request(sources, options.num_base, options.autocast, *classes)
+
+
 def scan(call: Call, wanted: int) -> list[Tensor]:
     """The wanted fields, stacked."""
     if call.is_direct():

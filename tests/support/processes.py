@@ -5,13 +5,11 @@ A function is one of an importable module. Its first argument is a `Place`; what
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,6 +55,7 @@ class Processes:
     """All of them, and whether they still are in step: where one did not answer in time, the others may wait for it."""
 
     def __init__(self, folder: str):
+        self.are_in_step = True
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(WORLD)]
         self.connections = [ours for ours, _ in pipes]
@@ -95,16 +94,28 @@ class Processes:
         return [result for result, _ in found]
 
     def stop(self) -> None:
+        self.are_in_step = False
         for process in self.processes:
             process.kill()
             process.join()
 
 
-@contextlib.contextmanager
-def processes() -> Iterator[Processes]:
-    with tempfile.TemporaryDirectory() as folder:
-        started = Processes(folder)
-        try:
-            yield started
-        finally:
-            started.stop()
+class Pool:
+    """Processes, started when they are needed."""
+
+    def __init__(self):
+        self.started: Processes | None = None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def processes(self) -> Processes:
+        if self.started is None or not self.started.are_in_step:
+            self.folder = tempfile.TemporaryDirectory()
+            self.started = Processes(self.folder.name)
+        return self.started
+
+    def __exit__(self, *_) -> None:
+        if self.started is not None:
+            self.started.stop()
+            self.folder.cleanup()
