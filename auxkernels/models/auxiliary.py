@@ -21,7 +21,7 @@ from .config_fields import describe_as
 from .configuration import AuxiliaryConfig
 from .frozen_base import Call, Given, OnFrozenBase
 from .gathering import written_by_one
-from .heads import CalledHead, check_output_head, output_head, probe, zero_output_head
+from .heads import OutputHead, check_output_head, output_head, probe, zero_output_head
 from .loading_options import pop_place, with_call_options
 from .modules import device_of, head_width, run
 from .paired_cache import PairedCache
@@ -260,7 +260,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
             return
         if self.config.head == "own":
             head, name = output_head(self.aux), "aux.lm_head"
-            if isinstance(head, CalledHead) or head.weight.requires_grad:
+            if not isinstance(head, OutputHead) or head.weight.requires_grad:
                 return
             is_blocked = is_dead(head)
         else:

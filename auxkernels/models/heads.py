@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from .. import checks
 from ..sources import Head, Logits, Source
-from .modules import backbone, call_of, device_of, features, head_width, is_called_whole, is_plain, run
+from .modules import (
+    backbone,
+    call_of,
+    device_of,
+    features,
+    head_width,
+    is_called_whole,
+    is_plain,
+    is_vocabulary_parallel,
+    run,
+)
 from .trunkless import has_trunk
 
 if TYPE_CHECKING:
@@ -84,15 +95,39 @@ class CalledHead(NamedTuple):
         return z if self.scale == 1.0 else self.scale * z
 
 
+class ParallelHead(NamedTuple):
+    """A head of which each process holds some columns (tensor parallelism); hidden states are the same on all of them.
+
+    A loss exchanges a few numbers a row; for logits the head is called and all columns are gathered.
+    """
+
+    weight: DTensor
+    bias: Tensor | None
+    call: Callable[[Tensor], Tensor]
+    scale: float
+    softcap: float | None
+
+    def source(self, hidden: Tensor) -> Head:
+        if not isinstance(hidden, DTensor):
+            hidden = DTensor.from_local(hidden, self.weight.device_mesh, [Replicate()], run_check=False)
+        return Head(hidden, self.weight, bias=self.bias, scale=self.scale, softcap=self.softcap)
+
+    def sources(self, hidden: Tensor) -> list[Head]:
+        return [self.source(hidden)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return CalledHead(self.call, self.scale, self.softcap).logits(hidden)
+
+
 _WITHOUT_SCALE = ("aya_vision", "cohere2_vision")  # whose text models alone apply their configuration's scale
 _OF_THE_MODEL = CalledHead(lambda logits: logits)  # behind a model that is called whole
 
 
-def output_head(model: PreTrainedModel) -> OutputHead | CalledHead:
+def output_head(model: PreTrainedModel) -> OutputHead | CalledHead | ParallelHead:
     """What turns `features` of a transformers causal LM into logits. `check_output_head` compares with the model.
 
     PEFT's wrappers are looked through: a head trained whole (`modules_to_save`), and LoRA on it. A head, or a model,
-    with hooks or with weights of other kinds is called.
+    with hooks or with weights of other kinds is called, but for heads that tensor parallelism cuts by their columns.
     """
     if is_called_whole(model):
         return _OF_THE_MODEL
@@ -113,6 +148,8 @@ def output_head(model: PreTrainedModel) -> OutputHead | CalledHead:
     multiplier = float(getattr(config, "output_multiplier", None) or 1.0)  # Muse multiplies in front of the softcap
     scale, softcap = scale * multiplier, None if softcap is None else float(softcap) / multiplier
     width = head_width(model)
+    if is_vocabulary_parallel(embeddings) and width == embeddings.out_features:
+        return ParallelHead(embeddings.weight, embeddings.bias, call_of(model, embeddings), scale, softcap)
     if not isinstance(layer, nn.Linear) or not is_plain(embeddings):
         called = call_of(model, embeddings)
         return CalledHead(lambda h: called(h)[..., :width], scale, softcap)

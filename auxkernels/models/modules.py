@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from .token_statistics import is_fused, original_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_FSDP, _TENSOR_PARALLEL = "torch.distributed.fsdp", "torch.distributed.tensor"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,20 +109,50 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_gathered(module: nn.Module) -> bool:
-    """Whether all that a call does more is to gather the weights of a unit of FSDP2, which is done at this point.
+    """Whether all that a call does more is to gather the weights of a unit of FSDP2, which is done at this point."""
+    return _is_in_gathered_unit(module) and _calls_no_more_than(module, _FSDP)
+
+
+def _is_in_gathered_unit(module: nn.Module) -> bool:
+    """Whether a module is in a unit of FSDP2 that another one's call has gathered.
 
     So it is in `fully_shard([norm, head])` once the norm has been called and the head has not: weights then are plain
     tensors until the backward pass, and FSDP takes their gradients whether the head is called or not. The outermost
     module with fully_shard ends the unit's forward pass in the head's place (since torch 2.13).
     """
-    if not isinstance(module, FSDPModule) or hasattr(module, "parametrizations") or "forward" in module.__dict__:
-        return False
-    hooks = [hook for name in _HOOKS for hook in getattr(module, name, {}).values()]
-    if not all(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp") for hook in hooks):
+    if not isinstance(module, FSDPModule):
         return False
     state = module._get_fsdp_state()
     has_begun = module in getattr(state, "_modules_to_run_forward", ())
     return has_begun and hasattr(state, "_force_complete_incomplete_states")
+
+
+def _calls_no_more_than(module: nn.Module, *origins: str) -> bool:
+    """Whether what a call does beside the class's forward are hooks of some parts of torch."""
+    if hasattr(module, "parametrizations") or "forward" in module.__dict__:
+        return False
+    return all(hook.startswith(origins) for hook in _hooks_of(module))
+
+
+def _hooks_of(module: nn.Module) -> list[str]:
+    """The modules that the hooks come from."""
+    return [getattr(hook, "__module__", "") for name in _HOOKS for hook in getattr(module, name, {}).values()]
+
+
+def is_vocabulary_parallel(layer: nn.Module) -> bool:
+    """Whether a head is a linear layer of which each process holds some rows, by tensor parallelism.
+
+    A weight alone does not say so: one that FSDP has sharded over the same processes, which then read other data, looks
+    the same. What does are the hooks of `parallelize_module`, and a mesh of one dimension once FSDP has gathered.
+    """
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return False
+    weight, hooks = layer.weight, _hooks_of(layer)
+    if not isinstance(weight, DTensor) or tuple(weight.placements) != (Shard(0),):
+        return False
+    if not any(hook.startswith(_TENSOR_PARALLEL) for hook in hooks):
+        return False
+    return _calls_no_more_than(layer, _TENSOR_PARALLEL, *((_FSDP,) if _is_in_gathered_unit(layer) else ()))
 
 
 def _is_dense(weight: Tensor) -> bool:

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from ..cross_entropy import LogitStats, aux_cross_entropies, aux_cross_entropy
 from ..sources import Logits, Source, row_scale
 from .auxiliary_inputs import IGNORE_INDEX
-from .heads import CalledHead, OutputHead, detached, output_head
+from .heads import CalledHead, OutputHead, ParallelHead, detached, output_head
 from .small import check_hidden_states, low_rank_head
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Term:
         """With a shared head: what is added to the base's hidden states, before it is scaled."""
         return self.model.aux_head(self.hidden.to(h_base.device))
 
-    def head(self) -> tuple[Tensor, OutputHead | CalledHead]:
+    def head(self) -> tuple[Tensor, OutputHead | CalledHead | ParallelHead]:
         """Without a shared head: the auxiliary's head and what enters it."""
         if self.model.config.head == "own":
             return self.hidden, output_head(self.model.aux)
@@ -295,7 +295,7 @@ def _is_one(scale: Scale) -> bool:
     return not isinstance(scale, Tensor) and scale == 1.0
 
 
-def _is_homogeneous(head: OutputHead | CalledHead) -> bool:
+def _is_homogeneous(head: OutputHead | CalledHead | ParallelHead) -> bool:
     """Whether a head of scaled hidden states gives scaled logits."""
     if not isinstance(head, OutputHead) or head.softcap is not None:
         return False

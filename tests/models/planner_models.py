@@ -21,7 +21,7 @@ def tiny_lm(architecture: str, dtype: torch.dtype = torch.float32, **options):
         config = GPT2Config(n_embd=16, n_layer=NUM_LAYERS, n_head=2, n_positions=64, **special, **options)
     else:
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-        config = LlamaConfig(**sizes, num_hidden_layers=NUM_LAYERS, **special, **options)
+        config = LlamaConfig(**{**sizes, **special, **options}, num_hidden_layers=NUM_LAYERS)
     lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():  # larger than the usual start, so that differences are far above rounding
         for weight in lm.parameters():

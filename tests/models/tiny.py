@@ -13,6 +13,7 @@ PAIRS = [(base, aux) for base in ARCHITECTURES for aux in ARCHITECTURES]
 def tiny_config(architecture: str, *, width: int = 16, layers: int = 2, vocab_size: int = VOCAB_SIZE, **options):
     """Configuration of a model of some thousand parameters; token 1 ends a text, token 0 pads."""
     common = {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, **options}
+    key_heads = common.pop("num_key_value_heads", 1)
     if architecture == "gpt2":
         return transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=2, n_positions=128, **common)
     return transformers.LlamaConfig(
@@ -20,7 +21,7 @@ def tiny_config(architecture: str, *, width: int = 16, layers: int = 2, vocab_si
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=key_heads,
         max_position_embeddings=128,
         **common,
     )

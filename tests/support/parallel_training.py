@@ -10,10 +10,11 @@ import torch.distributed as dist
 from tiny import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from auxkernels.models import AuxiliaryForCausalLM, sums
+from auxkernels.models import AuxiliaryForCausalLM, planner, sums
 from auxkernels.models.fsdp import apply_fully_shard
 
 STEPS, ROWS, LENGTH = 20, 8, 7
@@ -22,7 +23,7 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 def new_model(kind: str, architecture: str, is_tied: bool):
     """In float64: two ways that compute the same then differ by far less than what a wrong factor would change."""
-    options = _NO_DROPOUT if architecture == "gpt2" else {}
+    options = _NO_DROPOUT if architecture == "gpt2" else {"num_key_value_heads": 2}  # for two processes
     if kind == "auxiliary":
         base, aux = (tiny_model(architecture, seed=i, sharpness=4.0, **options) for i in (1, 2))
         model = AuxiliaryForCausalLM.from_base_and_aux(base, aux, zero_init=False)
@@ -50,7 +51,8 @@ def batch_of(kind: str, step: int, rows: slice) -> dict[str, torch.Tensor]:
 
 def trained(model, kind: str, accumulate: int, rank=0, world=1, group=None, rate=0.3) -> list[float]:
     """The losses of all rows; gradients of several processes are averages, hence the factor."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=0.5)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=rate, momentum=0.5, foreach=False)  # not all on one mesh
     losses, part = [], ROWS // accumulate // world
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
@@ -85,6 +87,50 @@ def trained_by_many(place, kind: str, architecture: str, is_tied: bool, accumula
     return trained(model, kind, accumulate, place.rank, place.size, place.group)
 
 
+def tensor_parallel(model, mesh, parts: str):
+    """Cuts the language models of `model`, of Llama's family, over a mesh: all linear layers, or some heads alone."""
+    rows, columns = RowwiseParallel(), ColwiseParallel()
+    layers = {
+        **{f"model.layers.*.self_attn.{name}_proj": columns for name in "qkv"},
+        "model.layers.*.self_attn.o_proj": rows,
+        **{f"model.layers.*.mlp.{name}_proj": columns for name in ("gate", "up")},
+        "model.layers.*.mlp.down_proj": rows,
+    }
+    head = {"lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
+    for lm in (
+        (model.lm,)
+        if hasattr(model, "lm")
+        else (model.aux,)
+        if parts == "auxiliary's head"
+        else (model.base, model.aux)
+    ):
+        parallelize_module(lm, mesh, {**(layers if parts == "all" else {}), **head})
+    return model
+
+
+def trained_by_cutting(place, kind: str, parts: str) -> tuple[list[float], set[str]]:
+    """Under tensor parallelism, where all processes read all rows; the losses, and how heads were read."""
+    model, kinds = tensor_parallel(new_model(kind, "llama", False), place.mesh, parts), set()
+    with seeing_heads(kinds):
+        return trained(model, kind, 1), kinds
+
+
+def trained_by_both(place, kind: str, accumulate: int) -> tuple[list[float], set[str]]:
+    """Under tensor parallelism of two and FSDP2 over two such pairs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = tensor_parallel(new_model(kind, "llama", False), mesh["tp"], "all")
+    model = apply_fully_shard(model, mesh["dp"], shard_frozen=True)
+    model.set_force_sum_reduction_for_comms(True)
+    kinds = set()
+    with seeing_heads(kinds):
+        return trained(model, kind, accumulate, mesh["dp"].get_local_rank(), 2, mesh["dp"].get_group()), kinds
+
+
+def generated_by_cutting(place) -> list[int]:
+    model = tensor_parallel(new_model("auxiliary", "llama", False), place.mesh, "all").eval()
+    return model.generate(torch.arange(3, 8).unsqueeze(0), max_new_tokens=8, do_sample=False)[0].tolist()
+
+
 def gradient_of_known(place) -> float:
     """Of a weight of one that each process multiplies by its rank + 1, under FSDP2: the mean."""
     module = torch.nn.Linear(1, place.size, bias=False)
@@ -95,22 +141,32 @@ def gradient_of_known(place) -> float:
     return module.weight.grad.full_tensor()[0].item()
 
 
-def kinds_of_heads(place, architecture: str, is_tied: bool) -> tuple[set[str], int]:
-    """How the loss read both heads, and how many of the auxiliary's weights have a gradient after a step."""
-    found, original = set(), sums.output_head
+@contextlib.contextmanager
+def seeing_heads(kinds: set[str]):
+    """Adds how a loss reads heads."""
+    originals = {module: module.output_head for module in (sums, planner)}
 
     def seen(model):
-        head = original(model)
-        found.add(type(head).__name__)
+        head = originals[sums](model)
+        kinds.add(type(head).__name__)
         return head
 
-    model = apply_fully_shard(new_model("auxiliary", architecture, is_tied), place.mesh, shard_frozen=True)
-    sums.output_head = seen
+    for module in originals:
+        module.output_head = seen
     try:
-        model(**batch_of("auxiliary", 0, slice(0, 2))).loss.backward()
+        yield
     finally:
-        sums.output_head = original
-    return found, sum(weight.grad is None for weight in model.aux.parameters())
+        for module, original in originals.items():
+            module.output_head = original
+
+
+def kinds_of_heads(place, architecture: str, is_tied: bool) -> tuple[set[str], int]:
+    """How the loss read both heads, and how many of the auxiliary's weights have no gradient after a step."""
+    model = apply_fully_shard(new_model("auxiliary", architecture, is_tied), place.mesh, shard_frozen=True)
+    kinds = set()
+    with seeing_heads(kinds):
+        model(**batch_of("auxiliary", 0, slice(0, 2))).loss.backward()
+    return kinds, sum(weight.grad is None for weight in model.aux.parameters())
 
 
 def saved(place, kind: str, folder: str, is_frozen_sharded: bool, options: dict) -> None:
