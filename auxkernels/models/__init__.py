@@ -15,8 +15,10 @@ from .configuration import AuxiliaryConfig
 from .ensemble import AuxiliaryEnsembleForCausalLM
 from .ensemble_cache import EnsembleCache
 from .ensemble_config import AuxiliaryEnsembleConfig
+from .fsdp import apply_fully_shard
 from .group import AuxiliaryGroupForCausalLM, AuxiliaryGroupOutput
 from .group_config import AuxiliaryGroupConfig
+from .label_statistics import label_statistics_of_all
 from .paired_cache import PairedCache
 from .planner import PlannerCausalLMOutput, PlannerForCausalLM
 from .planner_config import PlannerConfig
@@ -53,5 +55,7 @@ __all__ = [
     "PlannerConfig",
     "PlannerForCausalLM",
     "UnfreezePlanner",
+    "apply_fully_shard",
+    "label_statistics_of_all",
     "predicted_segments",
 ]

@@ -1,5 +1,6 @@
 """DistributedDataParallel, FSDP2 and tensor parallelism: many processes train as one does."""
 
+import numpy
 import parallel_training
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_generation_under_tensor_parallelism(running):
     model = parallel_training.new_model("auxiliary", "llama", False).eval()
     want = model.generate(torch.arange(3, 8).unsqueeze(0), max_new_tokens=8, do_sample=False)[0].tolist()
     assert running.run(2, parallel_training.generated_by_cutting) == [want] * 2
+
+
+def test_label_statistics_are_of_the_segments_of_all(running):
+    counts = [3, 5]
+    want = parallel_training.balanced(None, counts)
+    for found in running.run(2, parallel_training.balanced, counts):
+        for got, expected in zip(found, want, strict=True):
+            numpy.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])

@@ -2,15 +2,14 @@
 
 import importlib.util
 import re
-import textwrap
 from pathlib import Path
 
+import pages
 import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-BLOCKS = re.compile(r"^( *)```python\n(.*?)^\1```", flags=re.MULTILINE | re.DOTALL)
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCKS.search(page.read_text())]
+PAGES = [page for page in sorted(DOCS.glob("*.md")) if pages.blocks_of(page)]
 TEXTS = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
@@ -21,6 +20,7 @@ def test_there_are_pages():
         "caches",
         "memory",
         "models",
+        "parallel_training",
         "peft",
         "saving",
         "several_auxiliaries",
@@ -34,13 +34,10 @@ def test_there_are_pages():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_pages_examples_run_in_their_order(page):
-    blocks = [textwrap.dedent(block) for _, block in BLOCKS.findall(page.read_text())]
-    for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks), flags=re.MULTILINE):
+    for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(pages.blocks_of(page)), flags=re.MULTILINE):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    names: dict = {"__name__": page.stem}
-    for block in blocks:
-        exec(compile(block, page.name, "exec"), names)
+    pages.run(None, str(page))
 
 
 def test_the_index_lists_every_page():

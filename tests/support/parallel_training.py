@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from auxkernels.models import AuxiliaryForCausalLM, planner, sums
+from auxkernels.models import AuxiliaryForCausalLM, label_statistics_of_all, planner, sums
 from auxkernels.models.fsdp import apply_fully_shard
 
 STEPS, ROWS, LENGTH = 20, 8, 7
@@ -129,6 +129,27 @@ def trained_by_both(place, kind: str, accumulate: int) -> tuple[list[float], set
 def generated_by_cutting(place) -> list[int]:
     model = tensor_parallel(new_model("auxiliary", "llama", False), place.mesh, "all").eval()
     return model.generate(torch.arange(3, 8).unsqueeze(0), max_new_tokens=8, do_sample=False)[0].tolist()
+
+
+def balanced(place, counts: list[int] | None = None):
+    """Entropy and usage of labels, and the planner's gradient of a loss of them; counts: segments of each process."""
+    rank = 0 if place is None else place.rank
+    model = new_model("planner", "llama", False)
+    features = torch.randn(sum(counts), planner_models.FEATURES, generator=torch.Generator().manual_seed(5))
+    start = 0 if place is None else sum(counts[:rank])
+    own = features.double()[start : sum(counts) if place is None else start + counts[rank]]
+    tokens = torch.arange(3, 3 + max(len(own), 1)).unsqueeze(0)
+    output = model(
+        tokens, segment_ids=torch.arange(tokens.shape[1]).unsqueeze(0), planner_inputs={"features": own}, labels=tokens
+    )
+    if place is not None:
+        output = label_statistics_of_all(output, place.group)
+    (output.label_usage.square().sum() + 0.5 * output.label_entropy).backward()
+    grad = model.planner.head.weight.grad
+    if place is not None:
+        dist.all_reduce(grad, group=place.group)
+        grad /= place.size
+    return [t.detach().numpy() for t in (output.label_entropy, output.label_usage, grad)]
 
 
 def gradient_of_known(place) -> float:
