@@ -3,7 +3,7 @@
 `aux_cross_entropy` and `logit_stats` add the logits of a base and an auxiliary model and take their log-softmax
 cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`;
 `aux_cross_entropies` does so for several auxiliaries of one base. The contract is docs/contract.md. `soft_embedding`
-mixes label embeddings by predicted probabilities.
+mixes label embeddings by predicted probabilities. `VocabShard` says which columns of a vocabulary a process holds.
 """
 
 from . import nn

@@ -335,11 +335,12 @@ def in_range_message(shape: torch.Size, row: int, value: int, vocab_size: int, i
 # -- soft_embedding ----------------------------------------------------------------------------------------------------
 
 
-def tables(value: object) -> Tensor:
+def tables(value: object, may_lack_labels: bool = False) -> Tensor:
     tensor = floating("table", value)
     if tensor.dim() not in (2, 3):
         raise ValueError(f"table must be [K, D] or [L, K, D], got {list(tensor.shape)}")
-    if tensor.shape[0] == 0 or tensor.shape[-1] == 0:
+    needed = tensor.shape[:-2] + tensor.shape[-1:] if may_lack_labels else (tensor.shape[0], tensor.shape[-1])
+    if 0 in needed:
         raise ValueError(f"table must have at least one table and one column, got {list(tensor.shape)}")
     return tensor
 

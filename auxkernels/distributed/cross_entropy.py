@@ -247,7 +247,7 @@ def _own_call(
     group = shard.processes()
     assert group is not None, "there are several processes"
     shard = shard.up_to(arguments.vocab_size)
-    sources = local.own_sources([*base, *aux], shard, agreement, found.facts, group, summed)
+    sources, _ = local.own_sources([*base, *aux], shard, agreement, found.facts, group, summed)
     target, ignore_index = arguments.target, arguments.ignore_index
     own = arguments._replace(
         base=sources[: len(base)],

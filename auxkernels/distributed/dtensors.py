@@ -129,13 +129,13 @@ def _check_group(name: str, tensor: DTensor, shard: VocabShard) -> None:
 def _own(name: str, source: Source, shard: VocabShard, summed: list[Tensor]) -> Source:
     scale = _whole(f"scale of {name}", source.scale, shard)
     if isinstance(source, Logits):
-        return replace(source, values=_columns(name, source.values, -1, shard), scale=scale)
+        return replace(source, values=columns_of(name, source.values, -1, shard), scale=scale)
     hidden = _hidden(f"hidden of {name}", source.hidden, shard, summed)
-    weight, bias = (_columns(f"{part} of {name}", getattr(source, part), 0, shard) for part in ("weight", "bias"))
+    weight, bias = (columns_of(f"{part} of {name}", getattr(source, part), 0, shard) for part in ("weight", "bias"))
     return Head(hidden, weight, bias=bias, scale=scale, softcap=source.softcap)
 
 
-def _columns(name: str, tensor: Any, dim: int, shard: VocabShard) -> Any:
+def columns_of(name: str, tensor: Any, dim: int, shard: VocabShard) -> Any:
     """The own columns of what is cut along `dim`, all columns of what is not cut."""
     if not isinstance(tensor, DTensor):
         return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -62,14 +63,16 @@ def own_sources(
     facts: Facts,
     group: ProcessGroup,
     summed: tuple[Tensor, ...] = (),
-) -> list[Source]:
-    """The sources' own columns, with gradients of what all processes hold that are added up over them.
+    also: Sequence[Tensor] = (),
+) -> tuple[list[Source], list[Tensor]]:
+    """(the sources' own columns, `also`), with gradients of what all processes hold that are added up over them.
 
     shard    the columns that count
     summed   tensors whose gradients are added up elsewhere
+    also     further tensors that all processes hold
     """
     of_all = [agreement.is_of_all_columns(i, facts) for i in range(len(sources))]
-    held: list[Tensor] = []  # by all processes
+    held = list(also)  # by all processes
     for source, is_of_all in zip(sources, of_all, strict=True):
         held += [
             t for t in _held_by_all(source, is_of_all) if isinstance(t, Tensor) and not any(t is s for s in summed)
@@ -89,7 +92,7 @@ def own_sources(
         bias = None if source.bias is None else of(source.bias)[columns]
         weight = of(source.weight)[columns]
         found.append(Head(of(source.hidden), weight, bias=bias, scale=scale, softcap=source.softcap))
-    return found
+    return found, [of(tensor) for tensor in also]
 
 
 def _held_by_all(source: Source, is_of_all: bool) -> list[object]:

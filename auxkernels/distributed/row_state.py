@@ -110,7 +110,7 @@ def disagreeing(sent: Sent, size: int) -> Tensor:
     return found if sent.targets is None else found | (sent.targets != sent.targets[:1]).any(0)
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
     """A softmax over all columns, from those of the processes."""
 
     max: Tensor  # [N]
@@ -130,7 +130,7 @@ class _Softmax(NamedTuple):
         return torch.where(p == 0, 0.0, p * (of_ranks + (maxima - maxima.amax(0)))).sum(0)
 
 
-def _softmax_of(maxima: Tensor, log_denoms: Tensor) -> _Softmax:
+def softmax_of(maxima: Tensor, log_denoms: Tensor) -> Softmax:
     largest = maxima.amax(0)  # NaN if one is
     shift = maxima - largest
     share = shift.exp() * log_denoms.exp()
@@ -138,7 +138,7 @@ def _softmax_of(maxima: Tensor, log_denoms: Tensor) -> _Softmax:
     first = (maxima == largest).int().argmax(0, keepdim=True)
     is_first = torch.zeros_like(maxima, dtype=torch.bool).scatter_(0, first, True)
     others = torch.where(is_first, torch.expm1(log_denoms) + (share - share), share).sum(0)
-    return _Softmax(largest, shift, share, torch.log1p(others))
+    return Softmax(largest, shift, share, torch.log1p(others))
 
 
 def _argmax(classes: Tensor, maxima: Tensor, largest: Tensor) -> Tensor:
@@ -150,14 +150,14 @@ def _argmax(classes: Tensor, maxima: Tensor, largest: Tensor) -> Tensor:
 def merged(sent: Sent, wanted: int) -> dict[str, Tensor]:
     """The wanted fields [N] of the whole rows, float64 and int64."""
     rows = sent.rows
-    of_sum = _softmax_of(rows["max"], rows["log_denom"])
+    of_sum = softmax_of(rows["max"], rows["log_denom"])
     found = {"max": of_sum.max, "log_denom": of_sum.log_denom}
     if "nll" in rows:
         found["nll"] = of_sum.nll(rows["nll"], rows["log_denom"])
     if "mean_sum" in rows:
         found["mean_sum"] = of_sum.mean(rows["mean_sum"], rows["max"])
     if "base_max" in rows:
-        of_base = _softmax_of(rows["base_max"], rows["base_log_denom"])
+        of_base = softmax_of(rows["base_max"], rows["base_log_denom"])
         found |= {"base_max": of_base.max, "base_log_denom": of_base.log_denom}
         if "mean_base" in rows:
             found["mean_base"] = of_sum.mean(rows["mean_base"], rows["base_max"])

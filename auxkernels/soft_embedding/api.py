@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..sources import Source, SourceLike, as_sources, leaves_of
+from ..sources import Source, SourceLike, as_sources, has_dtensor, leaves_of
 from . import autograd, native_plain, ops, reference
 from .request import mask_of
+
+if TYPE_CHECKING:
+    from ..distributed.shard import VocabShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,7 @@ def soft_embedding(
     top_k: int | None = None,
     return_stats: bool = False,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, LookupStats]:
     """softmax(logits / temperature) @ table: label embeddings mixed by predicted probabilities, which are never saved.
 
@@ -70,12 +74,23 @@ def soft_embedding(
     top_k         mix the likeliest labels only, renormalised; the others get no gradient. Ties: lowest label.
     return_stats  also return `LookupStats` of the probabilities, differentiable but for the argmax.
     backend       "auto", or "reference", "native", "triton": that one or an error.
+    shard         the labels that this process holds, of scores and table, where they are sharded over processes (what
+                  has all labels is cut); the mask is of all labels. No other option then. See docs/distributed.md.
     Returns       [*, D] or [L, *, D] in the table's dtype (under autocast in autocast's).
     Raises        TypeError, ValueError: dtype, shape, device, option. RuntimeError: an unavailable backend; double
                   differentiation.
     Source        Cornille et al. 2024 (planner with soft labels); Jang et al. 2017 (Gumbel-softmax, straight-through);
                   Bengio et al. 2013 (straight-through).
     """
+    if shard is not None or has_dtensor(logits, table):
+        from ..distributed import soft_embedding as sharded
+
+        resolved = sharded.resolved(logits, table, shard)
+        if resolved.shard is not None:
+            others = {"hard": hard, "gumbel": gumbel, "clean_gradient": clean_gradient, "seed": seed, "top_k": top_k}
+            others["return_stats"] = return_stats
+            return sharded.soft_embedding(resolved, temperature, mask, backend, others)
+        logits, table = resolved[:2]
     has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
     has_option = has_option or clean_gradient is not False
     is_plain = not has_option and type(gumbel) in (float, int) and gumbel == 0
@@ -144,21 +159,21 @@ def _checked(
     options = checks.lookup_options(temperature, hard, gumbel, seed, mask, top_k, shape, num_labels, device)
     temperature, hard, gumbel, seed, top_k = options
     if type(temperature) is float:
-        temperature = _in_range(temperature, compute)
+        temperature = in_range(temperature, compute)
     clean_gradient = checks.gradient_option(clean_gradient, hard)
     backend = dispatch.resolve(backend, device, compute)
     has_noise = isinstance(gumbel, Tensor) or gumbel != 0
     leaves: list[Tensor | None] = []
     for source in sources:
         scale = source.scale if isinstance(source.scale, Tensor) or source.scale != 1.0 else None
-        leaves += leaves_of(source, _number(scale, compute, device))
+        leaves += leaves_of(source, number(scale, compute, device))
     is_plain = not isinstance(temperature, Tensor) and temperature == 1.0
     softcaps = tuple([float(source.softcap or 0.0) for source in sources])
     call = ops.Call(
         tuple(leaves),
-        None if is_plain else _number(temperature, compute, device),
+        None if is_plain else number(temperature, compute, device),
         table,
-        _number(gumbel, compute, device) if has_noise else None,
+        number(gumbel, compute, device) if has_noise else None,
         _seed(seed, device) if has_noise else None,
         mask,
         ops.Options(softcaps, autocast, top_k, hard, backend),
@@ -166,13 +181,13 @@ def _checked(
     return _Arguments(sources, options, clean_gradient and has_noise, call)
 
 
-def _in_range(temperature: float, compute: torch.dtype) -> float:
+def in_range(temperature: float, compute: torch.dtype) -> float:
     """A temperature that the compute dtype has: neither rounded to 0 nor, if it is not infinite, beyond the largest."""
     finfo = torch.finfo(compute)
     return max(temperature, finfo.smallest_normal) if temperature <= finfo.max else math.inf
 
 
-def _number(value: float | Tensor | None, compute: torch.dtype, device: torch.device) -> Tensor | None:
+def number(value: float | Tensor | None, compute: torch.dtype, device: torch.device) -> Tensor | None:
     if isinstance(value, Tensor):
         return value if value.dtype == compute else value.to(compute)
     return dispatch.number_tensor(value, compute, device)

@@ -79,7 +79,7 @@ def _upstream(wanted: int, of_fields: Sequence[Tensor | None]) -> Upstream:
     return Upstream(*(given.get(name) for name in _DIFFERENTIABLE))
 
 
-def _per_tensor(grads: list[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def per_tensor(grads: list[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """The numbers for each row of a 0-d scale or temperature, added up."""
     found = list(grads)
     num_leaves = len(tensors) - 2
@@ -124,7 +124,7 @@ class _SoftEmbedding(torch.autograd.Function):
         if grad is not None or any(t is not None for t in of_fields):
             call, upstream = _call_of(ctx.options, gumbel, seed, mask, tensors), _upstream(ctx.wanted, of_fields)
             made = iter(ops.backward(call, State(max, log_denom, argmax, labels), grad, upstream, needs))
-            grads = _per_tensor([next(made) if need else None for need in needs], tensors)
+            grads = per_tensor([next(made) if need else None for need in needs], tensors)
         return (None, None, None, None, None, *once(_WHO, grads, (*tensors, grad, *of_fields)))
 
 
@@ -205,7 +205,7 @@ class _CleanStraightThrough(torch.autograd.Function):
         if any(needs_rest) and (grad is not None or any(t is not None for t in of_fields)):
             clean, upstream = call._replace(gumbel=None, seed=None), _upstream(ctx.wanted, of_fields)
             made = iter(ops.backward(clean, state, grad, upstream, [*needs_rest, False]))
-            grads = _per_tensor([*(next(made) if need else None for need in needs_rest), None], tensors)
+            grads = per_tensor([*(next(made) if need else None for need in needs_rest), None], tensors)
         if needs_table and grad is not None:
             # of the state it reads the label, and whether the row is a distribution, which noise does not change
             noisy = state._replace(argmax=chosen, labels=None)

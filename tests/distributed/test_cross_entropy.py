@@ -9,7 +9,7 @@ from tolerance import assert_alike, check_results
 
 from auxkernels import Head, Logits, VocabShard
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120, func_only=True)  # not of the processes' start
 short = {torch.float32: "f32", torch.bfloat16: "bf16"}.get
 BF16 = torch.bfloat16
 

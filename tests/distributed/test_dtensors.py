@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 import auxkernels
 from auxkernels import Logits, VocabShard, logit_stats
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120, func_only=True)  # not of the processes' start
 short = {torch.float32: "f32", torch.bfloat16: "bf16"}.get
 LAYOUTS = {
     "replicated rows": {},
@@ -140,16 +140,16 @@ def test_a_weight_whose_shard_is_given(running):
 def test_what_cannot_be_meant(running, function, kind, said):
     case = Case(None, sharded.head((4,), 12, 8, torch.float32), torch.tensor([0, 3, 7, 11]))
     case.base = case.aux if function is dtensor_cases.call_with_other_bounds else None
-    for _, error in running.tried(2, function, case, limit=10.0):
+    for _, error in running.tried(2, function, case, limit=60.0):
         assert error is not None and error[0] is kind and said in error[1], error
 
 
 def test_sources_that_disagree(running):
     base, aux = (sharded.head((4,), size, 8, torch.float32) for size in (12, 10))
-    for _, error in running.tried(2, dtensor_cases.call, Case(base, aux, torch.zeros(4).long()), {}, limit=10.0):
+    for _, error in running.tried(2, dtensor_cases.call, Case(base, aux, torch.zeros(4).long()), {}, limit=60.0):
         assert error[0] is ValueError and "must hold the same columns" in error[1]
     case = Case(sharded.head((4,), 12, 8, torch.float32), logits(4, 12), torch.zeros(4).long())
-    for _, error in running.tried(2, dtensor_cases.call, case, {"logits": Shard(0)}, limit=10.0):
+    for _, error in running.tried(2, dtensor_cases.call, case, {"logits": Shard(0)}, limit=60.0):
         assert error[0] is TypeError and "aux must be Shard(-1) or Replicate" in error[1]
 
 

@@ -9,7 +9,7 @@ from tolerance import assert_alike
 
 from auxkernels import Logits, logit_stats
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120, func_only=True)  # not of the processes' start
 V = 50
 
 
