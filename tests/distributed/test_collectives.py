@@ -1,8 +1,5 @@
 """What a call sends: nothing may be added to it unnoticed."""
 
-import re
-from pathlib import Path
-
 import pytest
 import sharded
 import torch
@@ -11,7 +8,6 @@ from oracle import Case
 
 pytestmark = pytest.mark.timeout(120, func_only=True)  # not of the processes' start
 N, V, WORLD = 24, 50, 2
-WORLD_OF_PAGE = 4  # all processes, as the default group has them
 CHECK = ("allgather_base", 416)  # that all make the same call, on CPU alone
 BOUNDS = sharded.even(V, WORLD)
 
@@ -71,9 +67,3 @@ def test_statistics_send_their_parts_and_first_the_targets_sums(running):
     case = Case(logits(N, V), logits(N, V, requires_grad=True), targets(N, vocab_size=V), {"return_stats": True})
     sums = ("allgather_base", 4 * 2 * N)
     check(running, case, [CHECK, sums, rows(11)], [])
-
-
-def test_the_page_runs_on_several_processes(running):
-    page = Path(__file__).parents[2] / "docs" / "distributed.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    running.run(WORLD_OF_PAGE, sharded.run_blocks, blocks)

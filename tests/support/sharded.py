@@ -226,10 +226,3 @@ def count_in_chunks(place: Place, case: Case, bounds: list[tuple[int, int]]):
         return count_collectives(place, case, bounds)
     finally:
         chunk_settings.num_bytes = None
-
-
-def run_blocks(place: Place, blocks: list[str]) -> None:
-    """A page's Python, from its first block to its last."""
-    names: dict = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, "page", "exec"), names)
