@@ -119,12 +119,16 @@ class Job(ReproductionJob):
             name, planner, loss_of, count, scale.planner_steps, scale.planner_batch, scale.planner_rate, seed
         )
 
+    def codebook(self) -> Tensor:
+        """What the label embeddings start as, [K, label_dim]."""
+        return self.labels.centroids
+
     def fit_arm(self, name: str, planner: Planner, seed: int, split: str = "test") -> dict:
         """Trains one way of conditioning, from the pretrained planner, which is not changed, and measures it.
 
         `seconds` and `train_loss` are those of the second stage; the first one may be shared with another way.
         """
-        scale, codebook = self.scale, self.labels.centroids
+        scale, codebook = self.scale, self.codebook()
         start = ARMS[name].start or name
         arm, init = ARMS[name], scale.conditioning_init
         model = conditioned_lm(self.conditioned, copy.deepcopy(planner), arm, codebook, seed, init, self.layers)

@@ -55,6 +55,15 @@ class PretrainedJob(Job):
             self.states[key] = outputs.last_hidden_state
         return {"inputs_embeds": self.states[key]}
 
+    def codebook(self) -> Tensor:
+        """The centroids, and a one: what this text has in common is learnt by all labels together.
+
+        The language model has not been trained on it, and that is by far the most of what conditioning can give;
+        from centroids alone each label would have to learn it anew.
+        """
+        centroids = self.labels.centroids
+        return torch.cat([centroids, torch.ones_like(centroids[:, :1])], dim=1)
+
     def fit_base(self) -> dict:
         config = self.base.config
         return {

@@ -138,9 +138,9 @@ SCALES: dict[str, Scale] = {
         planner_steps=1000,
         planner_rate=1e-3,
         start_steps=60,
-        start_rate=1e-2,
+        start_rate=5e-3,
         joint_steps=60,
-        joint_rate=1e-3,
+        joint_rate=5e-4,
         conditioning_init="zero_projection",
     ),
 }
