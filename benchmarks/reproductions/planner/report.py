@@ -191,6 +191,7 @@ def _setting(results: dict) -> str:
     is_pretrained, test = "language_model" in scale, text["splits"]["test"]
     first, count = (scale["first_layer"], results["base"]["layers"]) if is_pretrained else (2, scale["layers"])
     place = f"the input of layers {first + 1} to {count}"
+    shared = ", beside a one that all labels share," if is_pretrained else ""
     if "soft_attention" in arms_of(results):
         place += ' ("in the attention": to the outputs of its heads)'
     num_seeds = len(runs_of(results, REFERENCE))
@@ -203,7 +204,7 @@ def _setting(results: dict) -> str:
         f"embedded by {embedded} and {scale['label_dim']} singular vectors; labels are {scale['num_labels']} k-means "
         f"centroids. The planner reads the {scale['context']} verses before, also those outside the language model's "
         f"window, and is pretrained for {scale['planner_steps']} steps to predict the nearest centroid. Each way adds "
-        f"label embeddings to {place} and is trained with the language model's loss "
+        f"label embeddings{shared} to {place} and is trained with the language model's loss "
         f"on the same {runs[0]['examples']:,} windows: {scale['start_steps']} steps of the conditioning alone, then "
         f'{scale["joint_steps"]} at a lower rate, where "end to end" trains the planner too. The {num_seeds} seeds '
         f"share text, base, embeddings and codebook; planner, its pretraining and the windows' order are each "
