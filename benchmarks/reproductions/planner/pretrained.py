@@ -56,13 +56,15 @@ class PretrainedJob(Job):
         return {"inputs_embeds": self.states[key]}
 
     def codebook(self) -> Tensor:
-        """The centroids, and a one: what this text has in common is learnt by all labels together.
+        """The centroids, and a number beside them: what this text has in common is learnt by all labels together.
 
         The language model has not been trained on it, and that is by far the most of what conditioning can give;
-        from centroids alone each label would have to learn it anew.
+        from centroids alone each label would have to learn it anew. The number is as large as a centroid's entries
+        together: Adam moves all weights of the projection alike, so that it counts as much as one fixed label does.
         """
         centroids = self.labels.centroids
-        return torch.cat([centroids, torch.ones_like(centroids[:, :1])], dim=1)
+        size = centroids.abs().sum(dim=1).mean()
+        return torch.cat([centroids, size.expand(len(centroids), 1)], dim=1)
 
     def fit_base(self) -> dict:
         config = self.base.config

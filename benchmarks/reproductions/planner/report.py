@@ -191,7 +191,7 @@ def _setting(results: dict) -> str:
     is_pretrained, test = "language_model" in scale, text["splits"]["test"]
     first, count = (scale["first_layer"], results["base"]["layers"]) if is_pretrained else (2, scale["layers"])
     place = f"the input of layers {first + 1} to {count}"
-    shared = ", beside a one that all labels share," if is_pretrained else ""
+    shared = ", beside an entry that all labels share," if is_pretrained else ""
     if "soft_attention" in arms_of(results):
         place += ' ("in the attention": to the outputs of its heads)'
     num_seeds = len(runs_of(results, REFERENCE))
