@@ -137,7 +137,8 @@ def test_every_way_at_the_layers_input_has_every_seed_and_learns(miniature):
         if run["arm"] in ("hard", "soft_frozen"):
             assert run["accuracy"] == results["planners"][run["seed"]]["accuracy"], "a frozen planner has changed"
     trained = {run["arm"]: run["trained_parameters"] for run in results["runs"]}
-    conditioned = 2 * (MINIATURE.num_labels * MINIATURE.label_dim + 32 * MINIATURE.label_dim + 32)
+    entries = MINIATURE.label_dim + 1  # and the one that all labels share
+    conditioned = 2 * (MINIATURE.num_labels * entries + 32 * entries + 32)
     assert trained["hard"] == conditioned < trained["soft"] == trained["straight_through"]
 
 

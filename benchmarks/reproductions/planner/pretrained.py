@@ -58,9 +58,9 @@ class PretrainedJob(Job):
     def codebook(self) -> Tensor:
         """The centroids, and a number beside them: what this text has in common is learnt by all labels together.
 
-        The language model has not been trained on it, and that is by far the most of what conditioning can give;
-        from centroids alone each label would have to learn it anew. The number is as large as a centroid's entries
-        together: Adam moves all weights of the projection alike, so that it counts as much as one fixed label does.
+        The language model has not been trained on it, and that is by far the most of what conditioning can give. The
+        number is as large as a centroid's entries together: Adam moves all weights of the projection alike, so that it
+        counts as much as one fixed label does, where the projection's bias alone would learn several times slower.
         """
         centroids = self.labels.centroids
         size = centroids.abs().sum(dim=1).mean()
