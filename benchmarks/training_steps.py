@@ -1,9 +1,11 @@
 """``python -m benchmarks.training_steps [MODEL]``: whole training steps, the base run or read from a cache.
 
 The auxiliary is `aux="small"` of the pretrained base, or several of them are trained by one pass. A step is forward,
-backward and AdamW on one batch of docstrings, whose tokens count once for each auxiliary; the order of the methods
-turns by one each step, and a method's time is the median over all steps but the first. Memory is the most that a step
-holds beyond what was there before it. MODEL: a name or a folder; without: the one that `make pretrained` fetches.
+backward and AdamW (fused, as Trainer's) on one batch of docstrings, whose tokens count once for each auxiliary; the
+order of the methods turns by one each step, and a method's time is the median over all steps but the first. Memory is
+the most that a step holds beyond what was there before it. Beside a bfloat16 base, the auxiliaries' float32 weights are
+trained under autocast, as by Trainer's `bf16`. MODEL: a name or a folder; without: the one that `make pretrained`
+fetches.
 """
 
 from __future__ import annotations
@@ -56,12 +58,14 @@ def _summed_in_eager(base: PreTrainedModel, aux: PreTrainedModel, batch: Tensor)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
-def _method(model: Model, loss_of: Callable[[Model], Tensor]) -> Method:
+def _method(model: Model, loss_of: Callable[[Model], Tensor], autocast: bool) -> Method:
     trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> None:
-        loss_of(model).backward()
+        with torch.autocast(trained[0].device.type, torch.bfloat16, enabled=autocast):
+            loss = loss_of(model)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if trained[0].is_cuda:
@@ -70,11 +74,14 @@ def _method(model: Model, loss_of: Callable[[Model], Tensor]) -> Method:
     return Method(step, len(model._auxiliaries))
 
 
-def methods_of(base: PreTrainedModel, tokens: Tensor, folder: str, num_auxiliaries: int) -> dict[str, Method]:
-    """All methods, on the same tokens [rows, length]. num_auxiliaries: of a group."""
+def methods_of(
+    base: PreTrainedModel, tokens: Tensor, folder: str, num_auxiliaries: int, autocast: bool = False
+) -> dict[str, Method]:
+    """All methods, on the same tokens [rows, length]. num_auxiliaries: of a group; autocast: to bfloat16."""
     device, examples = tokens.device, [{"input_ids": row.tolist()} for row in tokens]
     dtype = str(base.dtype).removeprefix("torch.")
-    options = {"batch_size": len(examples), "dtype": dtype, "trunk_layers": [0]}  # a shared head's auxiliary reads it
+    options = {"batch_size": len(examples), "dtype": dtype, "autocast": "bfloat16" if autocast else None}
+    options["trunk_layers"] = [0]  # a shared head's auxiliary reads it
     cache = BaseCache.create(folder, base, examples, lse=False, **options)
     head = cache.base_head().to(device)
 
@@ -91,14 +98,15 @@ def methods_of(base: PreTrainedModel, tokens: Tensor, folder: str, num_auxiliari
         batch = DataCollatorForBaseCache()([items[i] for i in range(len(items))])
         return {name: values.to(device) for name, values in batch.items()}
 
-    return {
-        EAGER: _method(small(base), lambda model: _summed_in_eager(base, model.aux, tokens)),
-        ONLINE: _method(small(base), lambda model: model(tokens, labels=tokens).loss),
-        CACHED: _method(small(head), lambda model: model(**batch_of(model)).loss),
-        SHARED: _method(small(head, "shared"), lambda model: model(**batch_of(model)).loss),
-        GROUP_ONLINE: _method(group(base), lambda model: model(tokens, labels=tokens).loss),
-        GROUP_CACHED: _method(group(head), lambda model: model(**batch_of(model)).loss),
+    made: dict[str, tuple[Model, Callable[[Model], Tensor]]] = {
+        EAGER: (small(base), lambda model: _summed_in_eager(base, model.aux, tokens)),
+        ONLINE: (small(base), lambda model: model(tokens, labels=tokens).loss),
+        CACHED: (small(head), lambda model: model(**batch_of(model)).loss),
+        SHARED: (small(head, "shared"), lambda model: model(**batch_of(model)).loss),
+        GROUP_ONLINE: (group(base), lambda model: model(tokens, labels=tokens).loss),
+        GROUP_CACHED: (group(head), lambda model: model(**batch_of(model)).loss),
     }
+    return {name: _method(model, loss_of, autocast) for name, (model, loss_of) in made.items()}
 
 
 def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -110,12 +118,17 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     return base, AutoTokenizer.from_pretrained(arguments.model, **files)
 
 
+def autocasts(arguments: argparse.Namespace) -> bool:
+    return arguments.dtype == "bfloat16" if arguments.autocast is None else arguments.autocast
+
+
 def compare(arguments: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (base, tokenizer), corpus = load(arguments), standard_library.load_corpus()
     tokens = windows(tokenizer, corpus.train_docstrings, arguments.length, arguments.rows, 0).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        methods = methods_of(base.to(device), tokens, f"{folder}/cache", arguments.auxiliaries)
+        options = arguments.auxiliaries, autocasts(arguments)
+        methods = methods_of(base.to(device), tokens, f"{folder}/cache", *options)
         seconds: dict[str, list[float]] = {name: [] for name in methods}
         names = list(methods)
         for i in range(arguments.steps):
@@ -125,7 +138,8 @@ def compare(arguments: argparse.Namespace) -> dict:
                 seconds[name].append(time.perf_counter() - begun)
         memory = {name: peak_bytes(method.step, device) for name, method in methods.items()}
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    found = {"base_parameters": base.num_parameters(), "dtype": arguments.dtype, "tokens_per_step": tokens.numel()}
+    found = {"base_parameters": base.num_parameters(), "dtype": arguments.dtype, "autocast": autocasts(arguments)}
+    found["tokens_per_step"] = tokens.numel()
     found["methods"] = {
         name: {
             "auxiliaries": methods[name].num_auxiliaries,
@@ -139,7 +153,8 @@ def compare(arguments: argparse.Namespace) -> dict:
 
 
 def table(found: dict) -> Table:
-    made = Table(title=f"steps of {found['tokens_per_step']} tokens, base in {found['dtype']}")
+    under = ", autocast" if found["autocast"] else ""
+    made = Table(title=f"steps of {found['tokens_per_step']} tokens, base in {found['dtype']}{under}")
     for name in ("step", "auxiliaries", "tokens a second", "times eager", "memory, MB"):
         made.add_column(name, justify="left" if name == "step" else "right")
     eager = found["methods"][EAGER]
@@ -155,6 +170,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a pretrained causal LM with a tokenizer; none: SmolLM2-135M")
     parser.add_argument("--gguf-file", help="in that folder")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of base and cache")
+    autocast = {"action": argparse.BooleanOptionalAction, "help": "to bfloat16 (default: with a bfloat16 base)"}
+    parser.add_argument("--autocast", **autocast)
     parser.add_argument("--steps", type=int, default=11, help="of each method; the first is not counted")
     parser.add_argument("--rows", type=int, default=4, help="texts in a batch")
     parser.add_argument("--length", type=int, default=256, help="tokens in a text")

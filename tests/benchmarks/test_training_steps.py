@@ -41,6 +41,17 @@ def test_every_method_trains_on_the_same_loss(monkeypatch, tmp_path):
     torch.testing.assert_close(eager_after, online_after, rtol=1e-4, atol=0)
 
 
+def test_under_autocast_a_cache_gives_the_losses_of_the_whole_base(monkeypatch, tmp_path):
+    losses, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (losses.append(loss.item()), backward(loss)))
+    base, tokens = tiny_model("llama").to(torch.bfloat16), torch.randint(2, 61, (3, 9))
+    methods = training_steps.methods_of(base, tokens, str(tmp_path / "cache"), 2, autocast=True)
+    for method in (*methods.values(), *methods.values()):
+        method.step()
+    after = dict(zip(methods, losses[len(methods) :], strict=True))
+    assert after[ONLINE] == after[CACHED] and after[GROUP_ONLINE] == after[GROUP_CACHED]
+
+
 def test_without_a_model_it_is_the_packaged_one(monkeypatch):
     arguments = argparse.Namespace(model=None, dtype="bfloat16", gguf_file=None)
     monkeypatch.setattr(training_steps.pretrained, "load_language_model", lambda dtype: dtype)
@@ -59,7 +70,8 @@ def test_the_table_has_each_method_beside_eager():
         for name, (seconds, count, peak) in methods.items()
     }
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(training_steps.table({"tokens_per_step": 27, "dtype": "float32", "methods": rows}))
+    found = {"tokens_per_step": 27, "dtype": "float32", "autocast": False, "methods": rows}
+    console.print(training_steps.table(found))
     lines = console.export_text().splitlines()
     assert any(all(word in line for word in (EAGER, "14", "1.00", "4")) for line in lines)
     assert any(all(word in line for word in (ONLINE, "27", "2.00", "unknown")) for line in lines)
