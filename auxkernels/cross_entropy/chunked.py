@@ -24,7 +24,7 @@ from ..heads.operands import (
     operand_of,
 )
 from ..heads.products import operand_dtype, plan_of
-from ..heads.rows import Rows, chunks_of, rows_that_count, settings
+from ..heads.rows import Rows, chunks_of, fewest_rows, rows_that_count, settings
 from ..heads.shared_weights import as_one, groups_of
 from ..sources import LAYOUTS, NUMBERS, ROWS, SHARED, Leaves, SourceTensors
 from .request import (
@@ -90,7 +90,8 @@ class ChunkedCall:
         shared = (request.vocab_size, request.compute(), request.autocast)
         of_chunks = (num_columns or request.vocab_size, *shared[1:])
         row_bytes = bytes_per_row(ones, wants, *of_chunks, self.in_place, self.rows.keeps_all())
-        self.chunks = chunks_of(self.rows.num_rows, row_bytes, settings.budget(request.first().device))
+        device = request.first().device
+        self.chunks = chunks_of(self.rows.num_rows, row_bytes, settings.budget(device), fewest_rows(device))
         if ignored is not None:
             ignored = None if self.rows.kept is not None else ignored.flatten()
         self.context = Context(self.rows, self.chunks, ignored, *shared, self.in_place, keeps_wide)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import dispatch, native
 from ..heads.operands import Buffers, Context, bytes_per_row, padded, plain_operand_of
 from ..heads.products import WeightGradient, multiply, plan_of
-from ..heads.rows import Rows, chunks_of, settings
+from ..heads.rows import Rows, chunks_of, fewest_rows, settings
 from ..sources import Leaves
 from .request import OUTPUTS, ROW_FIELDS, Kernels, Request, SoftRows, State, Upstream
 
@@ -45,7 +45,7 @@ class LookupCall:
         if has_products or len(sources) > 1:
             row_bytes += bytes_per_row([sources], [[any(n) for n in of_source]], *shared, in_place)
         is_small = first.device.type == "cpu" and not has_products and settings.num_bytes is None
-        bounds = (CPU_BYTES, CPU_MIN_ROWS) if is_small else (settings.budget(first.device),)
+        bounds = (CPU_BYTES, CPU_MIN_ROWS) if is_small else (settings.budget(first.device), fewest_rows(first.device))
         self.chunks = chunks_of(self.rows.num_rows, max(row_bytes, 1), *bounds)
         context = Context(self.rows, self.chunks, None, *shared, in_place, False)
         self.buffers = Buffers(context, first)

@@ -59,7 +59,7 @@ def test_heads_exchange_the_rows_of_each_chunk(running):
     case = Case(head(16, False, N), head(8, True, N), targets(N, vocab_size=V))
     found = running.run(WORLD, sharded.count_in_chunks, case, BOUNDS)
     for forward, backward in found:
-        assert forward == [CHECK, rows(3, N // 2), rows(3, N // 2)]
+        assert forward == [CHECK, *[rows(3, 256)] * (N // 256)]  # no chunk has fewer rows
         assert backward == [("allreduce", 4 * N * 8)]
 
 

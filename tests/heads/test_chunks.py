@@ -11,7 +11,7 @@ from tolerance import check_plain
 import auxkernels
 from auxkernels import Logits, aux_cross_entropy, chunk_settings, logit_stats
 from auxkernels.cross_entropy import chunked
-from auxkernels.heads.rows import MIN_ROWS, Rows, chunks_of
+from auxkernels.heads.rows import Rows, chunks_of, fewest_rows
 
 # -- cutting -----------------------------------------------------------------------------------------------------------
 
@@ -21,9 +21,12 @@ from auxkernels.heads.rows import MIN_ROWS, Rows, chunks_of
     num_rows=st.one_of(st.integers(0, 5000), st.integers(0, 10**7)),
     bytes_per_row=st.integers(1, 2**22),
     budget=st.one_of(st.integers(1, 2**20), st.integers(1, 2**34)),
+    fewest=st.sampled_from([256, 1024]),
 )
-def test_chunks_cover_all_rows_once_in_order_and_are_as_large_as_the_budget_allows(num_rows, bytes_per_row, budget):
-    chunks = chunks_of(num_rows, bytes_per_row, budget)
+def test_chunks_cover_all_rows_once_in_order_and_are_as_large_as_the_budget_allows(
+    num_rows, bytes_per_row, budget, fewest
+):
+    chunks = chunks_of(num_rows, bytes_per_row, budget, fewest)
     assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks)][: len(chunks)]
     assert (chunks[-1][1] if chunks else 0) == num_rows
     sizes = [stop - start for start, stop in chunks]
@@ -31,19 +34,20 @@ def test_chunks_cover_all_rows_once_in_order_and_are_as_large_as_the_budget_allo
     if not sizes:
         return
     assert max(sizes) - min(sizes) <= 1  # balanced
-    assert min(sizes) >= min(MIN_ROWS, num_rows)
+    assert min(sizes) >= min(fewest, num_rows)
     affordable = budget // bytes_per_row
-    assert max(sizes) <= affordable or len(sizes) == max(1, num_rows // MIN_ROWS)
+    assert max(sizes) <= affordable or len(sizes) == max(1, num_rows // fewest)
     if len(sizes) > 1:  # and no more chunks than that takes
         assert -(-num_rows // (len(sizes) - 1)) > affordable
 
 
-def test_no_chunk_is_below_1024_rows_where_there_are_as_many():
-    assert MIN_ROWS == 1024
+@pytest.mark.parametrize("device, fewest", [("cpu", 256), ("cuda", 1024)])
+def test_no_chunk_is_below_1024_rows_or_on_cpu_256_where_there_are_as_many(device, fewest):
+    assert fewest_rows(torch.device(device)) == fewest
     for num_rows in (1024, 1500, 2047, 2048, 5000):
-        chunks = chunks_of(num_rows, 2**20, 1)
-        assert len(chunks) == num_rows // 1024 and all(stop - start >= 1024 for start, stop in chunks)
-    assert chunks_of(1000, 2**20, 1) == [(0, 1000)] and chunks_of(0, 1, 1) == []
+        chunks = chunks_of(num_rows, 2**20, 1, fewest)
+        assert len(chunks) == num_rows // fewest and all(stop - start >= fewest for start, stop in chunks)
+    assert chunks_of(fewest - 1, 2**20, 1, fewest) == [(0, fewest - 1)] and chunks_of(0, 1, 1, fewest) == []
 
 
 def test_the_buffers_of_a_chunk_are_within_the_budget(fused, monkeypatch):
@@ -87,7 +91,7 @@ def test_the_settings_are_read_by_every_call(fused, monkeypatch):
     base, aux = (head(5000, vocab_size=40, device=fused.device) for _ in range(2))
     target = targets(5000, vocab_size=40, device=fused.device)
     seen = spy_chunks(monkeypatch)
-    for num_bytes, count in ((None, 1), (1, 4), (None, 1)):
+    for num_bytes, count in ((None, 1), (1, 5000 // fewest_rows(torch.device(fused.device))), (None, 1)):
         monkeypatch.setattr(chunk_settings, "num_bytes", num_bytes)
         aux_cross_entropy(base, aux, target, backend=fused.backend)
         assert len(seen[-1]) == count
