@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-wheel test-sanitized lint format bench demo clean
+.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-wheel test-sanitized lint format bench demo demo-pretrained clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ bench: build  ## run the benchmarks
 
 demo: build  ## train a small auxiliary model on real text, beside eager PyTorch
 	$(BIN)/python -m benchmarks.demo
+
+demo-pretrained: build pretrained  ## tune a pretrained model to another style, and print it at several scales
+	$(BIN)/python -m benchmarks.demo --scale pretrained
 
 clean:  ## remove what was built, not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
