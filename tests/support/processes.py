@@ -86,9 +86,9 @@ class Processes:
             self.connections[rank].send_bytes(pickle.dumps((function, size, given)))
         return [pickle.loads(answer) for answer in self._answers(range(size), limit)]
 
-    def run(self, size: int, function, *arguments, of_rank=None) -> list[Any]:
+    def run(self, size: int, function, *arguments, of_rank=None, limit: float = LIMIT) -> list[Any]:
         """What the function returns on each process."""
-        found = self.tried(size, function, *arguments, of_rank=of_rank)
+        found = self.tried(size, function, *arguments, of_rank=of_rank, limit=limit)
         for rank, (_, error) in enumerate(found):
             assert error is None, f"process {rank}: {error[2]}"
         return [result for result, _ in found]
