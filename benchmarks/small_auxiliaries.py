@@ -1,9 +1,10 @@
-"""``python -m benchmarks.small_auxiliaries MODEL``: an auxiliary's own head beside a shared and a low-rank one.
+"""``python -m benchmarks.small_auxiliaries [MODEL]``: an auxiliary's own head beside a shared and a low-rank one.
 
 All auxiliaries are `aux="small"` of one pretrained base, trained side by side on the same batches of docstrings, with
 every rate of `--rates`; the rate of each is that of the lowest loss on half of the held-out windows, and the loss that
 is told is that of the other half. A step is forward, backward and AdamW; the order of the methods turns by one each
-step, and its time is the median over all steps but the first. MODEL: a name or a folder.
+step, and its time is the median over all steps but the first. MODEL: a name or a folder; without it the language model
+that `make pretrained` installs.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auxkernels.models import AuxiliaryForCausalLM
+from benchmarks import pretrained
 from benchmarks.timing import machine_info
 from benchmarks.training import standard_library
+from benchmarks.training.terminal import Terminal
 
 METHODS = {
     "own head": {"head": "own"},
@@ -75,36 +77,52 @@ def windows(tokenizer, texts: list[str], length: int, count: int, seed: int) -> 
     raise ValueError(f"the texts have {len(tokens) // length} windows of {length} tokens, asked for {count}")
 
 
-def compare(arguments: argparse.Namespace) -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_model(arguments: argparse.Namespace):
+    """The base and its tokenizer."""
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model is None:
+        return pretrained.load_language_model(dtype)
     files = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **files)
-    base = base.to(device)
-    tokenizer, corpus = AutoTokenizer.from_pretrained(arguments.model, **files), standard_library.load_corpus()
+    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **files)
+    return base, AutoTokenizer.from_pretrained(arguments.model, **files)
+
+
+def compare(arguments: argparse.Namespace, terminal: Terminal) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base, tokenizer = load_model(arguments)
+    base, corpus = base.to(device), standard_library.load_corpus()
     steps, rows, length = arguments.steps, arguments.rows, arguments.length
     train = windows(tokenizer, corpus.train_docstrings, length, steps * rows, arguments.seed).to(device)
     held_out = windows(tokenizer, corpus.held_out_docstrings, length, 2 * arguments.held_out * rows, arguments.seed)
     to_choose, to_tell = held_out.to(device).split(rows)[::2], held_out.to(device).split(rows)[1::2]
     keys = list(itertools.product(METHODS, arguments.rates))
     runs = {key: Run(base, *key, arguments.seed) for key in keys}
-    for i, batch in enumerate(train.split(rows)):
-        for key in keys[i % len(keys) :] + keys[: i % len(keys)]:
-            runs[key].step(batch)
+    with terminal.stage(f"{len(runs)} auxiliaries, {steps} steps each", total=steps * len(runs)) as advance:
+        for i, batch in enumerate(train.split(rows)):
+            for key in keys[i % len(keys) :] + keys[: i % len(keys)]:
+                runs[key].step(batch)
+                advance("")
     found = {"base_parameters": base.num_parameters(), "steps": steps, "tokens_per_step": rows * length}
     found["methods"] = {}
-    for method in METHODS:
-        rate = min(arguments.rates, key=lambda rate: runs[method, rate].losses(to_choose)[0])
-        run = runs[method, rate]
-        times = [one for r in arguments.rates for one in runs[method, r].seconds[1:]]
-        loss, base_loss = run.losses(to_tell)
-        found["methods"][method] = {
-            "parameters": sum(p.numel() for p in run.trained),
-            "step_seconds": statistics.median(times),
-            "rate": rate,
-            "loss": loss,
-            "base_loss": base_loss,
-        }
+    with terminal.stage("measuring", total=len(METHODS)) as advance:
+        for method in METHODS:
+            found["methods"][method] = measured(method, runs, arguments.rates, to_choose, to_tell)
+            advance("")
     return found
+
+
+def measured(method: str, runs: dict[tuple[str, float], Run], rates: list[float], to_choose, to_tell) -> dict:
+    """A method at the rate of the lowest loss on `to_choose`; its losses are those on `to_tell`."""
+    rate = min(rates, key=lambda rate: runs[method, rate].losses(to_choose)[0]) if len(rates) > 1 else rates[0]
+    run = runs[method, rate]
+    loss, base_loss = run.losses(to_tell)
+    return {
+        "parameters": sum(p.numel() for p in run.trained),
+        "step_seconds": statistics.median(one for r in rates for one in runs[method, r].seconds[1:]),
+        "rate": rate,
+        "loss": loss,
+        "base_loss": base_loss,
+    }
 
 
 def table(found: dict) -> Table:
@@ -125,7 +143,7 @@ def table(found: dict) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_auxiliaries", description=__doc__)
-    parser.add_argument("model", help="a pretrained causal LM with a tokenizer: a name or a folder")
+    parser.add_argument("model", nargs="?", help="a pretrained causal LM with a tokenizer: a name or a folder")
     parser.add_argument("--gguf-file", help="in that folder")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base")
     parser.add_argument("--steps", type=int, default=200)
@@ -136,8 +154,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a file of JSON lines that the result is added to")
     arguments = parser.parse_args()
-    found = compare(arguments)
-    Console().print(table(found))
+    terminal = Terminal()
+    found = compare(arguments, terminal)
+    terminal.console.print(table(found))
     if arguments.output is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with arguments.output.open("a") as file:

@@ -1,6 +1,6 @@
 """The reproduction on a pretrained base, which has never been trained here: `--scale pretrained`.
 
-The base is SmolLM2-135M from an installed package, in bfloat16; what is trained keeps float32 weights under autocast.
+The base is SmolLM2-135M from an installed package, its 4-bit weights brought to float32.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PretrainedScale:
     trunk_layer: int = 24
     lora_rank: int = 16
     batch: int = 16
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     base_flops: float = 18e12
     # those of auxiliaries by the training loss of 36 steps at constant rates: with a shared trunk 3e-4 and 1e-3 are
     # alike and 1e-4 is worse, for the small model 1e-3 is a little better than 3e-3. the others are usual ones
