@@ -56,14 +56,14 @@ class PretrainedJob(Job):
         return {"inputs_embeds": self.states[key]}
 
     def codebook(self) -> Tensor:
-        """The centroids, and a number beside them: what this text has in common is learnt by all labels together.
+        """The centroids, and one number beside them: what this text has in common is learnt by all labels together.
 
-        The language model has not been trained on it, and that is by far the most of what conditioning can give. The
-        number is as large as a centroid's entries together: Adam moves all weights of the projection alike, so that it
-        counts as much as one fixed label does, where the projection's bias alone would learn several times slower.
+        The language model has not been trained on it, and that is by far the most of what conditioning can give. Adam
+        moves all weights of the projection alike, so that the number's size is how fast that is learnt; the
+        projection's bias alone would learn it many times slower.
         """
         centroids = self.labels.centroids
-        size = centroids.abs().sum(dim=1).mean()
+        size = self.scale.common_size * centroids.abs().sum(dim=1).mean()
         return torch.cat([centroids, size.expand(len(centroids), 1)], dim=1)
 
     def fit_base(self) -> dict:
