@@ -46,7 +46,8 @@ STOP_WORDS = frozenset(FUNCTION_WORDS.split())
 class Task:
     """Everything that a run reads. Windows by split: `passages` all of them, `tuning` those that have a keyword.
 
-    X
+    keywords, keyword_ids   by split, of each window of `tuning`: the word, and its token int64 [n, 1]
+    num_candidates          how many words can be keywords
     """
 
     tokenizer: Tokenizer
