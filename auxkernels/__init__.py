@@ -3,7 +3,8 @@
 `aux_cross_entropy` and `logit_stats` add the logits of a base and an auxiliary model and take their log-softmax
 cross-entropy (or row statistics) without storing the sum, nor the logits of a source that is a `Head`;
 `aux_cross_entropies` does so for several auxiliaries of one base. The contract is docs/contract.md. `soft_embedding`
-mixes label embeddings by predicted probabilities. `VocabShard` says which columns of a vocabulary a process holds.
+mixes label embeddings by predicted probabilities. `sample_logits` draws the next token of summed logits. `VocabShard`
+says which columns of a vocabulary a process holds.
 """
 
 from . import nn
@@ -13,6 +14,7 @@ from .cross_entropy.rows import LogitStats
 from .dispatch import show_config
 from .distributed.shard import VocabShard
 from .heads import settings as chunk_settings
+from .sampling.api import SampleStats, sample_logits
 from .soft_embedding.api import LookupStats, soft_embedding
 from .soft_embedding.segments import segments_to_tokens
 from .sources import Head, Logits
@@ -23,6 +25,7 @@ __all__ = [
     "LogitStats",
     "Logits",
     "LookupStats",
+    "SampleStats",
     "VocabShard",
     "__version__",
     "aux_cross_entropies",
@@ -30,6 +33,7 @@ __all__ = [
     "chunk_settings",
     "logit_stats",
     "nn",
+    "sample_logits",
     "segments_to_tokens",
     "show_config",
     "soft_embedding",

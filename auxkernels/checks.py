@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .soft_embedding.request import State as LookupState
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+FLOAT_MAX = torch.finfo(torch.float64).max
 REDUCTIONS = ("mean", "sum", "none")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -467,6 +469,63 @@ def lookup_gradients(
     for name, values in zip(("entropy", "max_prob", "sum_squares"), upstream, strict=False):
         row_numbers(f"upstream of {name}", values, given.shape())
     row_numbers("upstream of usage", upstream[3], torch.Size((given.num_labels(),)))
+
+
+# -- sample_logits -----------------------------------------------------------------------------------------------------
+
+
+def row_parameter(
+    name: str,
+    value: object,
+    shape: torch.Size,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    minimum: float,
+    maximum: float,
+) -> Any:
+    """A number, or a tensor of one for each row or all, [] or `shape`; of a tensor on CPU the values, too.
+
+    dtypes: of a tensor, and by their kind whether a number has to be an integer. Those on a GPU are looked at by the
+    kernel alone, which has an answer for what is out of range: the host would have to wait for them.
+    """
+    is_integer = not dtypes[0].is_floating_point
+    if not isinstance(value, Tensor):
+        found = int64(name, value) if is_integer else number(name, value)
+        if isinstance(found, (int, float)) and not minimum <= found <= maximum:
+            raise ValueError(f"{name} must be {_bounds(minimum, maximum)}, got {value}")
+        return found
+    plain_tensor(name, value)
+    if value.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {', '.join(names)} or {last}, got {value.dtype}")
+    if value.dim() and value.shape != shape:
+        raise ValueError(f"{name} must have shape [] or {list(shape)}, got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the sources' device {device}, got {value.device}")
+    return value
+
+
+def row_parameter_values(name: str, value: object, minimum: float, maximum: float) -> None:
+    """The values of a tensor on CPU; not while something traces, where they are not known."""
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or minimum == -(2**63):
+        return
+    value = value.detach().double() if value.is_floating_point() else value.long()
+    outside = ~((value >= minimum) & (value <= maximum))
+    if bool(outside.any()):
+        row = int(outside.flatten().nonzero()[0])
+        where = f"{name}, row {row}" if value.dim() else name
+        raise ValueError(f"{where} must be {_bounds(minimum, maximum)}, got {value.flatten()[row].item()}")
+
+
+def _bounds(minimum: float, maximum: float) -> str:
+    if maximum in (math.inf, 2**63 - 1):
+        return f"at least {minimum:g}"
+    return f"at least {minimum:g} and finite" if maximum == FLOAT_MAX else f"in [{minimum:g}, {maximum:g}]"
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def segments(rows: object, segment_ids: object) -> None:

@@ -14,7 +14,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
-    """Four words of 32 random bits for each counter of four words, all held in int64; seed: 0-d int64, the key."""
+    """Four words of 32 random bits for each counter of four words, all held in int64; seed: int64, 0-d or alike."""
     c = list(counter)
     key = [seed & _MASK, (seed >> 32) & _MASK]
     for _ in range(10):
@@ -30,13 +30,18 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list
     return c
 
 
+def random_bits(row: Tensor, num_labels: int, seed: Tensor) -> Tensor:
+    """32 random bits, held in int64, for each row and label: [N, num_labels] of rows [N]; seed: 0-d, or [N, 1]."""
+    row = row.unsqueeze(1)
+    column = torch.arange(-(-num_labels // 4), device=row.device).expand(len(row), -1)
+    counter = (column, (row & _MASK).expand_as(column), ((row >> 32) & _MASK).expand_as(column))
+    words = philox((*counter, torch.zeros_like(column)), seed)
+    return torch.stack(words, -1).flatten(-2)[:, :num_labels]
+
+
 def uniform(num_rows: int, num_labels: int, seed: Tensor) -> Tensor:
     """float32 [num_rows, num_labels] strictly inside (0, 1), each number a function of seed, row and label."""
-    device = seed.device
-    row = torch.arange(num_rows, device=device).unsqueeze(1)
-    column = torch.arange(-(-num_labels // 4), device=device).expand(num_rows, -1)
-    counter = (column, (row & _MASK).expand_as(column), (row >> 32).expand_as(column), torch.zeros_like(column))
-    bits = torch.stack(philox(counter, seed), -1).flatten(-2)[:, :num_labels]
+    bits = random_bits(torch.arange(num_rows, device=seed.device), num_labels, seed)
     return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
