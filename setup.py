@@ -43,6 +43,8 @@ MODULES = [
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 CXX_FLAGS = ["-O3", "-std=c++17", *HOST_FLAGS]
 # without contraction a row has the same bits from every kernel, whatever else the kernel does
+# where bits are the same on every machine, nothing is contracted
+EXACT_SOURCES = ("csrc/cpu/sampling.cpp", "csrc/cpu/simd/sample_ops.cpp")
 CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", ",".join(HOST_FLAGS)]
 # 80 serves all of 8.x; 100 carries PTX for what comes after it
 ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "[sm_100,compute_100]"}
@@ -215,9 +217,13 @@ def write_rules(path, command, link_flags, sources, module):
     with open(path, "w", **encoding) as file:
         rules = ninja.Writer(file, width=sys.maxsize)
         rules.variable("cc", ninja.escape(shlex.join(command)))
-        rules.rule("compile", "$cc -MD -MF $out.d -c $in -o $out", description="$in", depfile="$out.d", deps="gcc")
+        compile_command = "$cc $more -MD -MF $out.d -c $in -o $out"
+        rules.rule("compile", compile_command, description="$in", depfile="$out.d", deps="gcc")
         rules.rule("link", f"$cc {ninja.escape(shlex.join(link_flags))} $in -o $out", description="$out")
-        objects = [rules.build(f"objects/{source}.o", "compile", source)[0] for source in sources]
+        objects = []
+        for source in sources:
+            more = {"more": "-ffp-contract=off"} if source in EXACT_SOURCES else None
+            objects += rules.build(f"objects/{source}.o", "compile", source, variables=more)
         rules.build(module, "link", objects)
 
 

@@ -507,7 +507,7 @@ def row_parameter(
 
 def row_parameter_values(name: str, value: object, minimum: float, maximum: float) -> None:
     """The values of a tensor on CPU; not while something traces, where they are not known."""
-    if not isinstance(value, Tensor) or value.device.type != "cpu" or minimum == -(2**63):
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
         return
     value = value.detach().double() if value.is_floating_point() else value.long()
     outside = ~((value >= minimum) & (value <= maximum))

@@ -3,7 +3,9 @@
 request.py     the mathematics, and by name what an implementation is asked
 arithmetic.py  exponential and logarithm of fixed operations, which have the same bits everywhere
 api.py         the public function: contract, checks
-reference.py   the implementation in plain PyTorch
+ops.py         the operator as PyTorch sees it
+chunked.py     heads and sums in chunks of rows
+reference.py, native.py, triton/   the implementations, which never import each other
 """
 
 from .api import SampleStats, sample_logits

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..sources import SourceLike, SourceTensors, as_sources, leaves_of
-from . import reference
-from .request import MAX_CLASSES, ORDERS, Parameters, Request
+from ..sources import Source, SourceLike, SourceTensors, as_sources, leaves_of
+from . import ops, reference
+from .request import ORDERS, Parameters, Request, check_parameters, check_size, check_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +30,6 @@ class SampleStats:
     kept_log_prob: Tensor
     num_kept: Tensor
     base_rank: Tensor
-
-
-# of each parameter: the dtypes of a tensor, the least and the largest value
-_RULES: dict[str, tuple[tuple[torch.dtype, ...], float, float]] = {
-    "temperature": (checks.FLOATING, 0.0, checks.FLOAT_MAX),
-    "top_k": (checks.INTEGERS, 0, 2**63 - 1),
-    "top_p": (checks.FLOATING, 0.0, 1.0),
-    "min_p": (checks.FLOATING, 0.0, 1.0),
-    "plausibility": (checks.FLOATING, 0.0, 1.0),
-    "seed": ((torch.int64,), -(2**63), 2**63 - 1),
-    "position": (checks.INTEGERS, 0, 2**63 - 1),
-}
 
 
 def sample_logits(
@@ -97,19 +85,18 @@ def sample_logits(
     Source         Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p), Li et al. 2023
                    (plausibility); Gumbel 1954, Maddison et al. 2014 (choice by noise).
     """
-    request, backend = _checked(
-        base,
-        aux,
-        Parameters(temperature, top_k, top_p, min_p, plausibility, 0 if seed is None else seed, position),
-        order,
-        vocab_size,
-        return_stats,
-        backend,
-    )
+    given = Parameters(temperature, top_k, top_p, min_p, plausibility, 0 if seed is None else seed, position)
+    call = _checked(base, aux, given, order, vocab_size, return_stats, backend)
+    request = call.request
     if seed is None:  # drawn here, so that graph replay draws it again
         drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=request.first().device)
         request = request._replace(parameters=request.parameters._replace(seed=drawn))
-    token, *stats = reference.sample(request)
+    if call.backend == "reference":
+        if not torch.compiler.is_compiling():
+            check_values(request.parameters)
+        token, *stats = reference.sample(request)
+    else:
+        token, *stats = ops.sample(call._replace(request=request))
     return (token, SampleStats(*stats)) if request.wants_stats else token
 
 
@@ -121,7 +108,7 @@ def _checked(
     vocab_size: int | None,
     return_stats: bool,
     backend: str,
-) -> tuple[Request, str]:
+) -> ops.Call:
     of_base = as_sources("base", base)
     of_aux = [] if aux is None else as_sources("aux", aux)
     shape, device = checks.leading("base", of_base[0])
@@ -133,21 +120,15 @@ def _checked(
             width, dtype = checks.source(name, source, shape, device, autocast)
             widths.append((name, width))
             compute = dtype if dtype == torch.float64 else compute
-            scale = source.scale if isinstance(source.scale, Tensor) or source.scale != 1.0 else None
-            sources.append(SourceTensors(*leaves_of(source, scale), source.softcap))
+            sources.append(SourceTensors(*leaves_of(source, _scale_of(source)), source.softcap))
     vocab_size = checks.common_width(widths, vocab_size)
-    if vocab_size > MAX_CLASSES:
-        raise ValueError(f"vocab_size must be at most {MAX_CLASSES} to sample from, got {vocab_size}")
+    check_size(vocab_size)
     checks.one_of("order", order, ORDERS)
     wants_stats = checks.boolean("return_stats", return_stats)
-    checked: dict[str, Any] = {}
-    for name, value in parameters._asdict().items():
-        is_off = value is None and name not in ("temperature", "seed")
-        checked[name] = None if is_off else checks.row_parameter(name, value, shape, device, *_RULES[name])
-        if not torch.compiler.is_compiling():
-            checks.row_parameter_values(name, checked[name], *_RULES[name][1:])
-    backend = dispatch.resolve("reference" if backend == "auto" else backend, device, compute)
-    if backend != "reference":
-        raise RuntimeError(f"backend={backend!r} cannot be used: it has no sample_logits")
-    shared = autocast, vocab_size, Parameters(**checked), order, wants_stats
-    return Request(sources, len(of_base), *shared), backend
+    shared = autocast, vocab_size, check_parameters(parameters, shape, device), order, wants_stats
+    return ops.Call(Request(sources, len(of_base), *shared), dispatch.resolve(backend, device, compute))
+
+
+def _scale_of(source: Source) -> Any:
+    """None for 1."""
+    return source.scale if isinstance(source.scale, Tensor) or source.scale != 1.0 else None

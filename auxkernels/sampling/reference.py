@@ -14,7 +14,7 @@ from ..reference import sum_of
 from ..soft_embedding.noise import random_bits
 from ..sources import Head, Logits, Source
 from . import arithmetic
-from .request import WEIGHT_BITS, Parameters, Request
+from .request import DEFAULTS, INTEGERS, WEIGHT_BITS, Parameters, Request, empty_fields
 
 _CHUNK = 1 << 21  # columns of a chunk's rows together
 
@@ -23,18 +23,15 @@ def sample(request: Request) -> list[Tensor]:
     """The token of each row [*] and, where wanted, the fields of `SampleStats`."""
     shape, like = request.shape(), request.first()
     num_rows = shape.numel()
-    compute = request.compute()
-    fields = [like.new_empty(num_rows, dtype=torch.int64)]
-    if request.wants_stats:
-        for dtype in (compute, compute, torch.int64, torch.int64):
-            fields.append(like.new_empty(num_rows, dtype=dtype))
+    outputs = empty_fields(request)
+    fields = [field.view(num_rows) for field in outputs]
     parameters = _by_row(request.parameters, num_rows, like.device)
     at_once = max(_CHUNK // request.vocab_size, 1)
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         for start in range(0, num_rows, at_once):
             stop = min(start + at_once, num_rows)
             sources = [_rows_of(source, shape, start, stop) for source in _sources_of(request)]
-            shared = compute, request.autocast, request.vocab_size, None
+            shared = request.compute(), request.autocast, request.vocab_size, None
             base = sum_of(sources[: request.num_base], *shared)
             total = base
             if len(sources) > request.num_base:
@@ -42,7 +39,7 @@ def sample(request: Request) -> list[Tensor]:
             of_chunk = _Rows(base, total, *(t[start:stop] for t in parameters))
             for field, values in zip(fields, sample_rows(of_chunk, request.order, request.wants_stats), strict=True):
                 field[start:stop] = values
-    return [field.view(shape) for field in fields]
+    return outputs
 
 
 def _sources_of(request: Request) -> list[Source]:
@@ -86,23 +83,17 @@ class _Rows(NamedTuple):
 
 def _by_row(given: Parameters, num_rows: int, device: torch.device) -> list[Tensor]:
     """One number for each row of each parameter, float64 or int64."""
-    position = torch.arange(num_rows, device=device) if given.position is None else given.position
-    values: list[tuple[object, torch.dtype]] = [
-        (given.temperature, torch.float64),
-        (0 if given.top_k is None else given.top_k, torch.int64),
-        (1.0 if given.top_p is None else given.top_p, torch.float64),
-        (0.0 if given.min_p is None else given.min_p, torch.float64),
-        (0.0 if given.plausibility is None else given.plausibility, torch.float64),
-        (given.seed, torch.int64),
-        (position, torch.int64),
-    ]
+    if given.position is None:
+        given = given._replace(position=torch.arange(num_rows, device=device))
     found = []
-    for value, dtype in values:
+    for name, value in given._asdict().items():
+        dtype = torch.int64 if name in INTEGERS else torch.float64
+        value = DEFAULTS[name] if value is None else value
         if isinstance(value, Tensor):
             value = value.detach().to(device=device, dtype=dtype)
             found.append(value.expand(num_rows) if value.dim() == 0 else value.reshape(num_rows))
         else:
-            found.append(torch.full((num_rows,), value, dtype=dtype, device=device))  # type: ignore[call-overload]
+            found.append(torch.full((num_rows,), value, dtype=dtype, device=device))
     return found
 
 

@@ -27,12 +27,13 @@ rows of 150,000.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..sources import SourceTensors
+from .. import checks
+from ..sources import Matrix, SourceTensors
 
 ORDERS = ("transformers", "vllm")
 # what a row is given, as SampleStats has it after the token
@@ -51,6 +52,22 @@ class Parameters(NamedTuple):
     plausibility: float | Tensor | None
     seed: int | Tensor
     position: int | Tensor | None  # None: the row's number
+
+
+INTEGERS = ("top_k", "seed", "position")
+# what a filter that is not there is as a number
+DEFAULTS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "plausibility": 0.0, "position": 0}
+_INT64 = -(2**63), 2**63 - 1
+# of each: the dtypes of a tensor, the least and the largest value
+RULES: dict[str, tuple[tuple[torch.dtype, ...], float, float]] = {
+    "temperature": (checks.FLOATING, 0.0, checks.FLOAT_MAX),
+    "top_k": (checks.INTEGERS, 0, _INT64[1]),
+    "top_p": (checks.FLOATING, 0.0, 1.0),
+    "min_p": (checks.FLOATING, 0.0, 1.0),
+    "plausibility": (checks.FLOATING, 0.0, 1.0),
+    "seed": ((torch.int64,), *_INT64),
+    "position": (checks.INTEGERS, 0, _INT64[1]),
+}
 
 
 class Request(NamedTuple):
@@ -73,3 +90,58 @@ class Request(NamedTuple):
     def compute(self) -> torch.dtype:
         is_double = any(source.values.dtype == torch.float64 for source in self.sources)
         return torch.float64 if is_double else torch.float32
+
+
+class SampleRows(NamedTuple):
+    """A chunk of rows as an implementation takes them; its module says whether a side may be several matrices."""
+
+    base: list[Matrix]
+    aux: list[Matrix]
+    num_rows: int
+    first_row: int  # its number, which is its position where none is given
+    vocab_size: int
+    compute: torch.dtype
+    order: str
+    parameters: Parameters  # of the chunk
+
+
+def empty_fields(request: Request) -> list[Tensor]:
+    """Room for the tokens [*] and, where wanted, the fields of `SampleStats`."""
+    like, shape, compute = request.first(), request.shape(), request.compute()
+    dtypes = (torch.int64, compute, compute, torch.int64, torch.int64)
+    return [like.new_empty(shape, dtype=dtype) for dtype in dtypes[: None if request.wants_stats else 1]]
+
+
+def check_parameters(given: Parameters, shape: torch.Size, device: torch.device) -> Parameters:
+    """Types, shapes and numbers, but not what tensors hold. Numbers come back as ints and floats."""
+    checked: dict[str, Any] = {}
+    for name, value in given._asdict().items():
+        is_off = value is None and name not in ("temperature", "seed")
+        checked[name] = None if is_off else checks.row_parameter(name, value, shape, device, *RULES[name])
+    return Parameters(**checked)
+
+
+def check_values(given: Parameters) -> None:
+    """What tensors on CPU hold: those on a GPU are looked at by a kernel alone."""
+    for name, value in given._asdict().items():
+        if isinstance(value, Tensor) and name != "seed":
+            checks.row_parameter_values(name, value, *RULES[name][1:])
+
+
+def check(request: Request) -> None:
+    """A request by itself, so that a raw call of the operator is as safe as the public function."""
+    if request.first().dim() == 0:
+        raise ValueError("source 0 must be [*, V] or [*, D], got a 0-d tensor")
+    shape, device = request.shape(), request.first().device
+    widths = [
+        (f"source {i}", checks.source_tensors(f"source {i}", one, shape, device, request.autocast)[0])
+        for i, one in enumerate(request.sources)
+    ]
+    check_size(checks.common_width(widths, request.vocab_size))
+    checks.one_of("order", request.order, ORDERS)
+    check_parameters(request.parameters, shape, device)
+
+
+def check_size(vocab_size: int) -> None:
+    if vocab_size > MAX_CLASSES:
+        raise ValueError(f"vocab_size must be at most {MAX_CLASSES} to sample from, got {vocab_size}")

@@ -15,6 +15,7 @@
 #include "common/arguments.h"
 #include "cross_entropy.h"
 #include "pages.h"
+#include "sampling_bindings.h"
 #include "simd/block_ops.h"
 #include "soft_bindings.h"
 
@@ -182,6 +183,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("backward", &auxk::py_backward);
   m.def("rescale", &auxk::py_rescale);
   auxk::bind_soft_embedding(m);
+  auxk::bind_sampling(m);
   m.def("add", &auxk::py_add);
   m.def("bring_in", &auxk::py_bring_in, "Brings the pages of a large fresh buffer in before it is written.");
   m.def("instruction_sets", &auxk::instruction_sets, "Instruction sets that this processor can run, best first.");

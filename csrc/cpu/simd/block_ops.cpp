@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "philox.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
