@@ -7,6 +7,10 @@
 
 #include "philox.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define AUXK_MULTIVERSION 1
 #endif
@@ -37,7 +41,9 @@ struct SampleTable {
 #endif
 namespace avx512 {
 #define AUXK_NAME "avx512"
+#define AUXK_VECTOR_BITS 512  // g++ reads the whole file before a pragma could define __AVX512F__
 #include "sample_ops.inl"
+#undef AUXK_VECTOR_BITS
 #undef AUXK_NAME
 }  // namespace avx512
 #if defined(__clang__)
@@ -50,7 +56,9 @@ namespace avx512 {
 #endif
 namespace avx2 {
 #define AUXK_NAME "avx2"
+#define AUXK_VECTOR_BITS 256
 #include "sample_ops.inl"
+#undef AUXK_VECTOR_BITS
 #undef AUXK_NAME
 }  // namespace avx2
 #if defined(__clang__)
@@ -62,7 +70,9 @@ namespace avx2 {
 
 namespace baseline {
 #define AUXK_NAME "baseline"
+#define AUXK_VECTOR_BITS 0
 #include "sample_ops.inl"
+#undef AUXK_VECTOR_BITS
 #undef AUXK_NAME
 }  // namespace baseline
 
