@@ -7,23 +7,27 @@ import pytest
 import torch
 
 import auxkernels
-from auxkernels import aux_cross_entropy, soft_embedding
+from auxkernels import aux_cross_entropy, sample_logits, soft_embedding
 from auxkernels.cross_entropy import compiled_arguments
 from auxkernels.cross_entropy import cuda as cuda_cross_entropy
 from auxkernels.cross_entropy import native as cpu_cross_entropy
 from auxkernels.cross_entropy.request import COEFFICIENTS, FIELDS, RowState
+from auxkernels.sampling import native as cpu_sampling
+from auxkernels.sampling import request as sampling
 from auxkernels.soft_embedding import native as cpu_soft_embedding
 from auxkernels.soft_embedding.request import ROW_FIELDS, Upstream
 
 needs_native = pytest.mark.skipif(auxkernels.native.missing() is not None, reason=f"{auxkernels.native.missing()}")
 ORDERS = {"field_names": FIELDS, "coefficient_names": COEFFICIENTS, "state_names": RowState._fields}
 SOFT_ORDERS = {"soft_field_names": ROW_FIELDS, "soft_upstream_names": Upstream._fields}
+SAMPLE_ORDERS = {"sample_parameter_names": sampling.Parameters._fields, "sample_field_names": sampling.FIELDS}
+ALL_ORDERS = ORDERS | SOFT_ORDERS | SAMPLE_ORDERS
 
 
 @needs_native
 def test_the_cpu_module_has_the_orders_of_the_package():
     module = auxkernels.native.cpu()
-    for function, names in (ORDERS | SOFT_ORDERS).items():
+    for function, names in ALL_ORDERS.items():
         assert getattr(module, function)() == list(names)
 
 
@@ -38,14 +42,14 @@ def test_the_cuda_module_has_the_orders_of_the_package():
 
 def other_module(**orders) -> SimpleNamespace:
     """A module of other sources, whose kernels must not be called."""
-    functions = {name: lambda names=names: list(names) for name, names in (ORDERS | SOFT_ORDERS | orders).items()}
+    functions = {name: lambda names=names: list(names) for name, names in (ALL_ORDERS | orders).items()}
     return SimpleNamespace(__name__="auxkernels.native._other", **functions)
 
 
 @pytest.fixture
 def load(monkeypatch):
     """Makes another module the compiled one, as if it had just been loaded."""
-    fetched = (cpu_cross_entropy.cpu, cuda_cross_entropy.cuda, cpu_soft_embedding.cpu)
+    fetched = (cpu_cross_entropy.cpu, cuda_cross_entropy.cuda, cpu_soft_embedding.cpu, cpu_sampling.cpu)
 
     def use(module):
         for function in fetched:
@@ -111,3 +115,10 @@ def test_a_module_is_asked_once(load, monkeypatch):
     for _ in range(3):
         aux_cross_entropy(base, base.clone(), target, backend="native")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("function", SAMPLE_ORDERS)
+def test_another_order_of_sampling_is_refused(load, function):
+    load(other_module(**{function: swapped(SAMPLE_ORDERS[function])}))
+    with pytest.raises(RuntimeError, match=function):
+        sample_logits(torch.zeros(2, 5), seed=1, backend="native")

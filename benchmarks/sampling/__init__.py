@@ -1,0 +1,1 @@
+"""sample_logits against transformers' chain of operations."""
