@@ -391,7 +391,7 @@ class Sampler {
     int64_t rank = 0;
     blocks(0, p.V, [&](int64_t first, int64_t size) {
       with_sides(n, first, [&](const Side<C>& base, const Side<C>&) { ops.load_base(base, size, z); });
-      rank += ops.count_above(z, chosen, size);
+      rank += ops.count_greater(z, chosen, size);
     });
     return rank;
   }

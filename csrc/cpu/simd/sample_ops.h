@@ -32,7 +32,7 @@ struct SampleOps {
   C (*load_base)(const Side<C>& base, int64_t n, C* z);
   // how many v are at least, and how many greater than the bound
   int64_t (*count_from)(const C* v, C bound, int64_t n);
-  int64_t (*count_above)(const C* v, C bound, int64_t n);
+  int64_t (*count_greater)(const C* v, C bound, int64_t n);
   // appends first + i for each v[i] >= floor to `places`, of which there are `room`; returns how many, more than `room`
   // if they did not fit
   int64_t (*collect)(const C* v, C floor, int64_t n, int64_t first, int32_t* places, int64_t room);

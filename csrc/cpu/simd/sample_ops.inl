@@ -287,7 +287,7 @@ static constexpr SampleOps<C> table() {
   ops.load = &load<C>;
   ops.load_base = &load_base<C>;
   ops.count_from = &count_from<C>;
-  ops.count_above = &count_greater<C>;
+  ops.count_greater = &count_greater<C>;
   ops.collect = &collect<C>;
   ops.weigh = &weigh<C>;
   ops.exp_sum = &exp_sum<C>;
