@@ -15,6 +15,8 @@ CHECKOUT = Path(__file__).parents[3]
 SANITIZERS = "address,undefined"
 # hostile targets and canaries, every width and view, every coefficient, non-finite rows, each instruction set
 CHOSEN = [
+    "sampling/test_equal_tokens.py",
+    "sampling/test_registration.py::test_raw_operators_survive_every_empty_shape",
     "soft_embedding/test_native_plain.py",
     "soft_embedding/test_soft_embedding.py::test_scores_are_read_in_place_whatever_their_strides",
     "soft_embedding/test_process.py::test_every_instruction_set_finds_ties_nan_and_rows_without_a_label",
