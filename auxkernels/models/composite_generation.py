@@ -13,9 +13,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .caches import is_dynamic, is_static
-from .mixins import Model
 from .modalities import has_more_than_text, input_names
 from .paired_cache import check_takes
+from .token_choice import GenerationBySampling
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -40,7 +40,7 @@ def inherited(generation_config: GenerationConfig) -> GenerationConfig:
     return copied
 
 
-class GenerationOfComposites(Model):
+class GenerationOfComposites(GenerationBySampling):
     """Mixed in before transformers' generation.
 
     _has_cache       whether the models inside have caches; if not, all tokens are read again at each step
@@ -209,7 +209,7 @@ class GenerationOfComposites(Model):
         cache = getattr(past_key_values, self._leader_name, past_key_values)  # of a pair
         known = {name: value for name, value in kwargs.items() if name not in self._own_arguments}
         of_leader = self._leader.prepare_inputs_for_generation(input_ids, *args, past_key_values=cache, **known)
-        own = ("past_key_values", "text_position_ids", *self._own_arguments)
+        own = ("past_key_values", "text_position_ids", "token_choice", *self._own_arguments)
         return of_leader | {name: inputs[name] for name in own if name in inputs}
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -160,6 +160,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         """What `forward` returns. given: of each auxiliary; base_floor: of the logits, as for `Sum.logits`."""
         # not in the signature, where Trainer would take it for a second label that every batch must have
         shift_labels, token_statistics = kwargs.pop("shift_labels", None), kwargs.pop("token_statistics", None)
+        token_choice = kwargs.pop("token_choice", None)
         target = reading.shifted(call.labels) if shift_labels is None else shift_labels
         reading.check_inputs(call.input_ids, target, call.num_items_in_batch, kwargs)
         if call.past_key_values is not None:
@@ -191,7 +192,9 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
         if skip_logits is None:
             skip_logits = target is not None and (self.training or self.config.skip_logits_in_evaluation)
         logits = None
-        if not skip_logits:
+        if token_choice is not None:
+            numbers["next_tokens"] = total.at(kept_positions(1)).next_tokens(token_choice, base_floor)
+        elif not skip_logits:
             logits = total.at(kept_positions(call.logits_to_keep)).logits(self.config.vocab_size, base_floor)
         return AuxiliaryCausalLMOutput(
             logits=logits,

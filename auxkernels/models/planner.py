@@ -14,6 +14,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cross_entropy import aux_cross_entropy
+from ..sources import Logits
 from . import adapters, saving
 from . import planner_loading as loading
 from .caches import new_cache
@@ -67,13 +68,16 @@ class PlannerCausalLMOutput(CausalLMOutputWithPast):
     segment_labels   int64 [S], the likeliest label of each segment, or the given one
     router_loss      0-d, the weighted balancing loss of a mixture of experts, which the loss includes: of a language
                      model that is not frozen, where its configuration or the call says output_router_logits; else None
-    The first two are differentiable in modes "soft", "straight_through" and "gumbel". All are None in generation.
+    next_tokens      int64 [batch], in generation that needs no logits: what follows the last position
+    The first two are differentiable in modes "soft", "straight_through" and "gumbel". Other than the last, all are None
+    in generation.
     """
 
     label_entropy: Tensor | None = None
     label_usage: Tensor | None = None
     segment_labels: Tensor | None = None
     router_loss: Tensor | None = None
+    next_tokens: Tensor | None = None
 
 
 class PlannerForCausalLM(
@@ -254,6 +258,7 @@ class PlannerForCausalLM(
         """
         given = {name: kwargs.pop(name, None) for name in ("label_scores", "label_ids", "shift_labels")}
         shift_labels, token_statistics = given.pop("shift_labels"), kwargs.pop("token_statistics", None)
+        token_choice = kwargs.pop("token_choice", None)
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("input_ids or inputs_embeds must be given")
@@ -298,6 +303,10 @@ class PlannerForCausalLM(
             loss = loss if balance is None or loss is None else loss + balance.to(loss.device)
         if skip_logits is None:
             skip_logits = loss is not None and (self.training or self.config.skip_logits_in_evaluation)
+        if token_choice is not None:
+            skip_logits = True
+            last = Logits(self._logits(hidden, 1))
+            statistics["next_tokens"] = token_choice([last], None, last.values.shape[-1], None)
         output = PlannerCausalLMOutput(
             loss=loss,
             logits=None if skip_logits else self._logits(hidden, logits_to_keep),

@@ -19,6 +19,7 @@ from .small import check_hidden_states, low_rank_head
 
 if TYPE_CHECKING:
     from .auxiliary import AuxiliaryForCausalLM
+    from .token_choice import TokenChoice
 
 Scale = float | Tensor
 
@@ -34,6 +35,7 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained, but
                     not in training with config.label_smoothing, which smooths the loss alone, nor with router_loss.
                     None in training with a shared head, where it would cost a product of its own
+    next_tokens     int64 [batch], in generation that needs no logits: what follows the last position
     router_loss     a mixture of experts' weighted balancing loss, which the loss includes: the auxiliary's alone, where
                     its configuration or the call says output_router_logits; else None
     token_accuracy, entropy           means over the counted tokens; entropy of the summed softmax, nats
@@ -51,6 +53,7 @@ class AuxiliaryCausalLMOutput(ModelOutput):
     num_correct_tokens: Tensor | None = None
     entropy_sum: Tensor | None = None
     router_loss: Tensor | None = None
+    next_tokens: Tensor | None = None
 
 
 @dataclass
@@ -197,6 +200,15 @@ class Sum:
 
     # -- logits --------------------------------------------------------------------------------------------------------
 
+    def _parts(self) -> list[tuple[Tensor, Scale]]:
+        """Logits [batch, new, >= num_valid] of each head, and what they are multiplied by; the base's come first."""
+        parts = [(self._base_logits(hidden), scale) for hidden, scale in self._parts_of_base()]
+        for term in self.terms:
+            if not term.is_shared:
+                hidden, head = term.head()
+                parts.append((head.logits(hidden), term.scale))
+        return parts
+
     def at(self, kept: slice | Tensor) -> Sum:
         """The sum at some positions."""
         terms = [replace(one, hidden=one.hidden[:, kept], scale=_at(one.scale, kept)) for one in self.terms]
@@ -207,11 +219,7 @@ class Sum:
 
         floor   -inf for tokens whose probability under the base alone is below `floor` times that of its likeliest
         """
-        parts = [(self._base_logits(hidden), scale) for hidden, scale in self._parts_of_base()]
-        for term in self.terms:
-            if not term.is_shared:
-                hidden, head = term.head()
-                parts.append((head.logits(hidden), term.scale))
+        parts = self._parts()
         dtype = torch.float32
         for logits, _ in parts:
             dtype = torch.promote_types(dtype, logits.dtype)
@@ -226,6 +234,16 @@ class Sum:
             base = base[..., : self.num_valid].to(dtype)
             total = total.masked_fill(base < base.amax(dim=-1, keepdim=True) + math.log(floor), -torch.inf)
         return nn.functional.pad(total, (0, width - self.num_valid), value=-torch.inf)
+
+    def next_tokens(self, choice: TokenChoice, floor: float | None = None) -> Tensor:
+        """int64 [batch] for one position, without the sum being stored; -1 where a row is no distribution.
+
+        floor   as of `logits`. It is on the base as it is, of which the sum may have something else: then it is stored.
+        """
+        if floor is not None and not self._has_plain_base:
+            return choice([Logits(self.logits(self.num_valid, floor))], None, self.num_valid, None)
+        base, *aux = [Logits(logits, scale=scale) for logits, scale in self._parts()]
+        return choice([base], list(aux) or None, self.num_valid, floor)
 
 
 def losses(

@@ -2,6 +2,8 @@
 
 import torch
 
+from auxkernels import sample_logits
+
 NEW = 8
 
 
@@ -30,6 +32,19 @@ def loop(model, tokens, mask, choose, new=NEW, **kwargs):
 
 def greedy(logits):
     return logits.argmax(-1, keepdim=True)
+
+
+class Draws:
+    """The choices of `generate`, which draws a seed for each text first, and then by `sample_logits`."""
+
+    def __init__(self, batch, first, temperature=1.0):
+        """first: the position of the first new token."""
+        self.seeds, self.position, self.temperature = torch.randint(2**63 - 1, (batch,)), first, temperature
+
+    def __call__(self, logits):
+        options = {"temperature": self.temperature, "seed": self.seeds, "position": self.position}
+        self.position += 1
+        return sample_logits(logits, **options)[:, None]
 
 
 def generate(model, tokens, mask, **kwargs):

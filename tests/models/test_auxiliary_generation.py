@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from generation import NEW, generate, greedy, loop, next_logits, padded  # noqa: E402
+from generation import NEW, Draws, generate, greedy, loop, next_logits, padded  # noqa: E402
 from network import assert_same_network  # noqa: E402
 from tiny import PAIRS, VOCAB_SIZE, tiny_pair  # noqa: E402
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer  # noqa: E402
@@ -54,7 +54,7 @@ def test_sampling_with_a_seed_equals_a_loop(variant, tokens):
     model = tiny_pair(**options)
     text, mask = padded(tokens, (9, 5, 2))
     torch.manual_seed(7)
-    want, _ = loop(model, text, mask, lambda z: torch.multinomial((z / 0.7).softmax(-1), 1), **kwargs)
+    want, _ = loop(model, text, mask, Draws(3, 9, temperature=0.7), **kwargs)
     torch.manual_seed(7)
     got = generate(model, text, mask, do_sample=True, temperature=0.7, top_k=0, **kwargs)
     assert torch.equal(got.sequences, want)

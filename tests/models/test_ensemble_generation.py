@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from ensembles import PREFIX, PREFIX_MASK, eager_sum, tiny_ensemble  # noqa: E402
 from family_configs import tiny_model as family_model  # noqa: E402
-from generation import NEW, generate, greedy, loop, next_logits, padded  # noqa: E402
+from generation import NEW, Draws, generate, greedy, loop, next_logits, padded  # noqa: E402
 from network import assert_same_network  # noqa: E402
 from tiny import VOCAB_SIZE, tiny_model, tiny_pair  # noqa: E402
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer  # noqa: E402
@@ -91,7 +91,7 @@ def test_sampling_with_a_seed_equals_a_loop(variant, tokens):
     model, kwargs = variant
     text, mask = padded(tokens, (9, 5, 2))
     torch.manual_seed(7)
-    want, _ = loop(model, text, mask, lambda z: torch.multinomial((z / 0.7).softmax(-1), 1), **kwargs)
+    want, _ = loop(model, text, mask, Draws(3, 9, temperature=0.7), **kwargs)
     torch.manual_seed(7)
     got = generate(model, text, mask, do_sample=True, temperature=0.7, top_k=0, **kwargs)
     assert torch.equal(got.sequences, want)

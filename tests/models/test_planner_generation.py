@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from generation import Draws
 from segment_ends import ENDS, end_by_sum, ends_by_sum, ends_by_token, scores_of
 
 pytest.importorskip("transformers")
@@ -102,10 +103,10 @@ def test_sampling_equals_the_loop_with_the_same_draws():
     torch.manual_seed(5)
     got = generate(model, ids, do_sample=True, top_k=0)
     torch.manual_seed(5)
-    rows = ids.tolist()
+    rows, draw = ids.tolist(), Draws(2, 6)
     for _ in range(10):
-        p = torch.stack([next_logits(model, row) for row in rows]).softmax(-1)
-        rows = [[*row, token] for row, token in zip(rows, torch.multinomial(p, 1)[:, 0].tolist(), strict=True)]
+        drawn = draw(torch.stack([next_logits(model, row) for row in rows]))
+        rows = [[*row, token] for row, token in zip(rows, drawn[:, 0].tolist(), strict=True)]
     assert got.tolist() == rows
     several = generate(model, ids, do_sample=True, num_return_sequences=3)
     assert several.shape == (6, 16) and len({tuple(row) for row in several.tolist()}) == 6
