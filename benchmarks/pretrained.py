@@ -43,6 +43,17 @@ def load_language_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
     return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
+def load(
+    model: str | None, gguf_file: str | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer by name or folder; None: `load_language_model`."""
+    if model is None:
+        return load_language_model(dtype)
+    files = {} if gguf_file is None else {"gguf_file": gguf_file}
+    read = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **files)
+    return read.eval(), AutoTokenizer.from_pretrained(model, **files)
+
+
 def sentence_encoder_folder() -> Path:
     """Of all-MiniLM-L6-v2 (Apache-2.0), as `sentence_transformers.SentenceTransformer` reads it: width 384."""
     return _package_path(*SENTENCE_ENCODER)

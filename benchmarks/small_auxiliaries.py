@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auxkernels.models import AuxiliaryForCausalLM
 from benchmarks import pretrained
@@ -77,19 +76,9 @@ def windows(tokenizer, texts: list[str], length: int, count: int, seed: int) -> 
     raise ValueError(f"the texts have {len(tokens) // length} windows of {length} tokens, asked for {count}")
 
 
-def load_model(arguments: argparse.Namespace):
-    """The base and its tokenizer."""
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model is None:
-        return pretrained.load_language_model(dtype)
-    files = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **files)
-    return base, AutoTokenizer.from_pretrained(arguments.model, **files)
-
-
 def compare(arguments: argparse.Namespace, terminal: Terminal) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base, tokenizer = load_model(arguments)
+    base, tokenizer = pretrained.load(arguments.model, arguments.gguf_file, getattr(torch, arguments.dtype))
     base, corpus = base.to(device), standard_library.load_corpus()
     steps, rows, length = arguments.steps, arguments.rows, arguments.length
     train = windows(tokenizer, corpus.train_docstrings, length, steps * rows, arguments.seed).to(device)

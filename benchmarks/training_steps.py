@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from auxkernels.models import (
     AuxiliaryForCausalLM,
@@ -109,22 +109,14 @@ def methods_of(
     return {name: _method(model, loss_of, autocast) for name, (model, loss_of) in made.items()}
 
 
-def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model is None:
-        return pretrained.load_language_model(dtype)
-    files = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **files)
-    return base, AutoTokenizer.from_pretrained(arguments.model, **files)
-
-
 def autocasts(arguments: argparse.Namespace) -> bool:
     return arguments.dtype == "bfloat16" if arguments.autocast is None else arguments.autocast
 
 
 def compare(arguments: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (base, tokenizer), corpus = load(arguments), standard_library.load_corpus()
+    base, tokenizer = pretrained.load(arguments.model, arguments.gguf_file, getattr(torch, arguments.dtype))
+    corpus = standard_library.load_corpus()
     tokens = windows(tokenizer, corpus.train_docstrings, arguments.length, arguments.rows, 0).to(device)
     with tempfile.TemporaryDirectory() as folder:
         options = arguments.auxiliaries, autocasts(arguments)

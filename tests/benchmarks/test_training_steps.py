@@ -53,9 +53,8 @@ def test_under_autocast_a_cache_gives_the_losses_of_the_whole_base(monkeypatch, 
 
 
 def test_without_a_model_it_is_the_packaged_one(monkeypatch):
-    arguments = argparse.Namespace(model=None, dtype="bfloat16", gguf_file=None)
-    monkeypatch.setattr(training_steps.pretrained, "load_language_model", lambda dtype: dtype)
-    assert training_steps.load(arguments) is torch.bfloat16
+    monkeypatch.setattr(pretrained, "load_language_model", lambda dtype: dtype)
+    assert pretrained.load(None, None, torch.bfloat16) is torch.bfloat16
 
 
 def test_the_table_has_each_method_beside_eager():
