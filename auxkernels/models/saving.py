@@ -133,16 +133,59 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     values, sums = [], []
     for n, (_, parameter) in enumerate(parameters):
         stored = None if _is_partitioned(parameter) else _stored(parameter.detach())
-        samples = [i for i in range(_NUM_SAMPLES) if i * len(parameters) // _NUM_SAMPLES == n]
-        values += [_element(stored, i) for i in samples]
+        values += [_element(stored, i) for i in _samples_of(n, len(parameters))]
         sums.append(_sums(stored))
+    return _as_fingerprint(shapes, model.dtype, values, sums)
+
+
+def _samples_of(n: int, count: int) -> list[int]:
+    """Which of the samples are elements of the n-th of so many parameters."""
+    return [i for i in range(_NUM_SAMPLES) if i * count // _NUM_SAMPLES == n]
+
+
+def _as_fingerprint(
+    shapes: list[tuple[str, list[int]]], dtype: torch.dtype, values: list[Any], sums: list[Any]
+) -> dict[str, Any]:
     return {
         "structure": hashlib.sha256(repr(shapes).encode()).hexdigest()[:32],
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "values": values,
         "sums": [one for one, _ in sums],
         "magnitudes": [magnitude for _, magnitude in sums],
     }
+
+
+class FingerprintOfFiles:
+    """The fingerprint of weights that come one at a time, as files hold them, to be compared with an expected one.
+
+    Weights of at least the precision that the expected one's had are rounded to that, as loading does.
+    """
+
+    def __init__(self, expected: dict[str, Any]) -> None:
+        self._expected = expected
+        self._dtype = self._coarsest = getattr(torch, expected["dtype"])
+        self._noted: dict[str, tuple[list[int], list[Any], Any]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point() and self._dtype.is_floating_point:
+            precisions = [torch.finfo(dtype).eps for dtype in (tensor.dtype, self._dtype, self._coarsest)]
+            if tensor.element_size() > 1 and precisions[0] <= precisions[1]:
+                tensor = tensor.to(self._dtype)
+            elif precisions[0] > precisions[2]:
+                self._coarsest = tensor.dtype
+        stored = [tensor]
+        self._noted[name] = (
+            list(tensor.shape),
+            [_element(stored, i) for i in range(_NUM_SAMPLES)],
+            _sums(stored),
+        )
+
+    def is_expected(self) -> bool:
+        names = sorted(self._noted)
+        values = [self._noted[name][1][i] for n, name in enumerate(names) for i in _samples_of(n, len(names))]
+        shapes = [(name, self._noted[name][0]) for name in names]
+        found = _as_fingerprint(shapes, self._coarsest, values, [self._noted[name][2] for name in names])
+        return is_same_base(self._expected, found)
 
 
 def is_sharded(model: nn.Module) -> bool:
