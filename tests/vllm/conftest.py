@@ -13,6 +13,10 @@ HERE = str(Path(__file__).parent)
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+# threads that spin while they wait take the time of whatever else runs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # subprocesses inspect the model, whatever the start method; a fork would inherit threads
@@ -24,7 +28,9 @@ def _as_plugin() -> None:
     import tomllib
 
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    lines = [line for group, named in points.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in named.items()))]
+    lines = [
+        line for group, named in points.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in named.items()))
+    ]
     folder = Path(tempfile.mkdtemp(prefix="auxkernels-plugin-"))
     info = folder / "auxkernels-0.dist-info"
     info.mkdir()

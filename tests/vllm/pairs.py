@@ -1,4 +1,4 @@
-"""Folders of small random pairs, as `AuxiliaryForCausalLM.save_pretrained` writes them, and plain sums of their logits."""
+"""Folders of small random pairs, as `AuxiliaryForCausalLM` saves them, and plain sums of their logits."""
 
 import json
 import shutil

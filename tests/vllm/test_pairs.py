@@ -9,4 +9,3 @@ from pairs import PAIRS, Sums
 def test_a_pair_gives_the_plain_sums_tokens_and_log_probabilities(engines, folder, name):
     outputs = generate(engines(folder(name)), PROMPTS, logprobs=5, prompt_logprobs=2)
     check(outputs, Sums(folder(name)))
-    assert max(len(set(one.outputs[0].token_ids)) for one in outputs) > 1
