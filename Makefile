@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-wheel test-sanitized lint format bench demo demo-pretrained clean
+.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized lint format bench demo demo-pretrained clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,19 @@ test: build  ## run the tests, but for those marked as slow
 test-all: build  ## run all tests
 	$(BIN)/python -m pytest -n 2
 
+# vLLM has releases of torch and transformers of its own, and so an environment of its own: 2 GB, some minutes to fetch
+VLLM_VENV ?= .venv-vllm
+
+test-vllm: $(VLLM_VENV)/.complete  ## run the tests of serving by vLLM, in .venv-vllm
+	$(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider --confcutdir=tests/vllm tests/vllm
+
+$(VLLM_VENV)/.complete: tests/vllm/constraints.txt tests/vllm/requirements-vllm.txt tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -r tests/vllm/requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install -c tests/vllm/constraints.txt -r tests/vllm/requirements.txt
+	touch $@
+
 # $(1): where the package is that the tests shall import; $(2): further variables. Not in the checkout's folder, because
 # there a test's `python -c` would import the checkout. The benchmarks are not part of the package.
 test_package = cd build && $(2) PYTHONPATH=$(CURDIR)/$(1):$(CURDIR) \
@@ -95,7 +108,7 @@ demo: build  ## train a small auxiliary model on real text, beside eager PyTorch
 demo-pretrained: build pretrained  ## tune a pretrained model to another style, and print it at several scales
 	$(BIN)/python -m benchmarks.demo --scale pretrained
 
-clean:  ## remove what was built, not .venv
+clean:  ## remove what was built, not .venv and .venv-vllm
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f auxkernels/native/*.so auxkernels/native/_build.json
 	find auxkernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -214,7 +214,10 @@ class GenerationOfComposites(GenerationBySampling):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises ValueError: continuous batching has one cache, and no place for the arguments of each text."""
-        raise ValueError(f"{type(self).__name__} cannot batch continuously (generate_batch): use generate")
+        raise ValueError(
+            f"{type(self).__name__} cannot batch continuously (generate_batch), with one cache for several models: use "
+            "generate, or serve a saved AuxiliaryForCausalLM by vLLM"
+        )
 
 
 class _GuidanceOfTheRest(LogitsProcessor):

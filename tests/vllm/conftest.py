@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HERE = str(Path(__file__).parent)
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-# threads that spin while they wait take the time of whatever else runs
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# subprocesses inspect the model, whatever the start method; a fork would inherit threads
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit threads
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # threads that spin while they wait take the time of whatever else runs
+    "OMP_WAIT_POLICY": "passive",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def _as_plugin() -> None:
@@ -37,13 +37,13 @@ def _as_plugin() -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: auxkernels\nVersion: 0\n")
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     paths = [str(ROOT), str(folder)]
-    sys.path[:0] = [*paths, HERE]
+    sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
-else:
+if importlib.util.find_spec("vllm") is not None:  # else each module is skipped
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _as_plugin()
 
 

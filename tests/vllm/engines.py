@@ -3,9 +3,11 @@
 import gc
 import random
 
+import pytest
 import torch
 from pairs import SCALE, Sums
-from vllm import LLM, SamplingParams
+
+vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 ENGINE = {
     "dtype": "float32",
@@ -32,11 +34,11 @@ class Engines:
     def __init__(self) -> None:
         self._asked, self._engine = None, None
 
-    def __call__(self, folder, **options) -> LLM:
+    def __call__(self, folder, **options) -> vllm.LLM:
         asked = (str(folder), repr(sorted(options.items())))
         if asked != self._asked:
             self.close()
-            self._engine = LLM(model=str(folder), **{**ENGINE, **options})
+            self._engine = vllm.LLM(model=str(folder), **{**ENGINE, **options})
             self._asked = asked
         return self._engine
 
@@ -46,10 +48,10 @@ class Engines:
         gc.freeze()  # vLLM collects often, and what is imported is most of what there is to look at
 
 
-def generate(engine: LLM, prompts, params=None, **common):
+def generate(engine: vllm.LLM, prompts, params=None, **common):
     """params: of each prompt, over those that all have."""
     common = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "detokenize": False, **common}
-    made = [SamplingParams(**{**common, **one}) for one in (params or [{}] * len(prompts))]
+    made = [vllm.SamplingParams(**{**common, **one}) for one in (params or [{}] * len(prompts))]
     return engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], made, use_tqdm=False)
 
 

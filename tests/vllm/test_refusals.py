@@ -6,7 +6,7 @@ import shutil
 
 import pairs
 import pytest
-from engines import ENGINE
+from engines import ENGINE, PROMPTS, check, generate
 from pairs import PAIRS, change_config, change_weights, copied
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
@@ -222,8 +222,6 @@ def test_a_folder_without_its_base_is_refused(engines, copy):
 def test_another_base_that_is_meant_is_served(engines, copy):
     change_weights(copy / OF_BASE, _nudged("model.embed_tokens.weight"))
     engine = engines(copy, hf_overrides={"check_base": False})
-    from engines import PROMPTS, check, generate
-
     check(generate(engine, PROMPTS, logprobs=1), pairs.Sums(copy, check_base=False))
 
 
@@ -245,7 +243,5 @@ def test_a_base_in_another_dtype_and_in_several_files_is_the_same_base(engines, 
     base.bfloat16().save_pretrained(tmp_path / "half", max_shard_size="200KB")
     assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
     engine = engines(moved, hf_overrides={"base_name_or_path": str(tmp_path / "half")})
-    from engines import PROMPTS, check, generate
-
     sums = pairs.Sums(moved, base=str(tmp_path / "half"), check_base=False, dtype="float32")
     check(generate(engine, PROMPTS, logprobs=1), sums)
