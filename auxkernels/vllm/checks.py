@@ -185,6 +185,7 @@ def check_parallel(vllm_config: Any, config: AuxiliaryConfig) -> None:
                          "known; use tensor_parallel_size")  # fmt: skip
     size = parallel.tensor_parallel_size
     for name, one in (("base", config.base_config), ("aux", config.aux_config)):
+        assert one is not None, "the folder has been checked"
         heads = one.num_attention_heads
         key_heads = getattr(one, "num_key_value_heads", None) or heads
         inner = getattr(one, "intermediate_size", None)
@@ -232,6 +233,7 @@ def check_length(vllm_config: Any, config: AuxiliaryConfig) -> None:
     """Of texts: vLLM asks the base alone."""
     from .views import view_of
 
+    assert config.aux_config is not None, "the folder has been checked"
     wanted = vllm_config.model_config.max_model_len
     aux = view_of(vllm_config, config.aux_config, "aux").model_config
     aux.spec_target_max_model_len = None
@@ -251,6 +253,7 @@ def check_tokenizer(model_config: Any, config: AuxiliaryConfig) -> None:
         return
     from vllm.tokenizers import cached_tokenizer_from_config
 
+    assert config.aux_config is not None, "the folder has been checked"
     known, last = config.aux_config.vocab_size, cached_tokenizer_from_config(model_config).max_token_id
     if last >= known:
         raise ValueError(

@@ -34,6 +34,7 @@ class AuxiliaryForCausalLM(nn.Module):
         dtype = model_config.dtype
         self.config: AuxiliaryConfig = model_config.hf_config
         config = self.config
+        assert config.base_config is not None and config.aux_config is not None, "the checks have said it"
         whole = {"base": on_meta(config.base_config), "aux": on_meta(config.aux_config)}
         self._names = Names.of_model(whole["base"]), names_of_aux(config, whole["aux"])
         made = {
@@ -69,6 +70,7 @@ class AuxiliaryForCausalLM(nn.Module):
 
     def _read_states(self) -> None:
         """Makes the base return the states that the auxiliary reads: after its last layer they are what it returns."""
+        assert self.config.base_config is not None
         layer, last = self.config.trunk_layer, self.config.base_config.num_hidden_layers
         self._reads_last = layer == last
         if self._reads_last:
