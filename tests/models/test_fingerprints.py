@@ -126,3 +126,42 @@ def test_weights_that_are_partitioned_away_are_not_compared():
         weight.data = torch.empty(0)
     assert saving.is_sharded(model) and not saving.is_sharded(tiny_model("gpt2"))
     assert saving.is_same_base(whole, saving.fingerprint(model))
+
+
+def of_files(expected, weights):
+    read = saving.FingerprintOfFiles(expected)
+    for name, tensor in weights:
+        read.add(name, tensor)
+    return read
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_files_of_a_base_in_any_dtype_are_known_one_tensor_at_a_time(saved, loaded):
+    model = tiny_model("llama", seed=1).to(saved)
+    weights = [(name, weight.detach().clone()) for name, weight in model.named_parameters()]
+    expected = json.loads(json.dumps(saving.fingerprint(model.to(loaded))))
+    weights.reverse()  # files have an order of their own
+    assert of_files(expected, weights).is_expected()
+    assert not of_files(expected, weights[1:]).is_expected()
+    other = [(name, weight * (1.1 if "up_proj" in name else 1.0)) for name, weight in weights]
+    assert not of_files(expected, other).is_expected()
+
+
+def test_files_with_some_weights_in_a_wider_dtype_are_those_of_a_model_that_was_loaded_in_one():
+    model = tiny_model("llama", seed=1)
+    weights = [(name, weight.detach().clone()) for name, weight in model.named_parameters()]
+    expected = saving.fingerprint(model.to(torch.bfloat16))
+    mixed = [(name, weight if "norm" in name else weight.to(torch.bfloat16)) for name, weight in weights]
+    assert of_files(expected, mixed).is_expected()
+
+
+@pytest.mark.parametrize("kind", ["int8", "packed", "float8_e4m3fn"])
+def test_files_of_quantised_weights_are_known(kind):
+    model = with_quantised_layer(kind)
+    weights = dict(model.named_parameters())
+    expected = saving.fingerprint(model)
+    assert of_files(expected, weights.items()).is_expected()
+    name = "model.layers.1.mlp.up_proj.weight"
+    other = {**weights, name: quantised(torch.ones_like(weights[name], dtype=torch.float32), kind)}
+    assert not of_files(expected, other.items()).is_expected()

