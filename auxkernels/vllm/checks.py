@@ -16,11 +16,12 @@ vllm.model_executor.models.utils.AutoWeightsLoader, .WeightsMapper, .PPMissingLa
 vllm.model_executor.models.interfaces.supports_eagle3, .is_hybrid, .is_attention_free, .has_inner_state
 vllm.tokenizers.cached_tokenizer_from_config
 vllm.v1.sample.logits_processor   deprecated: of the V1 runner alone
-transformers.core_model_loading.revert_weight_conversion   names of weights in files
+transformers.conversion_mapping.get_checkpoint_conversion_mapping   whether files hold other tensors than models
 """
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -32,6 +33,7 @@ from .config import AuxiliaryConfig
 
 VERSIONS = (0, 32)
 PROCESSOR = "auxkernels.vllm.scales:AuxScale"
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # options of the base's that say which weights it has, and that are nothing to vLLM or can be told to it
 _KNOWN_OPTIONS = ("subfolder", "use_safetensors", "config")
 
@@ -95,19 +97,12 @@ def check_folder(config: AuxiliaryConfig) -> None:
         _check_part(name, one)
     if config.check_base and config.base_fingerprint is None:
         raise ValueError("the folder must say which base it was saved with: " + override("check_base", False, "any"))
-    if config.check_base and converts(config.base_config):
-        raise ValueError(
-            f"check_base must be False for a base of family {config.base_config.model_type}, whose weights "
-            "transformers makes of others while it loads them: " + override("check_base", False, "the base as it is")
-        )
     if not config.base_is_saved:
         _check_pointer(config)
 
 
 def override(name: str, value: object, what: str) -> str:
     """How an engine is told a value of the folder's configuration."""
-    import json
-
     return f"for {what} pass --hf-overrides '{json.dumps({name: value})}' (hf_overrides of LLM)"
 
 
@@ -122,6 +117,11 @@ def _check_part(name: str, config: PretrainedConfig) -> None:
     if type(config) is PretrainedConfig:
         raise ValueError(f"{name} must be of a family of transformers' own, got {config.model_type}, with code of its "
                          "own")  # fmt: skip
+    if converts(config) or any((getattr(config, count, None) or 0) > 1 for count in _EXPERTS):
+        raise ValueError(
+            f"{name} must be a model without experts, got {config.model_type}: its weights are others in files than in "
+            "transformers, so that they cannot be checked; use generate() of transformers"
+        )
     if config.get_text_config() is not config:
         raise ValueError(
             f"{name} must be a model of text alone, got {config.model_type}, which reads images, video or sound too: "
@@ -186,7 +186,7 @@ def check_parallel(vllm_config: Any, config: AuxiliaryConfig) -> None:
     size = parallel.tensor_parallel_size
     for name, one in (("base", config.base_config), ("aux", config.aux_config)):
         assert one is not None, "the folder has been checked"
-        heads = one.num_attention_heads
+        heads = getattr(one, "num_attention_heads", size)  # recurrent ones are refused for what they are
         key_heads = getattr(one, "num_key_value_heads", None) or heads
         inner = getattr(one, "intermediate_size", None)
         wrong = None
@@ -240,7 +240,7 @@ def check_length(vllm_config: Any, config: AuxiliaryConfig) -> None:
     try:
         aux.get_and_verify_max_len(wanted)
     except ValueError as error:
-        positions = config.aux_config.max_position_embeddings
+        positions = getattr(config.aux_config, "max_position_embeddings", None)
         raise ValueError(
             f"max_model_len must be within both models' texts, got {wanted}, and the auxiliary's "
             f"max_position_embeddings is {positions}: pass --max-model-len {positions}, or train a longer auxiliary"

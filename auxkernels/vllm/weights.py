@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..models import saving
 from ..models.small import unread_weights
-from .checks import converts, override
+from .checks import override
 from .config import AuxiliaryConfig
 
 _SHOWN = 3
@@ -47,10 +46,9 @@ class Names:
                 aliases[name] = first[id(parameter)]
         state = model.state_dict()
         ignored |= state.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-        state = {name: tensor for name, tensor in state.items() if name not in ignored and name not in aliases}
-        if converts(model.config):
-            state = revert_weight_conversion(model, state)
-        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        shapes = {
+            name: list(tensor.shape) for name, tensor in state.items() if name not in ignored and name not in aliases
+        }
         return cls(shapes, aliases, ignored, model.base_model_prefix + ".")
 
     def known(self, name: str) -> str | None:

@@ -8,6 +8,7 @@ import pairs
 import pytest
 from engines import ENGINE, PROMPTS, check, generate
 from pairs import PAIRS, change_config, change_weights, copied
+from transformers import MambaConfig, Qwen3MoeConfig
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 
@@ -160,6 +161,25 @@ def test_other_models_of_this_package_are_refused(folder, tmp_path, kind):
         configured(tmp_path / "saved")
 
 
+def experts():
+    sizes = pairs._sizes(2, 64, 2, 1, 32)
+    return Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+
+
+@pytest.mark.parametrize(
+    "base, aux, message",
+    [
+        (experts(), pairs.SMALL, "base must be a model without experts, got qwen3_moe"),
+        (pairs.SMALL, experts(), "aux must be a model without experts, got qwen3_moe"),
+    ],
+    ids=["base", "aux"],
+)
+def test_experts_are_refused(tmp_path, monkeypatch, base, aux, message):
+    monkeypatch.setitem(PAIRS, "experts", pairs.Pair(base, aux))
+    with pytest.raises(Exception, match=message):
+        configured(pairs.make("experts", tmp_path))
+
+
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +253,20 @@ def test_a_trunk_that_vllm_does_not_give_is_refused(engines, tmp_path, monkeypat
         ValueError, match="trunk_layer must be None or 3, the last, for a base of GPT2LMHeadModel, got 1"
     ):
         started(early)
+
+
+def test_a_recurrent_model_is_refused(engines, tmp_path, monkeypatch):
+    engines.close()
+    mamba = MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, intermediate_size=128)
+    monkeypatch.setitem(PAIRS, "recurrent", pairs.Pair(pairs.SMALL, mamba))
+    with pytest.raises(ValueError, match="aux must have attention in all its layers, got MambaForCausalLM"):
+        started(pairs.make("recurrent", tmp_path))
+
+
+def test_adapters_of_vllm_are_refused(engines, folder):
+    engines.close()
+    with pytest.raises(ValueError, match="AuxiliaryForCausalLM does not support LoRA"):
+        started(folder(NAME), enable_lora=True)
 
 
 def test_a_base_in_another_dtype_and_in_several_files_is_the_same_base(engines, folder, tmp_path):
