@@ -83,8 +83,10 @@ def check_version() -> None:
 def check_folder(config: AuxiliaryConfig) -> None:
     """Of what the folder holds and points to."""
     if config.base_config is None or config.aux_config is None or config.num_valid_tokens is None:
-        raise ValueError("the folder must be one that AuxiliaryForCausalLM.save_pretrained wrote: its config.json has "
-                         "no base_config, aux_config or num_valid_tokens")  # fmt: skip
+        raise ValueError(
+            "the folder must be one that AuxiliaryForCausalLM.save_pretrained wrote: its config.json has no "
+            "base_config, aux_config or num_valid_tokens"
+        )
     checks.real_number("aux_scale", config.aux_scale)
     if not isinstance(config.check_base, bool):
         raise TypeError(f"check_base must be a bool, got {config.check_base!r}")
@@ -115,17 +117,19 @@ def converts(config: PretrainedConfig) -> bool:
 
 def _check_part(name: str, config: PretrainedConfig) -> None:
     if type(config) is PretrainedConfig:
-        raise ValueError(f"{name} must be of a family of transformers' own, got {config.model_type}, with code of its "
-                         "own")  # fmt: skip
-    if converts(config) or any((getattr(config, count, None) or 0) > 1 for count in _EXPERTS):
         raise ValueError(
-            f"{name} must be a model without experts, got {config.model_type}: its weights are others in files than in "
-            "transformers, so that they cannot be checked; use generate() of transformers"
+            f"{name} must be of a family of transformers' own, got {config.model_type}, which has code of its own: use "
+            "generate() of transformers"
         )
     if config.get_text_config() is not config:
         raise ValueError(
             f"{name} must be a model of text alone, got {config.model_type}, which reads images, video or sound too: "
             "use generate() of transformers"
+        )
+    if converts(config) or any((getattr(config, count, None) or 0) > 1 for count in _EXPERTS):
+        raise ValueError(
+            f"{name} must be a model without experts, whose files hold the weights that transformers has, got "
+            f"{config.model_type}: use generate() of transformers"
         )
 
 
@@ -162,8 +166,10 @@ def check_engine(model_config: Any, config: AuxiliaryConfig) -> None:
             f"runner must be 'generate': there are logits and no embeddings, got {model_config.runner_type!r}"
         )
     if model_config.disable_sliding_window:
-        raise ValueError("disable_sliding_window must be False: the windows of two models differ; "
-                         "pass --max-model-len of the shorter window instead")  # fmt: skip
+        raise ValueError(
+            "disable_sliding_window must be False: the windows of two models differ; pass --max-model-len of the "
+            "shorter window instead"
+        )
     if model_config.quantization and getattr(config.base_config, "quantization_config", None) is None:
         raise ValueError(
             f"quantization must not be given, got {model_config.quantization!r}: join the auxiliary with a base whose "
@@ -176,13 +182,15 @@ def check_parallel(vllm_config: Any, config: AuxiliaryConfig) -> None:
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
-            f"pipeline_parallel_size must be 1, got {parallel.pipeline_parallel_size}: both models run in every "
-            "stage's place; use tensor_parallel_size"
+            f"pipeline_parallel_size must be 1, got {parallel.pipeline_parallel_size}: stages would each have "
+            "parts of one model alone; use tensor_parallel_size"
         )
     contexts = [getattr(parallel, f"{phase}_context_parallel_size", 1) for phase in ("decode", "prefill")]
     if max(contexts) > 1 or getattr(parallel, "use_ubatching", False):
-        raise ValueError("context parallelism and micro-batches must be off: where a request's tokens are is then not "
-                         "known; use tensor_parallel_size")  # fmt: skip
+        raise ValueError(
+            "context parallelism and micro-batches must be off, under which it is not known where a request's tokens "
+            "are: use tensor_parallel_size"
+        )
     size = parallel.tensor_parallel_size
     for name, one in (("base", config.base_config), ("aux", config.aux_config)):
         assert one is not None, "the folder has been checked"

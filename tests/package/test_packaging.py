@@ -290,7 +290,7 @@ logging.basicConfig()
 from auxkernels.vllm import register
 register()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "AuxiliaryForCausalLM cannot be served" in done.stderr
 
