@@ -9,7 +9,7 @@ import pytest
 from engines import ENGINE, PROMPTS, check, generate
 from pairs import PAIRS, change_config, change_weights, copied
 from transformers import MambaConfig, Qwen3MoeConfig
-from vllm import LLM
+from vllm import LLM, envs
 from vllm.engine.arg_utils import EngineArgs
 
 NAME = "other-head-size"
@@ -52,7 +52,7 @@ def test_options_that_cannot_be_are_refused(folder, options, message):
 
 
 def test_the_v2_runner_is_refused(folder, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", True)  # vLLM reads the variable once
     with pytest.raises(Exception, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
         configured(folder(NAME))
 
