@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -49,7 +50,12 @@ def port(trained, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            served, cwd=trained["folder"], env={**os.environ, **variables}, stdout=file, stderr=file
+            served,
+            cwd=trained["folder"],
+            env={**os.environ, **variables},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + STARTS
@@ -59,7 +65,11 @@ def port(trained, tmp_path_factory):
         yield port
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            process.wait()
 
 
 def _is_up(port):
