@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized lint \
-	lint-workflows format sdist wheels gpu-check bench demo demo-pretrained clean
+.PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized \
+	lint lint-workflows format sdist wheels gpu-check peers bench demo demo-pretrained clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,9 @@ gpu-check: venv  ## find out what only a GPU can show: in build/gpu
 	AUXKERNELS_BUILD=all $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.gpu.check --run 1 --output build/gpu/1
 	$(BIN)/python -m benchmarks.gpu.check --run 2 --output build/gpu/2
+
+peers: venv  ## list the peers that docs/peers.md has read an older version of
+	$(BIN)/python -m benchmarks.peers --check
 
 bench: build  ## run the benchmarks
 	$(BIN)/python -m benchmarks
