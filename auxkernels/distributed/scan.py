@@ -195,8 +195,8 @@ def sums_at(
         else:
             plan = plan_of(source.values.dtype, autocast, source.values.device)
             wide = torch.promote_types(plan.operands, torch.float32)
-            columns = source.weight[classes].to(plan.operands).to(wide)
-            z = (source.values.to(plan.operands).to(wide) * columns).sum(-1)
+            columns = plan.operand(source.weight[classes]).to(wide)
+            z = (plan.operand(source.values).to(wide) * columns).sum(-1)
             if source.bias is not None:
                 z = z + source.bias[classes].to(wide)
             z = z.to(plan.logits).to(compute)

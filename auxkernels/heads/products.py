@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import platform
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,11 +21,17 @@ class Plan(NamedTuple):
     operands   hidden, weight and the logits' gradient, as they enter a product
     logits     what the product of hidden and weight is stored in
     is_wide    whether 16-bit operands can give a float32 product
+    rounding   what hidden and weight are rounded to before they become operands; None: nothing narrower
     """
 
     operands: torch.dtype
     logits: torch.dtype
     is_wide: bool
+    rounding: torch.dtype | None = None
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """Hidden states, or a weight as a whole, as they enter a product."""
+        return (tensor if self.rounding is None else tensor.to(self.rounding)).to(self.operands)
 
     def is_exact(self) -> bool:
         """Whether products are stored as they were summed, so that another can be added to them."""
@@ -39,26 +47,75 @@ def plan_of(dtype: torch.dtype, autocast: torch.dtype | None, device: torch.devi
     """The plan for a head of this dtype.
 
     A float32 product of 16-bit operands costs an NVIDIA GPU nothing, and torch has none for CPU. There float16 is
-    computed in float32: its products are no faster, and a weight's gradient could overflow.
+    computed in float32: its products are no faster, and a weight's gradient could overflow. So is bfloat16 where the
+    processor has no instruction for it: its products then take five times as long as float32's.
     """
-    operands = operand_dtype(dtype, autocast)
-    if device.type == "cpu" and operands == torch.float16:
+    operands, rounding = operand_dtype(dtype, autocast), None
+    if device.type == "cpu" and operands == torch.bfloat16 and not has_bfloat16():
+        operands, rounding = torch.float32, torch.bfloat16
+    elif device.type == "cpu" and operands == torch.float16:
         operands = torch.float32
     is_half = operands in (torch.float16, torch.bfloat16)
     is_wide = is_half and device.type == "cuda" and torch.version.hip is None
-    return Plan(operands, torch.float32 if is_wide else operands, is_wide)
+    return Plan(operands, torch.float32 if is_wide else operands, is_wide, rounding)
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 numbers. Of others than x86 it is taken for granted."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "x86", "i686"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 CPU_COLUMNS = 16384  # of a 16-bit product: torch takes 1.4 to 1.8 times as long for 50257 columns at once
 
 
+CONVERTED_AT_ONCE = 1 << 22  # numbers of a 16-bit matrix that a product needs in float32
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False, bias: Tensor | None = None) -> None:
-    """out (+)= a @ b + bias in out's dtype, which is the operands' or, where the plan is wide, float32."""
+    """out (+)= a @ b + bias in out's dtype, which is the operands' or, where the plan is wide, float32.
+
+    b may be of a narrower dtype than a: it is converted part by part, never as a whole.
+    """
+    if b.dtype != a.dtype:
+        _multiply_converted(a, b, out, accumulate, bias)
+        return
     num_columns = out.shape[1]
     step = CPU_COLUMNS if a.dtype == torch.bfloat16 and a.device.type == "cpu" else max(num_columns, 1)
     for first in range(0, num_columns, step):
         columns = slice(first, first + step)
         _multiply(a, b[:, columns], out[:, columns], accumulate, None if bias is None else bias[columns])
+
+
+def _multiply_converted(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, bias: Tensor | None) -> None:
+    inner, num_columns = b.shape
+    if inner > num_columns:
+        for part in _parts(inner, num_columns):
+            _multiply(a[:, part], b[part].to(a.dtype), out, accumulate or part.start > 0, None)
+        if inner == 0 and not accumulate:
+            out.zero_()
+        if bias is not None:
+            out.add_(bias)
+        return
+    for part in _parts(num_columns, inner):
+        _multiply(a, b[:, part].to(a.dtype), out[:, part], accumulate, None if bias is None else bias[part])
+
+
+def _parts(count: int, each: int) -> Iterator[slice]:
+    """Slices of `count` things, of `each` numbers a thing."""
+    step = max(CONVERTED_AT_ONCE // max(each, 1), 1)
+    return (slice(first, first + step) for first in range(0, count, step))
+
+
+def converted(weight: Tensor, plan: Plan) -> Tensor:
+    """A head's weight as `multiply` takes it: in the plan's dtype, or in 16 bits where that is float32."""
+    if plan.rounding is not None:
+        weight = weight.to(plan.rounding)
+    elif not (weight.dtype == torch.float16 and plan.operands == torch.float32):
+        weight = weight.to(plan.operands)
+    return weight if 1 in weight.stride() else weight.contiguous()  # else every product would copy it
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, bias: Tensor | None) -> None:
@@ -97,9 +154,8 @@ class HeadProducts:
         grad_dtype: Callable[[torch.dtype], torch.dtype],
     ) -> None:
         self.hidden, self.plan, self.rows = hidden, plan, rows
-        weights = weight[:V].to(plan.operands)
-        self.weight = weights if 1 in weights.stride() else weights.contiguous()  # else every product would copy it
-        self.bias = None if bias is None else bias[:V].to(plan.operands).to(plan.logits)
+        self.weight = converted(weight[:V], plan)
+        self.bias = None if bias is None else plan.operand(bias[:V]).to(plan.logits)
         width = hidden.shape[-1]
         self.grad_hidden: Tensor | None = None
         self.grad_weight: WeightGradient | None = None
@@ -115,7 +171,7 @@ class HeadProducts:
 
     def logits(self, start: int, stop: int, ignored: Tensor | None, out: Tensor, accumulate: bool = False) -> None:
         """Writes (adds) hidden @ weight.T + bias of a chunk to `out` [stop - start, V]."""
-        self.chunk = self.rows.take(self.hidden, start, stop).to(self.plan.operands)
+        self.chunk = self.plan.operand(self.rows.take(self.hidden, start, stop))
         if ignored is not None:
             # an ignored row may hold NaN, which a gradient of zero would not keep out of the weight's
             self.chunk = self.chunk.masked_fill(ignored.unsqueeze(-1), 0.0)
@@ -170,16 +226,21 @@ class WeightGradient:
         sum_dtype = torch.promote_types(plan.operands, torch.float32)
         self.is_exact = plan.is_exact()
         rounds_directly = num_chunks <= 1 and dtype == plan.operands if self.is_exact else num_chunks <= 2
-        if dtype != sum_dtype and not rounds_directly:
+        if dtype != sum_dtype and not rounds_directly and (num_chunks > 1 or plan.is_wide):
             self.sum = weight.new_empty(self.rows.shape, dtype=sum_dtype)
         if not self.is_exact:
             self.product = weight.new_empty((min(V, CPU_COLUMNS), weight.shape[1]), dtype=plan.operands)
+        self.is_narrowed = self.is_exact and self.sum.dtype != plan.operands and not plan.is_wide
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
         self._add_exact(grad.T, hidden) if self.is_exact else self._add_rounded(grad.T, hidden)
         self.num_added += 1
 
     def _add_exact(self, grad: Tensor, hidden: Tensor) -> None:
+        if self.is_narrowed:  # a single chunk's, whose sum needs no memory
+            for slab in _parts(len(self.rows), hidden.shape[1]):
+                self.rows[slab] = grad[slab] @ hidden
+            return
         multiply(grad, hidden, self.sum, accumulate=self.num_added > 0)
         if self.num_added + 1 == self.num_chunks and self.sum is not self.rows:
             self.rows.copy_(self.sum)

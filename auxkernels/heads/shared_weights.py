@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sources import Leaves, SourceTensors, row_scale
-from .products import CPU_COLUMNS, Plan, WeightGradient, multiply, plan_of
+from .products import CPU_COLUMNS, Plan, WeightGradient, converted, multiply, plan_of
 from .rows import Rows
 
 _EXACT = (torch.float32, torch.float64)
@@ -95,10 +95,9 @@ class SummedHeads:
         self.grad_dtype = grad_dtype
         first = parts[0].weight
         assert first is not None, "heads have one"
-        weight = first[:V].to(plan.operands)
-        self.weight = weight if 1 in weight.stride() else weight.contiguous()  # else every product would copy it
+        self.weight = converted(first[:V], plan)
         biases = [_scaled(part.bias[:V].to(compute), part.scale) for part in parts if part.bias is not None]
-        self.bias = sum(biases[1:], biases[0]).to(plan.operands).to(plan.logits) if biases else None
+        self.bias = plan.operand(sum(biases[1:], biases[0])).to(plan.logits) if biases else None
         self.grads = [self._new_gradients(*of, V, num_chunks) for of in zip(parts, needs, strict=True)]
         self.num_columns = V
 
@@ -130,8 +129,13 @@ class SummedHeads:
             self.hidden.append(hidden)
             self.scales.append(scale)
             terms.append(_scaled(hidden, scale))
-        total = sum(terms[1:], terms[0]).to(self.plan.operands)
-        multiply(total, self.weight.T, out, accumulate, self.bias)
+        multiply(self._operand(sum(terms[1:], terms[0])), self.weight.T, out, accumulate, self.bias)
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        """What of hidden states enters a product: 16-bit ones are rounded no more than they are."""
+        if any(part.values.dtype in _EXACT for part in self.parts):
+            return self.plan.operand(hidden)
+        return hidden.to(self.plan.operands)
 
     def add_gradient(self, start: int, stop: int, ignored: Tensor | None, grad: Tensor) -> None:
         """From the gradient [stop - start, V] of a chunk's logits; of the chunk that `logits` has been called with."""
@@ -145,7 +149,7 @@ class SummedHeads:
             if grads.values is not None and of_sum is not None:
                 self.rows.put(grads.values, start, stop, _without(ignored, _scaled(of_sum, scale)))
             if grads.weight is not None:
-                grads.weight.add(grad, _scaled(hidden, scale).to(self.plan.operands))
+                grads.weight.add(grad, self._operand(_scaled(hidden, scale)))
             if grads.bias is not None and of_bias is not None:
                 grads.bias[: self.num_columns] += _scaled(of_bias, scale)
             if grads.scale is not None and of_sum is not None:

@@ -35,7 +35,7 @@ class LookupCall:
         self.kernels: Kernels = dispatch.implementation("soft_embedding", backend)
         table, first, K = request.table, request.first(), request.num_labels()
         self.plan = plan_of(table.dtype, request.autocast, table.device)
-        self.tables = with_whole_rows((table if table.dim() == 3 else table.unsqueeze(0)).to(self.plan.operands))
+        self.tables = with_whole_rows(self.plan.operand(table if table.dim() == 3 else table.unsqueeze(0)))
         self.rows = Rows(request.shape(), None)
         sources, compute = request.sources, request.compute()
         of_source = needs or [Leaves(False, False, False, False)] * len(sources)

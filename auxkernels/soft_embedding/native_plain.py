@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .. import dispatch
 from ..heads.operands import padded_matrix
-from ..heads.products import WeightGradient, multiply, plan_of
+from ..heads.products import Plan, WeightGradient, multiply
 from ..heads.rows import chunks_of, settings
 from ..native import brought_in
 from . import chunked
@@ -139,7 +139,7 @@ def backward(
     of_probabilities = table.new_empty((most, num_labels)) if needs_scores else None
     of_table = None
     if needs_table and len(chunks) > 1:
-        plan = plan_of(table.dtype, None, table.device)
+        plan = Plan(table.dtype, table.dtype, is_wide=False)
         of_table = WeightGradient(table, num_labels, plan, len(chunks), table.dtype)
     for start, stop in chunks:
         rows = grad[start:stop]
