@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .. import dispatch
 from ..heads.operands import padded_matrix
-from ..heads.products import Plan, WeightGradient, multiply
+from ..heads.products import Plan, WeightGradient, multiply, plan_of
 from ..heads.rows import chunks_of, settings
 from ..native import brought_in
 from . import chunked
@@ -78,21 +78,33 @@ def _is_small(scores: Tensor, table: Tensor, is_forward: bool) -> bool:
     return has_tiles and num_products <= SMALL_FORWARD and table.numel() <= SMALL_FORWARD_TABLE
 
 
-def _chunks(scores: Tensor, table: Tensor, num_matrices: int, num_bytes: int) -> tuple[list[tuple[int, int]], int]:
+def _chunks(
+    scores: Tensor, table: Tensor, plan: Plan, num_matrices: int, num_bytes: int
+) -> tuple[list[tuple[int, int]], int]:
     """The chunks and the rows of the largest."""
     num_labels = table.shape[0]
     num_rows = scores.numel() // num_labels
-    row_bytes = num_matrices * num_labels * table.element_size()
+    row_bytes = num_matrices * num_labels * plan.operands.itemsize
     chunks = chunks_of(num_rows, row_bytes, num_bytes, chunked.CPU_MIN_ROWS)
     return chunks, max(stop - start for start, stop in chunks)
 
 
-def _matrix(table: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, K] in the table's dtype, as the left operand of a product takes it."""
+def _matrix(table: Tensor, plan: Plan, num_rows: int) -> Tensor:
+    """[num_rows, K], as the left operand of a product takes it."""
     num_labels = table.shape[0]
-    if table.dtype == torch.float32:
-        return table.new_empty((num_rows, num_labels))
-    return padded_matrix(table, num_rows, num_labels, table.dtype)[:, :num_labels]
+    if plan.operands == torch.float32:
+        return table.new_empty((num_rows, num_labels), dtype=torch.float32)
+    return padded_matrix(table, num_rows, num_labels, plan.operands)[:, :num_labels]
+
+
+def _put_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, where out may be of a narrower dtype than a."""
+    if out.dtype == a.dtype:
+        multiply(a, b, out)
+    else:
+        product = torch.empty(out.shape, dtype=a.dtype)
+        multiply(a, b, product)
+        out.copy_(product)
 
 
 def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
@@ -102,12 +114,13 @@ def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | N
     if _is_small(scores, table, is_forward=True):
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
-    chunks, most = _chunks(scores, table, 1, FORWARD_BYTES)
-    probabilities, flat = _matrix(table, most), brought_in(mixture).detach().view(-1, width)
+    plan = plan_of(table.dtype, None, table.device)
+    chunks, most = _chunks(scores, table, plan, 1, FORWARD_BYTES)
+    probabilities, flat = _matrix(table, plan, most), brought_in(mixture).detach().view(-1, width)
     for start, stop in chunks:
         part = probabilities[: stop - start]
         kernels.plain_softmax(scores, start, temperature, state, part)
-        multiply(part, table.detach(), flat[start:stop])
+        _put_product(part, table.detach(), flat[start:stop])
     return mixture
 
 
@@ -133,16 +146,16 @@ def backward(
         grad_table = torch.empty_like(table) if needs_table else None
         kernels.small_lookup_backward(scores, table, temperature, state, grad.contiguous(), grad_scores, grad_table)
         return [grad_scores, grad_table]
-    chunks, most = _chunks(scores, table, 2, BACKWARD_BYTES)
+    plan = plan_of(table.dtype, None, table.device)
+    chunks, most = _chunks(scores, table, plan, 2, BACKWARD_BYTES)
     grad = grad.reshape(-1, width)
-    probabilities = table.new_empty((most, num_labels)) if needs_table else None
-    of_probabilities = table.new_empty((most, num_labels)) if needs_scores else None
+    probabilities = table.new_empty((most, num_labels), dtype=plan.operands) if needs_table else None
+    of_probabilities = table.new_empty((most, num_labels), dtype=plan.operands) if needs_scores else None
     of_table = None
-    if needs_table and len(chunks) > 1:
-        plan = Plan(table.dtype, table.dtype, is_wide=False)
+    if needs_table and (len(chunks) > 1 or table.dtype != plan.operands):
         of_table = WeightGradient(table, num_labels, plan, len(chunks), table.dtype)
     for start, stop in chunks:
-        rows = grad[start:stop]
+        rows = grad[start:stop].to(plan.operands)
         p = None if probabilities is None else probabilities[: stop - start]
         g = None if of_probabilities is None else of_probabilities[: stop - start]
         if g is not None:
