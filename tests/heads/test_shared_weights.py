@@ -193,11 +193,13 @@ def test_statistics_of_the_sum_alone_cost_one_product(products):
 # -- 16 bits -----------------------------------------------------------------------------------------------------------
 
 
-def test_hidden_states_of_16_bits_are_not_rounded_to_their_sum(products):
-    """A sum of 300 and 0.5 is 300 in bfloat16, which torch multiplies by no float32."""
+def test_hidden_states_of_16_bits_are_not_rounded_to_their_sum(products, monkeypatch):
+    """A sum of 300 and 0.5 is 300 in bfloat16: it takes two products of that, or one of float32."""
     hidden = [torch.full((N, D), value) for value in (300.0, 0.5)]
     weight, target = torch.randn(V, D), targets(N, vocab_size=V)
-    for dtype, num_products in ((BF16, 2), (torch.float16, 1)):  # on CPU, float16 is computed in float32
+    # on CPU, float16 is computed in float32, and so is what the processor has no instructions for
+    for dtype, has_bfloat16, num_products in ((BF16, True, 2), (BF16, False, 1), (torch.float16, True, 1)):
+        monkeypatch.setattr(product_module, "has_bfloat16", lambda has=has_bfloat16: has)
         products.clear()
         rounded = weight.to(dtype)
         base, aux = (Head(h.to(dtype), rounded) for h in hidden)
