@@ -1,7 +1,5 @@
 """The steps of benchmarks.training_steps: the same loss by every method that has the same auxiliary."""
 
-import argparse
-
 import pytest
 import torch
 from rich.console import Console
@@ -10,7 +8,7 @@ pytest.importorskip("transformers")
 
 from tiny import tiny_model
 
-from benchmarks import training_steps
+from benchmarks import pretrained, training_steps
 from benchmarks.training_steps import CACHED, EAGER, GROUP_CACHED, GROUP_ONLINE, ONLINE, SHARED
 
 
