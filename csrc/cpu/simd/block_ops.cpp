@@ -34,7 +34,9 @@ namespace auxk {
 #endif
 namespace avx512 {
 #define AUXK_NAME "avx512"
+#define AUXK_VECTOR_BITS 512  // g++ reads the whole file before a pragma could define __AVX512F__
 #include "block_ops.inl"
+#undef AUXK_VECTOR_BITS
 #undef AUXK_NAME
 }  // namespace avx512
 #if defined(__clang__)
@@ -47,7 +49,9 @@ namespace avx512 {
 #endif
 namespace avx2 {
 #define AUXK_NAME "avx2"
+#define AUXK_VECTOR_BITS 256
 #include "block_ops.inl"
+#undef AUXK_VECTOR_BITS
 #undef AUXK_NAME
 }  // namespace avx2
 #if defined(__clang__)
@@ -59,7 +63,9 @@ namespace avx2 {
 
 namespace baseline {
 #define AUXK_NAME "baseline"
+#define AUXK_VECTOR_BITS 128
 #include "block_ops.inl"
+#undef AUXK_VECTOR_BITS
 #undef AUXK_NAME
 }  // namespace baseline
 

@@ -148,8 +148,12 @@ static void copy_past_cache(void* out, const void* from, int64_t bytes) {
   std::memcpy(o, f, static_cast<size_t>(head));
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-#if defined(__AVX512F__)
+#if AUXK_VECTOR_BITS == 512
     _mm512_stream_si512(reinterpret_cast<__m512i*>(o + i), _mm512_loadu_si512(f + i));
+#elif AUXK_VECTOR_BITS == 256
+    for (int64_t j = 0; j < 64; j += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(o + i + j),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f + i + j)));
 #else
     for (int64_t j = 0; j < 64; j += 16)
       _mm_stream_si128(reinterpret_cast<__m128i*>(o + i + j),
