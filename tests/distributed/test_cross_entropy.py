@@ -4,7 +4,7 @@ import pytest
 import sharded
 import torch
 from inputs import confident_row, logits, split_in_two, targets
-from oracle import Case, assert_close, expected
+from oracle import Case
 from tolerance import assert_alike, check_results
 
 from auxkernels import Head, Logits, VocabShard
@@ -62,15 +62,6 @@ def cases_of_heads(vocab_size: int, world: int, dtype: torch.dtype) -> list[tupl
     ]
 
 
-def check_case(case: Case, got: dict, upstream=None) -> None:
-    """As one process's results are held against float64."""
-    if any(name.startswith("weight") for name in case.leaves()):
-        check_results(case, got, upstream)
-        return
-    for name, (want, error) in expected(case, upstream, confident=True).items():
-        assert_close(name, got[name], want, error)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=short)
 @pytest.mark.parametrize("vocab_size", [50257, 5, 4])
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -83,7 +74,7 @@ def test_loss_and_gradients(running, cases_of, world, vocab_size, dtype):
     given = [(case, bounds, whole) for bounds in layouts for case, whole in cases]
     shares = running.run(world, sharded.run_shares, given)
     for i, (case, bounds, whole) in enumerate(given):
-        check_case(case, sharded.joined(case, [of_rank[i] for of_rank in shares], bounds, whole))
+        sharded.check_case(case, sharded.joined(case, [of_rank[i] for of_rank in shares], bounds, whole))
 
 
 def test_one_process_has_the_bits_of_no_shard():
@@ -102,7 +93,7 @@ def test_upstream_gradients_of_rows(running):
     case = Case(base, aux, targets(6, vocab_size=50, ignored=0.2), {"reduction": "none", "z_loss": 1e-3})
     upstream, bounds = torch.randn(6), sharded.even(50, 3)
     shares = running.run(3, sharded.run_share, case, bounds, (), upstream)
-    check_case(case, sharded.joined(case, shares, bounds), upstream)
+    sharded.check_case(case, sharded.joined(case, shares, bounds), upstream)
 
 
 # -- rows that are no plain ones ---------------------------------------------------------------------------------------
@@ -121,7 +112,7 @@ def test_confident_rows_keep_their_loss_and_gradient(running):
     for world in (2, 4):
         bounds = sharded.even(100, world)
         got = sharded.joined(case, running.run(world, sharded.run_share, case, bounds, (), upstream), bounds)
-        check_case(case, got, upstream)
+        sharded.check_case(case, got, upstream)
         exact = torch.nn.functional.cross_entropy(base.double() + aux.detach().double(), case.target, reduction="none")
         assert ((got["loss"] - exact).abs() <= 1e-4 * exact + 1e-15).all()
 
@@ -191,14 +182,14 @@ def test_columns_beyond_vocab_size_belong_to_nobody(running, vocab_size):
         source = make if isinstance(make, Head) else Logits(make)
         case = Case(source, None, torch.randint(vocab_size, (5,)), {"vocab_size": vocab_size})
         bounds = sharded.even(40, 2)
-        check_case(case, sharded.joined(case, running.run(2, sharded.run_share, case, bounds), bounds))
+        sharded.check_case(case, sharded.joined(case, running.run(2, sharded.run_share, case, bounds), bounds))
 
 
 def test_half_precision_and_float64(running):
     for dtype in (torch.float16, torch.float64):
         base, aux = logits(6, 50, dtype=dtype), logits(6, 50, dtype=dtype, requires_grad=True)
         case, bounds = Case(base, aux, targets(6, vocab_size=50)), sharded.even(50, 3)
-        check_case(case, sharded.joined(case, running.run(3, sharded.run_share, case, bounds), bounds))
+        sharded.check_case(case, sharded.joined(case, running.run(3, sharded.run_share, case, bounds), bounds))
         heads = [sharded.head((6,), 50, width, dtype) for width in (16, 8)]
         case = Case(*heads, targets(6, vocab_size=50))
         check_results(case, sharded.joined(case, running.run(3, sharded.run_share, case, bounds), bounds))
