@@ -42,7 +42,10 @@ _AGREED = {
     "num_rows": "the number of rows",
     "rows": "the targets: the rows of all processes must be the same",
     "outputs": "function, sources, dtypes, return_stats, recompute or chunk_settings",
-    "options": "options (vocab_size, ignore_index, weight, label_smoothing, z_loss, reduction, normalizer, backend)",
+    "options": (
+        "options (vocab_size, ignore_index, weight, label_smoothing, z_loss, reduction, normalizer, backend; of "
+        "soft_embedding temperature, hard, gumbel, clean_gradient, seed, mask, top_k)"
+    ),
     "gradients": "which tensors require a gradient",
 }
 

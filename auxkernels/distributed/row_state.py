@@ -141,7 +141,7 @@ def softmax_of(maxima: Tensor, log_denoms: Tensor) -> Softmax:
     return Softmax(largest, shift, share, torch.log1p(others))
 
 
-def _argmax(classes: Tensor, maxima: Tensor, largest: Tensor) -> Tensor:
+def argmax_of(classes: Tensor, maxima: Tensor, largest: Tensor) -> Tensor:
     """The lowest class among those of the processes that hold a largest number; NaN is larger than any."""
     holds = torch.where(largest.isnan(), maxima.isnan(), maxima == largest)
     return torch.where(holds, classes, torch.iinfo(torch.int64).max).amin(0)
@@ -164,14 +164,14 @@ def merged(sent: Sent, wanted: int) -> dict[str, Tensor]:
         if "base_nll" in rows:
             found["base_nll"] = of_base.nll(rows["base_nll"], rows["base_log_denom"])
         if "base_argmax" in rows:
-            found["base_argmax"] = _argmax(rows["base_argmax"], rows["base_max"], of_base.max)
+            found["base_argmax"] = argmax_of(rows["base_argmax"], rows["base_max"], of_base.max)
     if "weighted_sum" in rows:
         weights = sent.bounds.weights
         rebased = rows["weighted_sum"] + of_sum.shift * weights
         is_nothing = rows["max"] == -torch.inf
         found["weighted_sum"] = torch.where(is_nothing, weighted_by_nothing(weights), rebased).sum(0)
     if "argmax" in rows:
-        found["argmax"] = _argmax(rows["argmax"], rows["max"], of_sum.max)
+        found["argmax"] = argmax_of(rows["argmax"], rows["max"], of_sum.max)
     if "target_rank" in rows:
         found["target_rank"] = rows["target_rank"].sum(0).masked_fill(of_sum.log_denom.isnan(), -1)
     found |= _derived(found, wanted)

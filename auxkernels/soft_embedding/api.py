@@ -75,7 +75,7 @@ def soft_embedding(
     return_stats  also return `LookupStats` of the probabilities, differentiable but for the argmax.
     backend       "auto", or "reference", "native", "triton": that one or an error.
     shard         the labels that this process holds, of scores and table, where they are sharded over processes (what
-                  has all labels is cut); the mask is of all labels. No other option then. See docs/distributed.md.
+                  has all labels is cut); the mask is of all labels. See docs/distributed.md.
     Returns       [*, D] or [L, *, D] in the table's dtype (under autocast in autocast's).
     Raises        TypeError, ValueError: dtype, shape, device, option. RuntimeError: an unavailable backend; double
                   differentiation.
@@ -87,9 +87,9 @@ def soft_embedding(
 
         resolved = sharded.resolved(logits, table, shard)
         if resolved.shard is not None:
-            others = {"hard": hard, "gumbel": gumbel, "clean_gradient": clean_gradient, "seed": seed, "top_k": top_k}
-            others["return_stats"] = return_stats
-            return sharded.soft_embedding(resolved, temperature, mask, backend, others)
+            options = sharded.Options(temperature, hard, gumbel, clean_gradient, seed, mask, top_k, return_stats)
+            mixture, of_rows = sharded.soft_embedding(resolved, options, backend)
+            return mixture if of_rows is None else (mixture, LookupStats(**of_rows))
         logits, table = resolved[:2]
     has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
     has_option = has_option or clean_gradient is not False
@@ -174,7 +174,7 @@ def _checked(
         None if is_plain else number(temperature, compute, device),
         table,
         number(gumbel, compute, device) if has_noise else None,
-        _seed(seed, device) if has_noise else None,
+        seed_of(seed, device) if has_noise else None,
         mask,
         ops.Options(softcaps, autocast, top_k, hard, backend),
     )
@@ -193,7 +193,7 @@ def number(value: float | Tensor | None, compute: torch.dtype, device: torch.dev
     return dispatch.number_tensor(value, compute, device)
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def seed_of(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:  # drawn here, so that checkpointing and graph replay draw it again
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):

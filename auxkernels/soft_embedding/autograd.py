@@ -67,14 +67,14 @@ def _state_of(fields: dict[str, Tensor]) -> State:
     return State(fields["max"], fields["log_denom"], fields["argmax"], fields.get("labels"))
 
 
-def _given_out(ctx: Any, fields: dict[str, Tensor], wanted: int) -> list[Tensor]:
+def given_out(ctx: Any, fields: dict[str, Tensor], wanted: int) -> list[Tensor]:
     """The wanted ones, marked; the argmax as a copy: what is saved must not be what its user may write."""
     given = {name: fields[name].clone() if name == "argmax" else fields[name] for name in outputs_in(wanted)}
     ctx.mark_non_differentiable(*(t for name, t in given.items() if name not in _DIFFERENTIABLE))
     return list(given.values())
 
 
-def _upstream(wanted: int, of_fields: Sequence[Tensor | None]) -> Upstream:
+def upstream_of(wanted: int, of_fields: Sequence[Tensor | None]) -> Upstream:
     given = dict(zip(outputs_in(wanted), of_fields, strict=True))
     return Upstream(*(given.get(name) for name in _DIFFERENTIABLE))
 
@@ -112,7 +112,7 @@ class _SoftEmbedding(torch.autograd.Function):
         ctx.save_for_backward(gumbel, seed, mask, *_state_of(fields), *tensors)
         ctx.wanted = wanted
         ctx.set_materialize_grads(False)
-        return (mixture, *_given_out(ctx, fields, wanted))
+        return (mixture, *given_out(ctx, fields, wanted))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_fields: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -122,7 +122,7 @@ class _SoftEmbedding(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[-len(tensors) :])
         grads: list[Tensor | None] = [None] * len(needs)
         if grad is not None or any(t is not None for t in of_fields):
-            call, upstream = _call_of(ctx.options, gumbel, seed, mask, tensors), _upstream(ctx.wanted, of_fields)
+            call, upstream = _call_of(ctx.options, gumbel, seed, mask, tensors), upstream_of(ctx.wanted, of_fields)
             made = iter(ops.backward(call, State(max, log_denom, argmax, labels), grad, upstream, needs))
             grads = per_tensor([next(made) if need else None for need in needs], tensors)
         return (None, None, None, None, None, *once(_WHO, grads, (*tensors, grad, *of_fields)))
@@ -194,7 +194,7 @@ class _CleanStraightThrough(torch.autograd.Function):
         ctx.save_for_backward(gumbel, seed, mask, chosen, *_state_of(fields), *tensors)
         ctx.options, ctx.wanted = options, wanted
         ctx.set_materialize_grads(False)
-        return (mixture, *_given_out(ctx, fields | {"argmax": chosen}, wanted))
+        return (mixture, *given_out(ctx, fields | {"argmax": chosen}, wanted))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_fields: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -203,7 +203,7 @@ class _CleanStraightThrough(torch.autograd.Function):
         *needs_rest, needs_table = ctx.needs_input_grad[-len(tensors) :]
         grads: list[Tensor | None] = [None] * len(tensors)
         if any(needs_rest) and (grad is not None or any(t is not None for t in of_fields)):
-            clean, upstream = call._replace(gumbel=None, seed=None), _upstream(ctx.wanted, of_fields)
+            clean, upstream = call._replace(gumbel=None, seed=None), upstream_of(ctx.wanted, of_fields)
             made = iter(ops.backward(clean, state, grad, upstream, [*needs_rest, False]))
             grads = per_tensor([*(next(made) if need else None for need in needs_rest), None], tensors)
         if needs_table and grad is not None:

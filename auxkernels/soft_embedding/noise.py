@@ -30,21 +30,25 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list
     return c
 
 
-def random_bits(row: Tensor, num_labels: int, seed: Tensor) -> Tensor:
+def random_bits(row: Tensor, num_labels: int, seed: Tensor, first_label: int = 0) -> Tensor:
     """32 random bits, held in int64, for each row and label: [N, num_labels] of rows [N]; seed: 0-d, or [N, 1]."""
-    row = row.unsqueeze(1)
-    column = torch.arange(-(-num_labels // 4), device=row.device).expand(len(row), -1)
+    row, skipped = row.unsqueeze(1), first_label % 4
+    words_of_labels = torch.arange(first_label // 4, -(-(first_label + num_labels) // 4), device=row.device)
+    column = words_of_labels.expand(len(row), -1)
     counter = (column, (row & _MASK).expand_as(column), ((row >> 32) & _MASK).expand_as(column))
     words = philox((*counter, torch.zeros_like(column)), seed)
-    return torch.stack(words, -1).flatten(-2)[:, :num_labels]
+    return torch.stack(words, -1).flatten(-2)[:, skipped : skipped + num_labels]
 
 
-def uniform(num_rows: int, num_labels: int, seed: Tensor) -> Tensor:
+def uniform(num_rows: int, num_labels: int, seed: Tensor, first_row: int = 0, first_label: int = 0) -> Tensor:
     """float32 [num_rows, num_labels] strictly inside (0, 1), each number a function of seed, row and label."""
-    bits = random_bits(torch.arange(num_rows, device=seed.device), num_labels, seed)
+    rows = torch.arange(first_row, first_row + num_rows, device=seed.device)
+    bits = random_bits(rows, num_labels, seed, first_label)
     return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
-def gumbel(num_rows: int, num_labels: int, seed: Tensor, dtype: torch.dtype) -> Tensor:
+def gumbel(
+    num_rows: int, num_labels: int, seed: Tensor, dtype: torch.dtype, first_row: int = 0, first_label: int = 0
+) -> Tensor:
     """Gumbel noise [num_rows, num_labels], -log(-log(uniform)) in `dtype`."""
-    return uniform(num_rows, num_labels, seed).to(dtype).log().neg().log().neg()
+    return uniform(num_rows, num_labels, seed, first_row, first_label).to(dtype).log().neg().log().neg()

@@ -365,3 +365,11 @@ def test_given_the_noise_output_and_gradient_are_those_of_torch(impl, monkeypatc
     want = (out, *torch.autograd.grad(out, wide, upstream["out"].cpu().double()))
     ours = expected(case, upstream)
     assert_alike([ours[name].cpu() for name in ("out", "grad values 0", "grad table")], want)
+
+
+@pytest.mark.parametrize("first_row, first_label", [(0, 5), (3, 4), (2, 7), (1, 0)])
+def test_a_part_of_the_noise_has_its_bits(first_row, first_label):
+    whole, seed = noise.uniform(8, 20, torch.tensor(3)), torch.tensor(3)
+    for num_labels in (0, 1, 3, 9):
+        part = noise.uniform(4, num_labels, seed, first_row, first_label)
+        assert torch.equal(part, whole[first_row : first_row + 4, first_label : first_label + num_labels])

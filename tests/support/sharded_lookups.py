@@ -7,12 +7,22 @@ from dataclasses import replace
 import torch
 from processes import Place
 from sharded import Collectives, assert_same_bits, cut
-from soft_oracle import F64, Case, called, sources_of
+from soft_oracle import (
+    F64,
+    Case,
+    allowed_of,
+    assert_argmax,
+    blind_to,
+    called,
+    check_results,
+    sources_of,
+    unsure_rows,
+)
 from tolerance import unit
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from auxkernels import Head, Logits, VocabShard, soft_embedding
+from auxkernels import Head, Logits, VocabShard, chunk_settings, soft_embedding
 
 OF_LABELS = {"values": -1, "weight": 0, "bias": 0, "table": -2}  # along which dimension tensors are cut
 
@@ -34,13 +44,31 @@ def share_of(case: Case, start: int, stop: int, whole: tuple[str, ...] = ()) -> 
     return Case(found, table, case.options)
 
 
-def run_share(place: Place, case: Case, bounds: list[tuple[int, int]], upstream: Tensor, whole: tuple[str, ...] = ()):
+def run_share(
+    place: Place, case: Case, bounds: list[tuple[int, int]], upstream: dict[str, Tensor], whole: tuple[str, ...] = ()
+) -> dict:
+    """As `Case.run`, of a process's share."""
     start, stop = bounds[place.rank]
     own = share_of(case, start, stop, whole)
     shard = VocabShard(start, stop, max(stop for _, stop in bounds), place.group)
-    out, leaves = soft_embedding(own.logits, own.table, shard=shard, **own.options), own.leaves()
-    grads = torch.autograd.grad(out, list(leaves.values()), upstream)
-    return {"out": out.detach()} | {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return Case(own.logits, own.table, own.options | {"shard": shard}).run("auto", upstream)
+
+
+def check(running, case: Case, layouts: list[list[tuple[int, int]]], upstream: dict[str, Tensor], whole=()) -> None:
+    """Results and gradients within what roundings may make of float64's on one process, for each of the layouts."""
+    exact = called(case, {})
+    unsure, margin = unsure_rows(case, exact)
+    upstream = blind_to(unsure, upstream)
+    is_mixed = not (case.options.get("hard") or case.options.get("top_k"))
+    more = of_rounded_mixtures(case, upstream) if is_mixed and "out" in upstream else None
+    allowed = allowed_of(case, upstream)
+    for bounds in layouts:
+        shares = running.run(len(bounds), run_share, case, bounds, upstream, whole)
+        got = joined(shares, bounds, whole)
+        assert got["out"].dtype == case.table.dtype and tuple(got["out"].shape) == case.out_shape()
+        if "argmax" in got:
+            assert_argmax(got["argmax"], exact, unsure, margin)
+        check_results(case, got, upstream, unsure=unsure, more=more, allowed=allowed)
 
 
 def joined(shares: list[dict], bounds: list[tuple[int, int]], whole: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -92,9 +120,45 @@ def count_collectives(place: Place, case: Case, bounds: list[tuple[int, int]]):
     shard = VocabShard(start, stop, bounds[-1][1], place.group)
     with Collectives() as forward:
         out = soft_embedding(own.logits, own.table, shard=shard, **own.options)
+        out = out[0] if isinstance(out, tuple) else out
     with Collectives() as backward:
         out.sum().backward()
     return forward.seen, backward.seen
+
+
+def run_in_chunks(place: Place, *arguments) -> dict:
+    """In the smallest chunks that there are."""
+    chunk_settings.num_bytes = 1
+    try:
+        return run_share(place, *arguments)
+    finally:
+        chunk_settings.num_bytes = None
+
+
+def run_under_autocast(place: Place, *arguments) -> dict:
+    with torch.autocast("cpu", torch.bfloat16):
+        return run_share(place, *arguments)
+
+
+def chosen_twice(place: Place, case: Case, bounds: list[tuple[int, int]]) -> list[Tensor]:
+    """The likeliest labels of two calls, of generators that differ between processes."""
+    torch.manual_seed(place.rank)
+    return [run_share(place, case, bounds, {"out": None, "entropy": None})["argmax"] for _ in range(2)]
+
+
+def differentiated_twice(place: Place, case: Case, bounds: list[tuple[int, int]]) -> tuple[bool, str]:
+    """Whether a second backward has the same bits, and the error of differentiating the gradient."""
+    start, stop = bounds[place.rank]
+    own, shard = share_of(case, start, stop), VocabShard(start, stop, bounds[-1][1], place.group)
+    out, stats = soft_embedding(own.logits, own.table, shard=shard, return_stats=True, **own.options)
+    total, leaves = out.square().sum() + stats.entropy.sum(), list(own.leaves().values())
+    first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
+    (grad, _) = torch.autograd.grad(total, leaves, create_graph=True)
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        return all(map(torch.equal, first, second)), str(error)
+    return False, "no error"
 
 
 def call(place: Place, arguments: dict, shard: tuple[int, int, int]) -> str:

@@ -458,6 +458,19 @@ def draws_of(case: Case) -> range:
     return range(NUM_DRAWS if case.shape().numel() * case.table.shape[-2] <= 1 << 17 else 4)
 
 
+class Allowed(NamedTuple):
+    """Float64's results of a case for an upstream, and those of drawn roundings."""
+
+    exact: Called
+    draws: list[dict[str, Tensor | None]]
+
+
+def allowed_of(case: Case, upstream: dict[str, Tensor], products: torch.dtype | None = None) -> Allowed:
+    exact = called(case, upstream)
+    drawn = [called(case, upstream, Drawn(case, seed, products), exact.scores).found for seed in draws_of(case)]
+    return Allowed(exact, drawn)
+
+
 def check_results(
     case: Case,
     got: dict[str, Tensor],
@@ -466,13 +479,14 @@ def check_results(
     products: torch.dtype | None = None,
     unsure: Tensor | None = None,
     more: dict[str, float] | None = None,
+    allowed: Allowed | None = None,
 ) -> None:
     """What an implementation gave, by name, within what roundings make of float64's, but for unsure rows' choices.
 
-    more   norms of errors that are allowed beside those of the plan
+    more      norms of errors that are allowed beside those of the plan
+    allowed   of the case and the upstream, where several results are compared with it
     """
-    exact = called(case, upstream)
-    draws = [called(case, upstream, Drawn(case, seed, products), exact.scores).found for seed in draws_of(case)]
+    exact, draws = allowed or allowed_of(case, upstream, products)
     is_unsure = unsure is not None and bool(unsure.any())
     for name, value in got.items():
         if name == "argmax" or (name == "usage" and is_unsure and case.options.get("top_k")):
