@@ -139,8 +139,8 @@ class _Calls:
 
 
 def table(found: list[dict]) -> Table:
-    made = Table(title="tokens a second; of a token's time, the share that is not the two models'")
-    for name in ("rows", "call", MODELS, TRANSFORMERS, FUSED, "share", "fused"):
+    made = Table(title="tokens a second, and the rest: a token's time that is not the two models'")
+    for name in ("rows", "call", MODELS, TRANSFORMERS, FUSED, "rest, transformers", "rest, fused"):
         made.add_column(name, justify="left" if name == "call" else "right")
     for row in found:
         seconds, tokens = row["seconds"], row["rows"] * row["new"]

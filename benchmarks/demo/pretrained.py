@@ -28,10 +28,10 @@ class Settings:
     """Tokens in a window, windows to train on and to keep apart, and what the auxiliary reads of the base."""
 
     length: int = 128
-    windows: int = 192
+    windows: int = 768
     held_out: int = 16
     trunk_layer: int = 15
-    steps: int = 120
+    steps: int = 192
     batch: int = 8
     learning_rate: float = 2e-3
 
