@@ -62,13 +62,13 @@ test-all: build  ## run all tests
 VLLM_VENV ?= .venv-vllm
 
 test-vllm: $(VLLM_VENV)/.complete  ## run the tests of serving by vLLM, in .venv-vllm
-	$(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider --confcutdir=tests/vllm tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider --confcutdir=tests/serving tests/serving
 
-$(VLLM_VENV)/.complete: tests/vllm/constraints.txt tests/vllm/requirements-vllm.txt tests/vllm/requirements.txt
+$(VLLM_VENV)/.complete: tests/serving/constraints.txt tests/serving/requirements-vllm.txt tests/serving/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install torch==2.13.0
-	$(VLLM_VENV)/bin/python -m pip install --no-deps -r tests/vllm/requirements-vllm.txt
-	$(VLLM_VENV)/bin/python -m pip install -c tests/vllm/constraints.txt -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -r tests/serving/requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install -c tests/serving/constraints.txt -r tests/serving/requirements.txt
 	touch $@
 
 # $(1): where the package is that the tests shall import; $(2): further variables. Not in the checkout's folder, because

@@ -42,9 +42,9 @@ MODULES = [
 # no -ffast-math: linked in, it flips flush-to-zero for the whole process. no -march: kernels choose at run time.
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 CXX_FLAGS = ["-O3", "-std=c++17", *HOST_FLAGS]
-# without contraction a row has the same bits from every kernel, whatever else the kernel does
 # where bits are the same on every machine, nothing is contracted
 EXACT_SOURCES = ("csrc/cpu/sampling.cpp", "csrc/cpu/simd/sample_ops.cpp")
+# without contraction a row has the same bits from every kernel, whatever else the kernel does
 CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", ",".join(HOST_FLAGS)]
 # 80 serves all of 8.x; 100 carries PTX for what comes after it
 ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "[sm_100,compute_100]"}

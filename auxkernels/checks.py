@@ -497,7 +497,8 @@ def row_parameter(
     plain_tensor(name, value)
     if value.dtype not in dtypes:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {', '.join(names)} or {last}, got {value.dtype}")
+        allowed = f"{', '.join(names)} or {last}" if names else last
+        raise TypeError(f"{name} must be {allowed}, got {value.dtype}")
     if value.dim() and value.shape != shape:
         raise ValueError(f"{name} must have shape [] or {list(shape)}, got {list(value.shape)}")
     if value.device != device:

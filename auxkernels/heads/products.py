@@ -94,8 +94,6 @@ def _multiply_converted(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, bia
     if inner > num_columns:
         for part in _parts(inner, num_columns):
             _multiply(a[:, part], b[part].to(a.dtype), out, accumulate or part.start > 0, None)
-        if inner == 0 and not accumulate:
-            out.zero_()
         if bias is not None:
             out.add_(bias)
         return

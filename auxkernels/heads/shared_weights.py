@@ -27,7 +27,10 @@ def are_added_first(one: SourceTensors, other: SourceTensors, autocast: torch.dt
     plans = [plan_of(part.values.dtype, autocast, part.values.device) for part in (one, other)]
     if plans[0] != plans[1]:
         return False
-    return plans[0].operands in _EXACT or all(part.values.dtype in _EXACT for part in (one, other))
+    are_exact = [part.values.dtype in _EXACT for part in (one, other)]
+    if plans[0].rounding is not None and any(are_exact):  # which would round the others' sum with it
+        return all(are_exact)
+    return plans[0].operands in _EXACT or all(are_exact)
 
 
 def _are_one_tensor(one: Tensor, other: Tensor) -> bool:

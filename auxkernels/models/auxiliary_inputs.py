@@ -259,6 +259,8 @@ def row_scale(scale: float | Tensor, shape: torch.Size, name: str = "aux_scale")
         return scale
     if scale.shape != shape[:1]:
         raise ValueError(f"{name} must be a number or a tensor of shape [] or [{shape[0]}], got {list(scale.shape)}")
+    if not (scale.is_floating_point() or scale.dtype == torch.bool):
+        scale = scale.float()
     return scale[:, None].expand(shape)
 
 

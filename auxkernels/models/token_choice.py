@@ -12,6 +12,7 @@ from transformers.generation import LogitNormalization, MinPLogitsWarper, Stoppi
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..sampling import sample_logits
+from ..sources import Logits
 from .mixins import Model
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class TokenChoice:
         """int64 [batch] of sources of [batch, 1] rows; -1 where a row is no distribution. floor: of `plausibility`."""
         options = {**self.options, "vocab_size": vocab_size, "plausibility": floor}
         if self.seeds is not None:
-            options |= {"seed": self.seeds.unsqueeze(1), "position": self.position}
+            first = base[0]
+            device = (first.values if isinstance(first, Logits) else first.hidden).device  # of a model on several
+            options |= {"seed": self.seeds.unsqueeze(1).to(device), "position": self.position}
         tokens = sample_logits(base, aux, **options)
         assert isinstance(tokens, Tensor), "statistics are not asked for"
         return tokens.squeeze(1)
@@ -97,6 +100,8 @@ class GenerationBySampling(Model):
         needs_logits = (
             synced_gpus  # other processes may be in their loop's last steps, which this one does not know
             or generation_config.is_assistant
+            or self._forward_hooks  # of the user's, which may look for logits, as an own `forward` may
+            or type(self).forward.__module__.partition(".")[0] != __name__.partition(".")[0]
             or generation_config.prefill_chunk_size is not None
             or any(getattr(generation_config, name, None) for name in _STORED)
             or self._valid_auto_compile_criteria(model_kwargs, generation_config)
@@ -120,41 +125,46 @@ class GenerationBySampling(Model):
         padding = generation_config._pad_token_tensor
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        outputs = None
-        while True:
-            choice.position = input_ids.shape[1]
-            if outputs is None:
-                outputs = self._prefill(input_ids, generation_config, {**model_kwargs, "token_choice": choice})
-            else:
+        choice.position = input_ids.shape[1]
+        outputs = self._prefill(input_ids, generation_config, {**model_kwargs, "token_choice": choice})
+        with self._optimize_model_for_decode():
+            while True:
+                model_kwargs = self._update_model_kwargs_for_generation(
+                    outputs, model_kwargs, is_encoder_decoder=self.config.is_encoder_decoder
+                )
+                tokens = outputs.next_tokens.to(input_ids.device)
+                _check_chosen(tokens, unfinished if ends else None, choice.position)
+                if ends:
+                    tokens = torch.where(unfinished, tokens, padding.to(tokens.device))
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+                unfinished = unfinished & ~stopping_criteria(input_ids, None)
+                if streamer is not None:
+                    streamer.put(tokens.cpu())
+                if not bool(unfinished.any()):
+                    break
+                choice.position = input_ids.shape[1]
                 length = 1 if model_kwargs["use_cache"] else None
                 inputs = self.prepare_inputs_for_generation(
                     input_ids, next_sequence_length=length, **model_kwargs, token_choice=choice
                 )
                 outputs = self(**inputs, return_dict=True)
-            model_kwargs = self._update_model_kwargs_for_generation(
-                outputs, model_kwargs, is_encoder_decoder=self.config.is_encoder_decoder
-            )
-            tokens = outputs.next_tokens.to(input_ids.device)
-            if bool((tokens < 0).any()):
-                rows = (tokens < 0).nonzero().flatten().tolist()
-                raise ValueError(
-                    f"logits must have a largest finite one to choose from, got none at token {choice.position} of "
-                    f"text {', '.join(map(str, rows))}: NaN or +inf, or no token that base_floor allows"
-                )
-            if ends:
-                tokens = torch.where(unfinished, tokens, padding.to(tokens.device))
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, None)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            if not bool(unfinished.any()):
-                break
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
         cache = model_kwargs.get("past_key_values")
         return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+
+
+def _check_chosen(tokens: Tensor, unfinished: Tensor | None, position: int) -> None:
+    """ValueError for a text without a token. unfinished: the texts that count, where others are padded; None: all."""
+    is_none = tokens < 0 if unfinished is None else (tokens < 0) & unfinished
+    if bool(is_none.any()):
+        rows = ", ".join(map(str, is_none.nonzero().flatten().tolist()))
+        raise ValueError(
+            f"logits must have a largest finite one to choose from, got none at token {position} of text {rows}: NaN "
+            "or +inf, or no token that base_floor allows"
+        )
 
 
 def _seeds(input_ids: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class AuxScale(LogitsProcessor):
         scale = given.get(ARGUMENT)
         if scale is None:
             return
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not is_number or (isinstance(scale, float) and not math.isfinite(scale)):  # an int may be none that fits
             raise ValueError(f"{ARGUMENT} must be a finite number, got {scale!r}")
         if abs(scale) > torch.finfo(torch.float32).max:
             raise ValueError(f"{ARGUMENT} must be in the range of float32, got {scale!r}")

@@ -348,7 +348,7 @@ class Sampler {
     fields.token[n] = place;
     if (fields.log_prob == nullptr) return;
     const double divisor = T == 0 ? 1 : T;
-    const double inverse = std::min<double>(1 / divisor, std::numeric_limits<C>::max());
+    const double inverse = std::min(1 / divisor, std::numeric_limits<double>::max());
     const double chosen = static_cast<double>(b.s[place]);
     const auto log_prob = [&](C largest, double sum) {
       return (chosen - static_cast<double>(largest)) / divisor - std::log(sum);

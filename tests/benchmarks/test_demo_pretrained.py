@@ -10,6 +10,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("rich")
 
+from generation import Draws, loop  # noqa: E402
+
 from benchmarks import pretrained  # noqa: E402
 from benchmarks.demo import __main__ as demo  # noqa: E402
 from benchmarks.demo import pretrained as job  # noqa: E402
@@ -72,9 +74,11 @@ def test_at_zero_it_is_the_base(tiny):
     at_zero, at_one, _ = job.continued(model, tokenizer, job.PROMPTS[0], seed=3)
     ids = tokenizer(job.PROMPTS[0], return_tensors="pt").input_ids
     torch.manual_seed(3)
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": job.NEW_TOKENS}
-    found = base.generate(ids, pad_token_id=0, **options)
-    assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip() == at_zero != at_one
+    length = ids.shape[1]
+    draws = Draws(1, length, temperature=0.7, top_p=0.9, top_k=base.generation_config.top_k or 50)
+    found = loop(base, ids, torch.ones_like(ids), draws, new=job.NEW_TOKENS)[0][0, length:].tolist()
+    found = found[: found.index(0)] if 0 in found else found  # the end of text
+    assert tokenizer.decode(found).strip() == at_zero != at_one
 
 
 def test_without_the_packages_it_says_how_to_get_them(monkeypatch, capsys):

@@ -79,6 +79,19 @@ def test_heads_of_one_weight_are_added_before_their_product_unrounded(without):
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
 
 
+def test_under_autocast_hidden_states_of_two_dtypes_are_not_rounded_as_their_sum(without):
+    """The auxiliary's are less than a rounding of the base's: they would be lost."""
+    made = torch.Generator().manual_seed(6)
+    h = (30 * torch.randn(N, 24, generator=made)).to(BF16)
+    g, weight = 0.02 * torch.randn(N, 24, generator=made), torch.randn(V, 24, generator=made).to(BF16)
+    target = torch.randint(V, (N,), generator=made)
+    with torch.autocast("cpu", BF16):
+        loss = aux_cross_entropy(Head(h, weight), Head(g, weight), target, backend="native")
+    total = h.double() + g.to(BF16).double()
+    want = aux_cross_entropy(Head(total, weight.double()), None, target, backend="reference")
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+
+
 def test_several_losses_have_the_bits_of_single_ones(without):
     (h, w, g, u, _), target = problem()
     heads = [Head(g, u), Head(g, u, scale=2.0)]

@@ -37,14 +37,14 @@ def greedy(logits):
 class Draws:
     """The choices of `generate`, which draws a seed for each text first, and then by `sample_logits`."""
 
-    def __init__(self, batch, first, temperature=1.0):
+    def __init__(self, batch, first, **options):
         """first: the position of the first new token."""
-        self.seeds, self.position, self.temperature = torch.randint(2**63 - 1, (batch,)), first, temperature
+        self.seeds, self.position, self.options = torch.randint(2**63 - 1, (batch,)), first, options
 
     def __call__(self, logits):
-        options = {"temperature": self.temperature, "seed": self.seeds, "position": self.position}
+        chosen = sample_logits(logits, seed=self.seeds, position=self.position, **self.options)
         self.position += 1
-        return sample_logits(logits, **options)[:, None]
+        return chosen[:, None]
 
 
 def generate(model, tokens, mask, **kwargs):

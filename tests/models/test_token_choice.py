@@ -160,6 +160,44 @@ def test_sampled_texts_differ_and_follow_from_torchs_generator(tokens):
     assert torch.equal(drawn(), first)
 
 
+def test_what_looks_for_logits_gets_them(tokens, chosen):
+    model, mask = tiny_pair(), torch.ones_like(tokens)
+
+    def prefer_seven(module, args, output):
+        output.logits[..., 7] = 1e6
+
+    handle = model.register_forward_hook(prefer_seven)
+    assert (generate(model, tokens, mask).sequences[:, 9:] == 7).all() and chosen == []
+    handle.remove()
+
+    class Own(type(model)):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+            output = super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+            output.logits[..., 5] = 1e6
+            return output
+
+    model.__class__ = Own
+    assert (generate(model, tokens, mask).sequences[:, 9:] == 5).all() and chosen == []
+
+
+def test_dials_of_integers_are_those_of_numbers(tokens):
+    model, mask = tiny_pair(), torch.ones_like(tokens)
+    want = generate(model, tokens, mask, aux_scale=torch.tensor([1.0, 2.0, 0.0])).sequences
+    assert torch.equal(generate(model, tokens, mask, aux_scale=torch.tensor([1, 2, 0])).sequences, want)
+
+
+def test_a_text_that_has_ended_does_not_end_the_others(tokens):
+    model, mask = tiny_pair(aux="llama"), torch.ones_like(tokens)
+    free = generate(model, tokens, mask).sequences
+    padding = next(token for token in range(VOCAB_SIZE) if not (free == token).any())
+    options = {"eos_token_id": int(free[0, 9]), "pad_token_id": padding}
+    with torch.no_grad():
+        model.aux.get_input_embeddings().weight[padding] = torch.nan  # read behind the ends of texts alone
+    want = generate(model, tokens, mask, output_logits=True, **options).sequences
+    assert want.shape[1] > 10 and (want[0, 10:] == padding).all()
+    assert torch.equal(generate(model, tokens, mask, **options).sequences, want)
+
+
 def test_logits_without_a_largest_one_are_an_error(tokens):
     model = tiny_pair()
     with torch.no_grad():

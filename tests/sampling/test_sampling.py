@@ -137,6 +137,16 @@ def test_a_tiny_temperature_leaves_the_largest(impl, temperature):
     assert torch.equal(sample_logits(s, top_p=0.9, top_k=4, min_p=0.1, **options), s.argmax(-1))
 
 
+@pytest.mark.parametrize("size, temperature", [(1e38, 1e308), (1e38, 1e37), (1e-44, 1e-300), (1e-44, 1e-44)])
+def test_statistics_are_finite_at_every_size_of_logits_and_temperature(impl, size, temperature):
+    s = (torch.randn(3, 50, dtype=torch.float64) * size).clamp(-3e38, 3e38).float()
+    found = sample_logits(s, temperature=temperature, seed=3, return_stats=True, backend=impl.backend)[1]
+    want = sample_logits(s, temperature=temperature, seed=3, return_stats=True, backend="reference")[1]
+    for name in ("log_prob", "kept_log_prob"):
+        torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=1e-4, atol=1e-4)
+        assert getattr(found, name).isfinite().all()
+
+
 def test_a_huge_temperature_makes_all_alike(impl):
     s = torch.randn(50) * 5
     tokens = draws(impl, s, 20_000, seed=1, temperature=1e300)

@@ -180,13 +180,16 @@ static int64_t weigh(const C* __restrict__ v, const Exponent<C>& of, int64_t n, 
 
 template <class C>
 static double exp_sum(const C* __restrict__ v, C m, double inverse, C floor, int64_t n) {
-  const C factor = static_cast<C>(inverse);
+  const double largest = static_cast<double>(m);
   double total = 0;
   for (int64_t start = 0; start < n; start += 256) {  // few lanes sum few numbers each
     const int64_t end = start + 256 < n ? start + 256 : n;
     C sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += v[i] >= floor ? exp_of((v[i] - m) * factor) : 0;
+    for (int64_t i = start; i < end; ++i) {  // in double, which holds every difference and every quotient that counts
+      const double x = (static_cast<double>(v[i]) - largest) * inverse;
+      sum += v[i] >= floor ? exp_of(static_cast<C>(x > -1000 ? x : -1000)) : 0;
+    }
     total += static_cast<double>(sum);
   }
   return total;
