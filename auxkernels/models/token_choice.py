@@ -101,7 +101,7 @@ class GenerationBySampling(Model):
             synced_gpus  # other processes may be in their loop's last steps, which this one does not know
             or generation_config.is_assistant
             or self._forward_hooks  # of the user's, which may look for logits, as an own `forward` may
-            or type(self).forward.__module__.partition(".")[0] != __name__.partition(".")[0]
+            or str(type(self).forward.__module__).partition(".")[0] != __name__.partition(".")[0]
             or generation_config.prefill_chunk_size is not None
             or any(getattr(generation_config, name, None) for name in _STORED)
             or self._valid_auto_compile_criteria(model_kwargs, generation_config)
