@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LN_2_HIGH = 0x3FE62E42FEE00000  # the first 32 bits of log(2): n times it is exact
+LN_2_HIGH = float.fromhex("0x1.62e42feep-1")  # the first 32 bits of log(2): n times it is exact
 _LN_2_LOW = 1.9082149292705877e-10
 _SQRT_HALF = 0x3FE6A09E667F3BCD
 # 1 / (2 i + 1), of atanh's series: 3e-18 is left out for x**2 < 0.0295
@@ -31,9 +31,6 @@ def log(x: Tensor) -> Tensor:
     q = q + q
     tail = n * _LN_2_LOW + q * (z * series)
     return n * LN_2_HIGH + (q + tail)
-
-
-LN_2_HIGH = torch.tensor(_LN_2_HIGH).view(torch.float64).item()
 
 
 def log_of_probability(p: Tensor) -> Tensor:

@@ -15,22 +15,6 @@
 namespace auxk {
 namespace {
 
-// While it lives, numbers below the normal ones count in this thread, whatever it was set to: a sum of such logits is
-// compared like any other.
-class KeepSubnormals {
- public:
-#if defined(__SSE__)
-  KeepSubnormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ & ~0x8040u); }
-  ~KeepSubnormals() { __builtin_ia32_ldmxcsr(before_); }
-
- private:
-  const unsigned before_;
-#else
-  KeepSubnormals() {}
-#endif
-  KeepSubnormals(const KeepSubnormals&) = delete;
-};
-
 constexpr int64_t kWorthAThread = 1 << 15;   // columns
 constexpr int64_t kPart = 4 * kBlock;        // of a long row, what one thread takes at a time
 constexpr int64_t kFew = 2048;               // kept columns whose noise is made one by one

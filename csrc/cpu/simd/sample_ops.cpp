@@ -11,10 +11,6 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define AUXK_MULTIVERSION 1
-#endif
-
 #if defined(__clang__)
 #pragma clang diagnostic ignored "-Wpass-failed"  // as in block_ops.cpp
 #endif
@@ -31,50 +27,12 @@ struct SampleTable {
 
 }  // namespace
 
-#if AUXK_MULTIVERSION
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
-#endif
-namespace avx512 {
-#define AUXK_NAME "avx512"
-#define AUXK_VECTOR_BITS 512  // g++ reads the whole file before a pragma could define __AVX512F__
-#include "sample_ops.inl"
-#undef AUXK_VECTOR_BITS
-#undef AUXK_NAME
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-#define AUXK_NAME "avx2"
-#define AUXK_VECTOR_BITS 256
-#include "sample_ops.inl"
-#undef AUXK_VECTOR_BITS
-#undef AUXK_NAME
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+}  // namespace auxk
 
-namespace baseline {
-#define AUXK_NAME "baseline"
-#define AUXK_VECTOR_BITS 0
-#include "sample_ops.inl"
-#undef AUXK_VECTOR_BITS
-#undef AUXK_NAME
-}  // namespace baseline
+#define AUXK_BODY "sample_ops.inl"
+#include "instruction_sets.inl"
+
+namespace auxk {
 
 namespace {
 
