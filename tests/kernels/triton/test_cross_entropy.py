@@ -5,15 +5,11 @@ TRITON_INTERPRET=1. The interpreter's bf16 is not to be trusted; that dtype wait
 other files runs through Triton.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from implementations import Implementation
 from inputs import logits, targets
+from interpreted import INTERPRETED, check_interpreted, compiles, interpreted
 from oracle import Case, Rows, assert_close, check
 
 from auxkernels import Logits, aux_cross_entropy, logit_stats
@@ -23,9 +19,7 @@ pytest.importorskip("triton")
 from auxkernels.cross_entropy.triton import launch as cross_entropy
 from auxkernels.tritonlib import launch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = Implementation("triton", "cpu")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +31,9 @@ def _many_segments(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
+@compiles
 def test_the_interpreted_kernels_pass():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+    check_interpreted(__file__)
 
 
 @interpreted

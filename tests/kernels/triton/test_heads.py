@@ -4,14 +4,12 @@ As in test_cross_entropy.py, an ordinary run starts this file once more with TRI
 kind; fp16 only, the interpreter's bf16 is not to be trusted. No GPU is needed, and nothing here shows what one does.
 """
 
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED, check_interpreted, compiles, interpreted
 from row_kernels import problem_of
 from tolerance import assert_alike
 
@@ -27,9 +25,6 @@ from auxkernels.cross_entropy.triton import launch as cross_entropy  # noqa: E40
 from auxkernels.cross_entropy.triton.head_launch import Head, Schedule, Tile, fits, scan, schedule_of  # noqa: E402
 from auxkernels.tritonlib import launch  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiled kernels and interpreted ones exclude each other")
 ALL_FIELDS = (1 << len(request.FIELDS)) - 1
 PLAIN = request.mask_of("max", "log_denom", "nll", "lse", "log_prob", "argmax", "target_rank")
 RANK = request.mask_of("target_rank")
@@ -40,11 +35,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 @pytest.mark.slow
 @compiles
 def test_the_interpreted_kernels_pass():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+    check_interpreted(__file__)
 
 
 # -- interpreted: 3 blocks of rows, splits of 3 tiles and of a part of one, 3 steps of the base's product --------------

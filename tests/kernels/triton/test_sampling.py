@@ -4,14 +4,11 @@ As in test_soft_embedding.py, an ordinary run starts this file once more with TR
 GPU is needed; nothing here shows what one does.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED, check_interpreted, compiles, interpreted
 
 from auxkernels import Head, Logits, sample_logits
 from auxkernels.sampling import arithmetic
@@ -26,20 +23,13 @@ from triton_compile import SHARED_LIMIT, TARGETS, amd_spills, nvidia_spills  # n
 from auxkernels.sampling.triton import exact  # noqa: E402
 from auxkernels.sampling.triton import launch as on_triton  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiled kernels and interpreted ones exclude each other")
 F32, F64 = torch.float32, torch.float64
 
 
 @pytest.mark.slow
 @compiles
 def test_the_interpreted_kernels_pass():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+    check_interpreted(__file__)
 
 
 # -- interpreted -------------------------------------------------------------------------------------------------------

@@ -5,14 +5,11 @@ kind; fp32 and fp16 only, the interpreter's bf16 is not to be trusted. No GPU is
 does.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED, check_interpreted, compiles, interpreted
 from oracle import assert_close
 from tolerance import OF_A_ROW, assert_alike, unit
 
@@ -31,20 +28,13 @@ from auxkernels.soft_embedding.triton import launch as on_triton  # noqa: E402
 from auxkernels.soft_embedding.triton import row_state as soft_state  # noqa: E402
 from auxkernels.tritonlib import launch  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreted_kernels_pass")
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiled kernels and interpreted ones exclude each other")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.mark.slow
 @compiles
 def test_the_interpreted_kernels_pass():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+    check_interpreted(__file__)
 
 
 # -- interpreted: a row in registers, a longer one in two segments of up to two loads, that of two programs ------------
