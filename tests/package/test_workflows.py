@@ -48,3 +48,9 @@ def test_the_module_works_with_one_openmp_runtime():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sys.platform != "linux" or "libgomp" in done.stdout
+
+
+def test_the_citation_is_of_this_version():
+    from auxkernels import __version__
+
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
