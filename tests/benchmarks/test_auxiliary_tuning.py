@@ -160,9 +160,9 @@ def test_frozen_base_costs_a_forward_pass_and_the_auxiliary_three():
     base = tiny_lm(layers=2)
     method = AuxiliaryTuning.beside_gpt2(base, None, 1, 0.0, seed=1)
     aux = language_models.forward_flops(method.model.aux, 9, predicted=8)
-    assert method.training_flops(8) == language_models.forward_flops(base, 8) + 3 * aux
+    assert method.training_flops(8, 1) == language_models.forward_flops(base, 8) + 3 * aux
     base.requires_grad_(True)
-    assert PlainLM(base, False).training_flops(8) == 3 * language_models.forward_flops(base, 8)
+    assert PlainLM(base, False).training_flops(8, 1) == 3 * language_models.forward_flops(base, 8)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

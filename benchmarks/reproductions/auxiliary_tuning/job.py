@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.reproductions.auxiliary_tuning.methods import PREFIX_LENGTH, AuxiliaryTuning, PlainLM
+from benchmarks.reproductions.auxiliary_tuning.methods import AuxiliaryTuning, PlainLM
 from benchmarks.reproductions.auxiliary_tuning.report import make_report, plot_results, results_table
 from benchmarks.reproductions.auxiliary_tuning.task import Task, contains, generated_text, load_task
 from benchmarks.reproductions.gpt2 import END_OF_TEXT_ID, build_gpt2, gpt2_config
@@ -136,6 +136,7 @@ class Job(ReproductionJob):
 
     checkpoint_steps = 200
     evaluation_batch = 128
+    prefix_length = 1  # a keyword is one token
 
     def __init__(
         self, scale: Scale, seed: int, device: torch.device, checkpoints, terminal: Terminal, resume: bool = True
@@ -154,8 +155,8 @@ class Job(ReproductionJob):
         return load_task(self.scale, checkpoints)
 
     def new_lm(self, seed: int):
-        scale = self.scale
-        config = gpt2_config(scale.vocab_size, scale.length + PREFIX_LENGTH, scale.width, scale.layers, scale.dropout)
+        scale, num_positions = self.scale, self.scale.length + self.prefix_length
+        config = gpt2_config(scale.vocab_size, num_positions, scale.width, scale.layers, scale.dropout)
         return build_gpt2(config, seed).to(self.device)
 
     def planned(self) -> list[Run]:
@@ -196,7 +197,7 @@ class Job(ReproductionJob):
 
     def fit(self, method, name: str, flops: float, rate: float, windows: Windows, keyword_ids, seed: int) -> dict:
         """Trains a method for as many steps as `flops` allow; what it cost."""
-        step_flops = self.scale.batch * method.training_flops(self.scale.length)
+        step_flops = self.scale.batch * method.training_flops(self.scale.length, self.prefix_length)
         steps = max(1, round(flops / step_flops))
 
         def loss_of(rows):

@@ -11,8 +11,6 @@ from benchmarks.reproductions.gpt2 import END_OF_TEXT_ID, build_gpt2, gpt2_confi
 from benchmarks.reproductions.language_models import blocks_of, forward_flops, head_size, lm_loss, training_flops
 from benchmarks.training.text import Windows
 
-PREFIX_LENGTH = 1  # a keyword is one token
-
 
 class PlainLM:
     """A language model; with `is_conditional` it reads a keyword in front of a passage, without one it ignores it."""
@@ -21,7 +19,7 @@ class PlainLM:
         self.model, self.is_conditional = model, is_conditional
 
     def loss(self, windows: Windows, keyword_ids: Tensor | None, reduction: str = "mean") -> Tensor:
-        """Nats over the passages' tokens [batch, length], given keywords [batch, 1] or (None) without any."""
+        """Nats over the passages' tokens [batch, length], given keywords [batch, prefix] or (None) without any."""
         return lm_loss(self.model, self._inputs(windows.tokens, keyword_ids), windows.targets, reduction)
 
     def _inputs(self, tokens: Tensor, keyword_ids: Tensor | None) -> Tensor:
@@ -34,10 +32,9 @@ class PlainLM:
         inputs = self._inputs(start, keyword_ids)
         return _sample(self.model, inputs, length)[:, inputs.shape[1] :]
 
-    def training_flops(self, length: int) -> int:
-        """Of one passage of `length` tokens: both passes over what is trained."""
-        prefix = PREFIX_LENGTH if self.is_conditional else 0
-        return training_flops(self.model, prefix + length, predicted=length)
+    def training_flops(self, length: int, prefix: int) -> int:
+        """Of one passage of `length` tokens after a keyword of `prefix` tokens: both passes over what is trained."""
+        return training_flops(self.model, length + (prefix if self.is_conditional else 0), predicted=length)
 
 
 class AuxiliaryTuning:
@@ -79,22 +76,23 @@ class AuxiliaryTuning:
         """Continuations [batch, <= length] of `start` [batch, 1], sampled at temperature 1 from all tokens."""
         return _sample(self.model, start, length, aux_input_ids=keyword_ids)[:, start.shape[1] :]
 
-    def training_flops(self, length: int, is_base_cached: bool = False) -> int:
+    def training_flops(self, length: int, prefix: int, is_base_cached: bool = False) -> int:
         """Of one passage of `length` tokens: forward through the base, and three times the auxiliary's forward.
 
         With a trunk, the keyword runs through the base's blocks too, and the projection counts with the auxiliary.
         Through a shared head, which is frozen, the backward pass costs as much as the forward pass.
+        prefix           tokens of a keyword
         is_base_cached   the base's hidden states of the passage, though not of the keyword, are read
         """
         base, aux, config = self.model.base, self.model.aux, self.model.config
         total = 0 if is_base_cached else forward_flops(base, length, predicted=0)
         total += 2 * length * head_size(base) * (2 if config.head == "shared" else 1)
-        total += 3 * forward_flops(aux, PREFIX_LENGTH + length, predicted=length)
+        total += 3 * forward_flops(aux, prefix + length, predicted=length)
         if config.head == "shared":
             total += 3 * 2 * length * self.model.aux_head.weight.numel()
         if config.trunk_layer is not None:
-            total += forward_flops(base, PREFIX_LENGTH, predicted=0)
-            total += 3 * 2 * (PREFIX_LENGTH + length) * self.model.trunk_projection.weight.numel()
+            total += forward_flops(base, prefix, predicted=0)
+            total += 3 * 2 * (prefix + length) * self.model.trunk_projection.weight.numel()
         return total
 
 

@@ -34,9 +34,15 @@ AUXILIARIES = ("auxiliary", "independent", "cached")
 LOSSES = {**PANELS, "loss_other_text": "perplexity of other text (docstrings)"}
 
 
+def worth(run: dict) -> float:
+    """Millinats per token by which a passage is more likely given its keyword than given another passage's."""
+    return 1e3 * (run["loss_given_another"] - run["loss"])
+
+
 def averaged(results: dict) -> dict[str, list[dict]]:
     """By method: a point for each budget by rising budget, of what was measured the means over seeds.
 
+    worth            of the keyword
     deviations       by measure: standard deviation over seeds; None where there is one
     sampling_error   of one run's control share
     control_error    of the mean control share: over seeds (in which that of sampling is), or of sampling with one seed
@@ -49,10 +55,12 @@ def averaged(results: dict) -> dict[str, list[dict]]:
         point: dict = {"budget": budget, "num_seeds": len(runs), "deviations": None}
         for key in ("control", "steps", "epochs", "flops", "seconds", *LOSSES):
             point[key] = statistics.fmean(run[key] for run in runs)
+        point["worth"] = statistics.fmean(worth(run) for run in runs)
         point["sampling_error"] = share_error(point["control"], results["num_samples"])
         point["control_error"] = point["sampling_error"]
         if len(runs) > 1:
             point["deviations"] = {key: statistics.stdev(run[key] for run in runs) for key in ("control", *LOSSES)}
+            point["deviations"]["worth"] = statistics.stdev(map(worth, runs))
             point["control_error"] = max(point["deviations"]["control"], point["sampling_error"]) / math.sqrt(len(runs))
         points[method].append(point)
     return points
@@ -67,6 +75,7 @@ def results_table(results: dict) -> str:
         "steps",
         "contains the keyword",
         "sampling error",
+        "keyword's worth",
         "perplexity given the keyword",
         "under the base",
         "without keyword",
@@ -74,13 +83,17 @@ def results_table(results: dict) -> str:
     ]
     base = results["base"]
     chance = [f"{100 * base['control']:.1f} %", f"{100 * base['control_error']:.1f}"]
-    rows = [["base alone", "0", "", "", *chance, *(f"{math.exp(base[key]):.1f}" for key in LOSSES)]]
+    rows = [["base alone", "0", "", "", *chance, "", *(f"{math.exp(base[key]):.1f}" for key in LOSSES)]]
     entries = [(point["budget"], method, point) for method, points in averaged(results).items() for point in points]
     for budget, method, point in sorted(entries, key=lambda entry: (entry[0], list(LABELS).index(entry[1]))):
         control = f"{100 * point['control']:.1f}"
         if point["deviations"] is not None:
             control += f" ± {100 * point['deviations']['control']:.1f}"
-        cells = [control + " %", f"{100 * point['sampling_error']:.1f}", *(_perplexity(point, key) for key in LOSSES)]
+        worth_of_it = f"{point['worth']:.0f}"
+        if point["deviations"] is not None:
+            worth_of_it += f" ± {point['deviations']['worth']:.0f}"
+        cells = [control + " %", f"{100 * point['sampling_error']:.1f}", worth_of_it]
+        cells += [_perplexity(point, key) for key in LOSSES]
         rows.append([LABELS[method], fraction(budget), f"{point['num_seeds']}", f"{point['steps']:.0f}", *cells])
     return markdown_table(header, rows)
 
@@ -126,16 +139,18 @@ def _setting(results: dict) -> str:
         f"keywords, {text['splits']['train']['with_keyword']:,} of them to train on. Compute is counted in FLOPs of "
         f"matrix products: once the forward pass of what is frozen and passes no gradient, twice of what is frozen and "
         f"passes one, three times of what is trained; 1 is {scale['base_flops'] / 1e12:g} TFLOP. The shared trunk is "
-        f"the base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy; the own small "
-        f'model is `aux="small"`; all auxiliaries share the base\'s head. LoRA has rank {scale["lora_rank"]} on all '
-        f"linear layers but the head. Learning rates, of AdamW: {told}. Those of auxiliaries were chosen near the "
-        f"best of three (trunk) and of two (small model) by the training loss of 36 steps, the others are usual ones "
-        f"and not searched. Measured on {results['num_samples']} passages of held-out chapters and as many written to "
-        f"their keywords by sampling at temperature 1, on {min(scale['max_plain'], test['passages'])} held-out "
-        f"passages without keyword, and on "
+        f"the base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy, whose logits "
+        f'are {scale["initial_share"]:g} of the base\'s; the own small model is `aux="small"`; all auxiliaries share '
+        f"the base's head. LoRA has rank {scale['lora_rank']} on all linear layers but the head. A keyword is read "
+        f"after an end of text, since the states of a first token are nearly the same in the base's upper layers, "
+        f"whichever it is. Learning rates, of AdamW: {told}; the shared trunk's is the better one of two after 50 "
+        f"steps, the others are usual ones and not searched. Measured on {results['num_samples']} passages of held-out "
+        f"chapters and as many written to their keywords by sampling at temperature 1, on "
+        f"{min(scale['max_plain'], test['passages'])} held-out passages without keyword, and on "
         f"{scale['other_windows']} windows of {scale['other_length']} tokens of the Python library's docstrings. ± is "
         f"one standard deviation over seeds (weights, order of the data and samples); the sampling error is one "
-        f"standard error of one run's share.\n"
+        f"standard error of one run's share. The keyword's worth is by how many millinats a token a held-out passage "
+        f"is more likely given its keyword than given another passage's.\n"
     )
 
 
@@ -175,9 +190,11 @@ def _control(results: dict) -> str:
     _, largest, budget = _named(results)
     ranked = sorted(largest, key=lambda method: -largest[method]["control"])
     parts = "; ".join(f"{LABELS[method]} {_share(largest[method])}" for method in ranked)
+    worths = ", ".join(f"{largest[method]['worth']:.0f}" for method in ranked)
     return (
         f"Control at compute {fraction(budget)} each, mean and its standard error: {parts}; the base, which sees no "
-        f"keyword, {100 * results['base']['control']:.1f} %."
+        f"keyword, {100 * results['base']['control']:.1f} %. In the same order a keyword is worth "
+        f"{worths} millinats a token."
     )
 
 
