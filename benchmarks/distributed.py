@@ -10,7 +10,6 @@ process holds in a step beyond what was there before, of the process that takes 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -32,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from auxkernels import Head, VocabShard, aux_cross_entropy
 from benchmarks.heads.inputs import Heads, make_heads
-from benchmarks.timing import machine_info
+from benchmarks.timing import report
 from benchmarks.timing.harness import peak_bytes
 from benchmarks.timing.implementations import DTYPES
 
@@ -181,10 +180,7 @@ def main() -> None:
     rows = [measured(arguments.processes, arguments.shape, dtype, arguments.rounds) for dtype in arguments.dtype]
     for row in rows:
         Console().print(table(row))
-    if arguments.output is not None:
-        with arguments.output.open("a") as file:
-            for row in rows:
-                file.write(json.dumps({**machine_info.describe(CPU), **row}) + "\n")
+    report.append_described(arguments.output, rows, CPU)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ demo's (`make demo-pretrained`, trained here if it has not been). MODEL: a name 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from auxkernels.models import AuxiliaryForCausalLM
 from benchmarks import pretrained
 from benchmarks.demo.pretrained import SETTINGS, tune, windows_of
 from benchmarks.small_auxiliaries import windows
-from benchmarks.timing import machine_info
+from benchmarks.timing import report
 from benchmarks.training import standard_library
 from benchmarks.training.terminal import Terminal
 
@@ -180,10 +179,8 @@ def main() -> None:
     terminal = Terminal()
     found = (assisted if arguments.assisted else compare)(arguments, terminal)
     terminal.console.print((assisted_table if arguments.assisted else table)(found))
-    if arguments.output is not None:
-        told = {**machine_info.describe(torch.device("cpu")), "dtype": arguments.dtype, "generation": found}
-        with arguments.output.open("a") as file:
-            file.write(json.dumps(told) + "\n")
+    row = {"dtype": arguments.dtype, "generation": found}
+    report.append_described(arguments.output, [row], torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import time
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from auxkernels.models import AuxiliaryForCausalLM
 from benchmarks import pretrained
-from benchmarks.timing import machine_info
+from benchmarks.timing import report
 from benchmarks.training import standard_library
 from benchmarks.training.terminal import Terminal
 
@@ -146,10 +145,8 @@ def main() -> None:
     terminal = Terminal()
     found = compare(arguments, terminal)
     terminal.console.print(table(found))
-    if arguments.output is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with arguments.output.open("a") as file:
-            file.write(json.dumps({**machine_info.describe(device), **found}) + "\n")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report.append_described(arguments.output, [found], device)
 
 
 if __name__ == "__main__":

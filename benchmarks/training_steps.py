@@ -11,7 +11,6 @@ fetches.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -34,7 +33,7 @@ from auxkernels.models import (
 )
 from benchmarks import pretrained
 from benchmarks.small_auxiliaries import windows
-from benchmarks.timing import machine_info
+from benchmarks.timing import report
 from benchmarks.timing.harness import peak_bytes
 from benchmarks.training import standard_library
 
@@ -176,10 +175,8 @@ def main() -> None:
         parser.error(f"--auxiliaries must be at least 1, got {arguments.auxiliaries}")
     found = compare(arguments)
     Console().print(table(found))
-    if arguments.output is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with arguments.output.open("a") as file:
-            file.write(json.dumps({**machine_info.describe(device), **found}) + "\n")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report.append_described(arguments.output, [found], device)
 
 
 if __name__ == "__main__":

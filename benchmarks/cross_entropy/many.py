@@ -8,7 +8,6 @@ of the processor, which other processes on the machine disturb less.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from auxkernels import Head, aux_cross_entropies, aux_cross_entropy
-from benchmarks.timing import machine_info
+from benchmarks.timing import report
 from benchmarks.timing.implementations import DTYPES
 
 LOGITS, HEADS = (1024, 50257), (2048, 49152, 576, 192)  # rows, classes, and widths of base and auxiliary
@@ -128,10 +127,7 @@ def main() -> None:
                 shape = arguments.logits if kind == "logits" else arguments.heads
                 rows.append(compare(kind, shape, dtype, num_auxes, arguments.rounds, arguments.seed))
     Console().print(table(rows))
-    if arguments.output is not None:
-        with arguments.output.open("a") as file:
-            for row in rows:
-                file.write(json.dumps({**machine_info.describe(CPU), **row}) + "\n")
+    report.append_described(arguments.output, rows, CPU)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and of the processor, which other processes on the machine disturb less.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from auxkernels import sample_logits
-from benchmarks.timing import machine_info
+from benchmarks.timing import report
 from benchmarks.timing.implementations import DTYPES
 
 CPU = torch.device("cpu")
@@ -122,10 +121,7 @@ def main() -> None:
         for num_rows in arguments.rows
     ]
     Console(width=120).print(table(rows))
-    if arguments.output is not None:
-        with arguments.output.open("a") as file:
-            for row in rows:
-                file.write(json.dumps({**machine_info.describe(CPU), **row}) + "\n")
+    report.append_described(arguments.output, rows, CPU)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from benchmarks.files import write_atomically
+from benchmarks.timing import machine_info
 from benchmarks.timing.harness import shape_text
 
 # what perfect is measured by, in the same rounds as everything else
@@ -32,6 +34,13 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
     old = path.read_text() if path.exists() else ""
     new = "".join(json.dumps(row, allow_nan=False, default=str) + "\n" for row in map(_finite, rows))
     write_atomically(path, lambda temporary: temporary.write_text(old + new))
+
+
+def append_described(path: Path | None, rows: Iterable[dict], device: torch.device) -> None:
+    """Adds rows to `path`, unless it is None, each with the description of the machine that they were measured on."""
+    if path is not None:
+        machine = machine_info.describe(device)
+        append_rows(path, ({**machine, **row} for row in rows))
 
 
 def read_rows(path: Path) -> list[dict]:
