@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized \
-	lint lint-workflows format sdist wheels gpu-check peers bench demo demo-pretrained clean
+	lint lint-workflows format docs links sdist wheels gpu-check peers bench demo demo-pretrained clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,21 @@ format: venv  ## reformat Python and C++
 	$(BIN)/ruff format
 	find csrc -type f -exec $(BIN)/clang-format -i {} +
 
+# the site's tools import nothing of the package, whose docstrings they read: an environment without torch
+DOCS_VENV ?= .venv-docs
+
+docs: $(DOCS_VENV)/.complete  ## build the site of docs/ in build/site; what leads nowhere, or names nothing, fails
+	PATH="$(abspath $(DOCS_VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+$(DOCS_VENV)/.complete: constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -c constraints.txt \
+		griffelib latex2mathml mkdocs mkdocs-material mkdocstrings mkdocstrings-python pymdown-extensions ruff
+	touch $@
+
+links:  ## list the addresses on pages and in docstrings that do not answer
+	$(PYTHON) docs/site/external_links.py
+
 sdist: venv  ## make the source archive, in dist/
 	$(BIN)/python -m build --no-isolation --sdist
 
@@ -113,13 +128,13 @@ wheels: venv  ## make and test the wheels for this kind of machine, in dist/; on
 	$(BIN)/python -m pip install -c constraints.txt cibuildwheel
 	$(BIN)/python -m cibuildwheel --output-dir dist
 
-# both runs of the check that docs/gpu.md describes, with the module of this machine's GPU
+# both runs of the check that docs/performance.md describes, with the module of this machine's GPU
 gpu-check: venv  ## find out what only a GPU can show: in build/gpu
 	AUXKERNELS_BUILD=all $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.gpu.check --run 1 --output build/gpu/1
 	$(BIN)/python -m benchmarks.gpu.check --run 2 --output build/gpu/2
 
-peers: venv  ## list the peers that docs/peers.md has read an older version of
+peers: venv  ## list the peers that docs/performance.md has read an older version of
 	$(BIN)/python -m benchmarks.peers --check
 
 bench: build  ## run the benchmarks
@@ -131,7 +146,7 @@ demo: build  ## train a small auxiliary model on real text, beside eager PyTorch
 demo-pretrained: build pretrained  ## tune a pretrained model to another style, and print it at several scales
 	$(BIN)/python -m benchmarks.demo --scale pretrained
 
-clean:  ## remove what was built, not .venv and .venv-vllm
+clean:  ## remove what was built, not .venv, .venv-docs and .venv-vllm
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f auxkernels/native/*.so auxkernels/native/_build.json
 	find auxkernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The checkout's folders, and files that are written whole or not at all."""
+"""The checkout's folders, files that are written whole or not at all, and parts of pages that commands write."""
 
 from __future__ import annotations
 
@@ -31,3 +31,12 @@ def write_results(folder: Path, contents: dict[str, bytes | str]) -> list[Path]:
         data = content.encode() if isinstance(content, str) else content
         write_atomically(folder / name, lambda temporary, data=data: temporary.write_bytes(data))
     return [folder / name for name in contents]
+
+
+def with_section(text: str, name: str, command: str, new: str) -> str:
+    """A page with new text between the markers of one part. Raises ValueError where they are not there once each."""
+    begin, end = f"<!-- {name}: written by `{command}` -->", f"<!-- end of {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the page must have {begin} and {end} once each, in this order")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n\n{new}\n\n{end}{rest.partition(end)[2]}"

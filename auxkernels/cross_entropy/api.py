@@ -56,7 +56,7 @@ def aux_cross_entropy(
     backend          "auto", or "reference", "native", "triton": that one or an error.
     shard            the columns that this process holds of a vocabulary that is sharded over processes (sources that
                      have all columns are cut); targets, class weights and results are of the whole vocabulary. See
-                     docs/distributed.md.
+                     docs/heads.md.
     Returns          float32 (float64 if a source is): 0-d, or [*] for reduction="none".
     Raises           TypeError, ValueError: dtype, shape, device, option. IndexError: a target out of range, on CPU; on
                      GPU such a row is NaN in loss and gradient, and nothing is read out of bounds. RuntimeError: an

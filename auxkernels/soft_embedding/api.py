@@ -75,7 +75,7 @@ def soft_embedding(
     return_stats  also return `LookupStats` of the probabilities, differentiable but for the argmax.
     backend       "auto", or "reference", "native", "triton": that one or an error.
     shard         the labels that this process holds, of scores and table, where they are sharded over processes (what
-                  has all labels is cut); the mask is of all labels. See docs/distributed.md.
+                  has all labels is cut); the mask is of all labels. See docs/heads.md.
     Returns       [*, D] or [L, *, D] in the table's dtype (under autocast in autocast's).
     Raises        TypeError, ValueError: dtype, shape, device, option. RuntimeError: an unavailable backend; double
                   differentiation.

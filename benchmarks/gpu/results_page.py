@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.results_page``: writes what docs/results.md says of GPUs from rows of benchmarks/results.
+"""``python -m benchmarks.gpu.results_page``: what docs/performance.md says of GPUs, written from benchmarks/results.
 
 "Verified on" follows from <device>-check.jsonl, of each part the newest row, and for each implementation from its own
 parts ("tests-native"), whatever became of the others'; "Speed" from the rows of CUDA devices in
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.chart import shown_cases
-from benchmarks.files import RESULTS, ROOT, write_atomically
+from benchmarks.files import RESULTS, ROOT, with_section, write_atomically
 from benchmarks.timing.harness import shape_text
 from benchmarks.timing.implementations import OWN_BACKENDS
 from benchmarks.timing.report import floor_text, read_rows
@@ -158,7 +158,7 @@ def _escaped(text: str) -> str:
 def _command_text(checks: list[dict[str, dict]]) -> str:
     text = """\
 What only a GPU can show, `python -m benchmarks.gpu.check` finds out in two runs of at most 330 s and keeps in
-`benchmarks/results/`; see [GPU check](gpu.md)."""
+`benchmarks/results/`; see [GPU check](#gpu-check)."""
     return text + ("" if checks else " It has not been run yet.")
 
 
@@ -259,21 +259,14 @@ def sections(results: Path, page: Path) -> dict[str, str]:
 def rewritten(text: str, texts: dict[str, str]) -> str:
     """A page with new text between its markers. Raises ValueError where a pair of markers is missing."""
     for name, new in texts.items():
-        begin, end = (
-            f"<!-- {name}: written by `python -m benchmarks.gpu.results_page` -->",
-            f"<!-- end of {name} -->",
-        )
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"the page must have {begin} and {end} once each, in this order")
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
+        text = with_section(text, name, COMMAND, new)
     return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.partition(": ")[2])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is out of date")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results")
     options = parser.parse_args(arguments)
     old = options.page.read_text()

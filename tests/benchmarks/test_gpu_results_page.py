@@ -1,4 +1,4 @@
-"""What docs/results.md says of GPUs, of invented rows: nothing is verified without passed tests, newest rows count."""
+"""What docs/performance.md says of GPUs, of invented rows: nothing is verified untested, newest rows count."""
 
 import re
 
@@ -180,7 +180,9 @@ def test_the_chart_of_a_device_is_shown_where_it_exists(tmp_path):
     assert ".png" not in list(texts(tmp_path, rows=rows))[1]
     assert draw(rows, tmp_path / "imaginary-h100.png")
     assert "](imaginary-h100.png)" in list(texts(tmp_path))[1]
-    assert "](../imaginary-h100.png)" in results_page.sections(tmp_path, tmp_path / "docs/results.md")["speed on GPUs"]
+    assert (
+        "](../imaginary-h100.png)" in results_page.sections(tmp_path, tmp_path / "docs/performance.md")["speed on GPUs"]
+    )
 
 
 def test_of_hundreds_of_cases_those_of_the_quick_grid_are_shown(tmp_path):

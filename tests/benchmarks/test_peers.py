@@ -1,4 +1,4 @@
-"""docs/peers.md is what the command writes, and a newer release of a peer is noticed."""
+"""docs/performance.md has what the command writes, and a newer release of a peer is noticed."""
 
 from packaging.version import Version
 

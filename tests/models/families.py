@@ -1,4 +1,4 @@
-"""Writes docs/families.md: what works with each family of transformers, as `family_trials` finds it.
+"""Writes docs/models.md: what works with each family of transformers, as `family_trials` finds it.
 
 python tests/models/families.py --write [family ...]
 """
@@ -18,9 +18,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from family_configs import families  # noqa: E402
 from family_trials import COLUMNS, WORKS, results_of  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 Results = dict[str, "dict[str, str] | str"]
-BEGIN, END = "<!-- written by `python tests/models/families.py --write` -->", "<!-- end -->"
+BEGIN, END = "<!-- written by `python tests/models/families.py --write` -->", "<!-- end of families -->"
 _LISTS = {"kept": "Everything works", "none": "Everything works, without a cache"}
 _LIMITED, _NOT_BUILT = "With limits", "Not built"
 
@@ -87,7 +87,9 @@ def read(page: str) -> Results:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the page; otherwise print what does not work")
+    parser.add_argument(
+        "--write", action="store_true", help="write the page's part; otherwise print what does not work"
+    )
     parser.add_argument("families", nargs="*", help="these alone (the page keeps the others); none: all")
     options = parser.parse_args(arguments)
     results = read(PAGE.read_text()) if options.families and options.write else {}

@@ -1,4 +1,4 @@
-"""docs/families.md says what is found: a sample of the families, or with AUXKERNELS_TEST_ALL_FAMILIES=1 all of them."""
+"""docs/models.md says what is found: a sample of the families, or with AUXKERNELS_TEST_ALL_FAMILIES=1 all of them."""
 
 import os
 

@@ -389,8 +389,8 @@ def test_adapters_of_a_trainer_are_trained(kind, names):
 
 
 def test_a_planner_attached_to_the_model_plans_in_training_as_in_generation():
-    """The class of docs/trl.md."""
-    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
+    """The class of docs/models.md."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class SelfPlanned" in block)
     names = {"torch": torch, "PlannerForCausalLM": PlannerForCausalLM}
     exec(block.partition("planner = SelfPlanned")[0], names)

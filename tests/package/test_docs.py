@@ -1,4 +1,7 @@
-"""Every page's Python runs, from its first block to its last, in one session; every link and path leads somewhere."""
+"""The pages: every block of Python runs, section by section; every link and path leads somewhere.
+
+That every public name has its place on a page, tests/package/test_site.py shows.
+"""
 
 import importlib.util
 import re
@@ -9,48 +12,52 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if pages.blocks_of(page)]
-TEXTS = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))]
+PAGES = sorted(DOCS.glob("*.md"))
+SESSIONS = [(page, section) for page in PAGES for section in pages.sessions_of(page)]
+TEXTS = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
-def test_there_are_pages():
-    of_operators = {"distributed", "operators", "recipes"}
-    of_models = {
-        "base_cache",
-        "caches",
-        "memory",
-        "models",
-        "parallel_training",
-        "peft",
-        "saving",
-        "serving",
-        "several_auxiliaries",
-        "tokenizers",
-        "trainer",
-        "trl",
-    }
-    assert of_operators | of_models <= {page.stem for page in PAGES}
+def test_every_block_of_python_is_in_a_session():
+    """And what else is Python is one session with an engine that has an environment of its own."""
+    of_operators = {"decoding", "heads", "losses", "soft_labels"}
+    assert {page.stem for page, _ in SESSIONS} == of_operators | {"models"}
+    for page in PAGES:
+        ran = {block for one, section in SESSIONS if one == page for block in pages.session_of(page, section)}
+        assert len(ran) == len(re.findall(r"^ *```python$", page.read_text(), flags=re.MULTILINE))
+    fences = [(page.stem, *fence[2:]) for page in PAGES for fence in pages.FENCES.findall(page.read_text())]
+    assert {language for _, language, _ in fences} == {"console", "python"}
+    typed = [(page, text.splitlines()[0]) for page, _, text in fences if re.search("^ *>>>", text, flags=re.MULTILINE)]
+    assert typed == [("decoding", ">>> from vllm import LLM, SamplingParams")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_pages_examples_run_in_their_order(page):
-    for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(pages.blocks_of(page)), flags=re.MULTILINE):
+@pytest.mark.parametrize(
+    "page, section", SESSIONS, ids=[f"{page.stem}: {section or 'whole page'}" for page, section in SESSIONS]
+)
+def test_a_sections_examples_run_in_their_order(page, section):
+    code = "\n".join(pages.session_of(page, section))
+    for package in re.findall(r"^(?:import|from) (\w+)", code, flags=re.MULTILINE):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    pages.run(None, str(page))
+    pages.run(None, str(page), section)
 
 
-def test_the_index_lists_every_page():
-    listed = re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text())
+def test_the_start_page_lists_every_page():
+    listed = re.findall(r"\]\(([\w/]+\.md)\)", (DOCS / "README.md").read_text())
     assert len(listed) == len(set(listed))
-    assert set(listed) >= {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+    assert set(listed) == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"README.md"}
 
 
-def _anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)", page.read_text(), flags=re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def _anchors(page: Path) -> list[str]:
+    """Of the headings, as GitHub and the site make them."""
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in pages.headings_of(page)]
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_an_anchor_is_one_headings(page):
+    """GitHub and the site number those of equal headings in different ways."""
+    anchors = _anchors(page)
+    assert len(anchors) == len(set(anchors))
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))

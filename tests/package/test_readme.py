@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-RESULTS = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "docs" / "performance.md"
 
 
 def test_the_examples_run_in_their_order(tmp_path, monkeypatch):

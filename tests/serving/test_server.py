@@ -1,4 +1,4 @@
-"""The page docs/serving.md: what it trains, served by its commands, by two processes, gives the plain sum's answers."""
+"""Serving in docs/decoding.md: what it trains, served by its commands by two processes, gives the sum's answers."""
 
 import json
 import os
@@ -17,7 +17,8 @@ import pytest
 import torch
 from pairs import Sums
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+PAGE = Path(__file__).parents[2] / "docs" / "decoding.md"
+SECTION = "Serving with vLLM"
 STARTS = 420  # seconds, on a machine that does other things too
 
 
@@ -28,12 +29,9 @@ def commands():
 
 @pytest.fixture(scope="module")
 def trained():
-    """The page's names after its Python has run."""
-    names = {"__name__": "page"}
+    """The section's names after its Python has run."""
     torch.manual_seed(0)
-    for block in pages.blocks_of(PAGE):
-        exec(compile(block, str(PAGE), "exec"), names)
-    return names
+    return pages.names_after(PAGE, SECTION)
 
 
 @pytest.fixture(scope="module")
