@@ -1,8 +1,8 @@
-"""``python -m benchmarks.gpu.results_page``: what docs/performance.md says of GPUs, written from benchmarks/results.
+"""``python -m benchmarks.gpu.results_page``: parts of docs/performance.md, written from rows of benchmarks/results.
 
 "Verified on" follows from <device>-check.jsonl, of each part the newest row, and for each implementation from its own
-parts ("tests-native"), whatever became of the others'; "Speed" from the rows of CUDA devices in
-<device>.jsonl, of each case the newest run. Both lie between markers there; all else is written by hand.
+parts ("tests-native"), whatever became of the others'; "Speed" from the rows of <device>.jsonl, of each case the newest
+run, apart for GPUs and CPUs. They lie between markers there; all else is written by hand.
 """
 
 from __future__ import annotations
@@ -172,12 +172,43 @@ def speed_text(devices: list[list[dict]], checks: list[dict[str, dict]], results
     return "\n\n".join(_speed_of(rows, by_slug.get(rows[0]["device_slug"], {}), results, page) for rows in devices)
 
 
+def cpu_speed_text(devices: list[list[dict]], results: Path, page: Path) -> str:
+    return "\n\n".join(_cpu_speed_of(rows, results, page) for rows in devices) or "No CPU has been measured."
+
+
+def _cpu_speed_of(rows: list[dict], results: Path, page: Path) -> str:
+    cases = shown_cases(rows)
+    newest = _newest_of(cases)
+    said = f"{newest['device']}, {newest['threads']} threads, {newest['native_isa']}, torch {newest['torch']}; "
+    said += f"{_commits_of(cases)}; copy {newest['copy_gbps']:.0f} GB/s, products of float32 "
+    said += f"{newest['gemm_gflops']['float32']:.0f} and of bfloat16 {newest['gemm_gflops']['bfloat16']:.0f} GFLOP/s. "
+    said += "Medians of calls with a cold cache."
+    return "\n\n".join([said, *_tables(cases, newest, results, page)])
+
+
+def _newest_of(cases: dict[tuple, list[dict]]) -> dict:
+    return max((row for group in cases.values() for row in group), key=lambda row: row["date"])
+
+
+def _commits_of(cases: dict[tuple, list[dict]]) -> str:
+    commits = sorted({commit_text(row) for group in cases.values() for row in group})
+    return f"commit {', '.join(commits)}, {_newest_of(cases)['date'][:10]}"
+
+
+def _tables(cases: dict[tuple, list[dict]], newest: dict, results: Path, page: Path) -> list[str]:
+    """One for each operator, and the device's chart."""
+    blocks = [_speed_table([cases[key] for key in keys]) for _, keys in groupby(cases, key=lambda key: key[0])]
+    chart = results / f"{newest['device_slug']}.png"
+    if chart.exists():
+        blocks.append(f"![share of the floor and time relative to auxkernels]({os.path.relpath(chart, page.parent)})")
+    return blocks
+
+
 def _speed_of(rows: list[dict], parts: dict[str, dict], results: Path, page: Path) -> str:
     cases = shown_cases(rows)
-    newest = max((row for group in cases.values() for row in group), key=lambda row: row["date"])
-    commits = sorted({commit_text(row) for group in cases.values() for row in group})
+    newest = _newest_of(cases)
     said = f"{newest['device']}, driver {newest.get('driver')}, torch {newest['torch']}, triton {newest['triton']}; "
-    said += f"commit {', '.join(commits)}, {newest['date'][:10]}; copy {newest['copy_gbps']:.0f} GB/s, bfloat16 "
+    said += f"{_commits_of(cases)}; copy {newest['copy_gbps']:.0f} GB/s, bfloat16 "
     said += f"products {newest['gemm_gflops']['bfloat16'] / 1000:.0f} TFLOP/s. Medians of calls with a cold cache."
     absent = [name for name, version in newest.get("peers", {}).items() if version.startswith("unavailable")]
     if any(pass_name in OWN for _, pass_name, *_ in cases):
@@ -185,12 +216,7 @@ def _speed_of(rows: list[dict], parts: dict[str, dict], results: Path, page: Pat
     said += f" Not there to compare with: {', '.join(absent)}." if absent else ""
     unverified = [own.title for name, own in IMPLEMENTATIONS.items() if not is_verified(parts, name)]
     said += f" **Tests have not passed there: {', '.join(unverified)}.**" if unverified else ""
-    blocks = [said]
-    blocks += (_speed_table([cases[key] for key in keys]) for _, keys in groupby(cases, key=lambda key: key[0]))
-    chart = results / f"{newest['device_slug']}.png"
-    if chart.exists():
-        blocks.append(f"![share of the floor and time relative to auxkernels]({os.path.relpath(chart, page.parent)})")
-    return "\n\n".join(blocks)
+    return "\n\n".join([said, *_tables(cases, newest, results, page)])
 
 
 def _speed_table(cases: list[list[dict]]) -> str:
@@ -241,10 +267,10 @@ def read_checks(results: Path) -> list[dict[str, dict]]:
     return [parts for parts in found if parts]
 
 
-def read_devices(results: Path) -> list[list[dict]]:
-    """The benchmark's rows of each CUDA device, which have a compute capability; those timed at least once."""
+def read_devices(results: Path, *, of_gpus: bool) -> list[list[dict]]:
+    """The benchmark's rows of each device; those of CUDA have a compute capability; those timed at least once."""
     files = (path for path in sorted(results.glob("*.jsonl")) if not path.stem.endswith("-check"))
-    found = ([row for row in read_rows(path) if row.get("capability")] for path in files)
+    found = ([row for row in read_rows(path) if bool(row.get("capability")) == of_gpus] for path in files)
     return [rows for rows in found if any(row["time_us"] for row in rows)]
 
 
@@ -252,7 +278,8 @@ def sections(results: Path, page: Path) -> dict[str, str]:
     checks = read_checks(results)
     return {
         "verified on GPUs": verified_text(checks),
-        "speed on GPUs": speed_text(read_devices(results), checks, results, page),
+        "speed on GPUs": speed_text(read_devices(results, of_gpus=True), checks, results, page),
+        "speed on CPUs": cpu_speed_text(read_devices(results, of_gpus=False), results, page),
     }
 
 

@@ -13,6 +13,7 @@ An entry becomes an item of a definition list. Names of public functions and cla
 from __future__ import annotations
 
 import ast
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def text_of(line: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    parts = PAGE.split(re.sub(r"([*_<\[\]$])", r"\\\1", text))
+    marked = re.sub(r"([*_\[\]])", r"\\\1", html.escape(text, quote=False)).replace("$", "&#36;")
+    parts = PAGE.split(marked)
     return "".join(f'<a href="../{part}.html">{part}</a>' if i % 2 else part for i, part in enumerate(parts))
 
 

@@ -87,6 +87,7 @@ def on_page_content(text: str, page: Any, config: Any, files: Any) -> str:
         is_block = formula[1] == "div"
         found = convert(html.unescape(formula[2]).strip(), display="block" if is_block else "inline")
         found = re.sub(r"(?<!<msup>)<mi>(log|tanh)</mi>", r'\g<0><mspace width="0.17em"/>', found)
+        found = re.sub(r"<mo>(KL|max|softmax)</mo>", r'<mi>\1</mi><mspace width="0.1em"/>', found)
         return f'<div class="formula">{found}</div>' if is_block else found
 
     return FORMULA.sub(mathml, text)

@@ -1,4 +1,4 @@
-"""What docs/performance.md says of GPUs, of invented rows: nothing is verified untested, newest rows count."""
+"""What docs/performance.md says of devices, of invented rows: nothing is verified untested, newest rows count."""
 
 import re
 
@@ -22,6 +22,8 @@ by hand
 <!-- speed on GPUs: written by `python -m benchmarks.gpu.results_page` -->
 old
 <!-- end of speed on GPUs -->
+<!-- speed on CPUs: written by `python -m benchmarks.gpu.results_page` -->
+<!-- end of speed on CPUs -->
 the end
 """
 TRAINING = Spec("training", (8192, 128256), "bf16", "flat")
@@ -33,7 +35,8 @@ def texts(tmp_path, checks=(), rows=()):
         report.append_rows(tmp_path / f"{row['device_slug']}-check.jsonl", [row])
     for row in rows:
         report.append_rows(tmp_path / f"{row['device_slug']}.jsonl", [row])
-    return results_page.sections(tmp_path, tmp_path / "results.md").values()
+    sections = results_page.sections(tmp_path, tmp_path / "results.md")
+    return sections["verified on GPUs"], sections["speed on GPUs"]
 
 
 def lines_with(text, *words):
@@ -56,7 +59,13 @@ def test_without_rows_nothing_is_claimed(tmp_path):
 def test_rows_of_a_cpu_say_nothing_of_gpus(tmp_path):
     (row,) = case_rows("cross_entropy", TRAINING, {"auxkernels": 1.0}, 1.0)
     del row["capability"]
-    assert list(texts(tmp_path, rows=[row]))[1] == "No GPU has been measured."
+    row |= {"threads": 2, "native_isa": "avx512", "gemm_gflops": {"float32": 300.0, "bfloat16": 1900.0}}
+    row |= {"commit": "fedcba987654", "date": "2026-12-04T00:00:00+00:00"}
+    assert texts(tmp_path, rows=[row])[1] == "No GPU has been measured."
+    said = results_page.sections(tmp_path, tmp_path / "results.md")["speed on CPUs"]
+    assert f"{row['device']}, 2 threads, avx512, torch {row['torch']}; commit fedcba987654, 2026-12-04; copy" in said
+    assert "products of float32 300 and of bfloat16 1900 GFLOP/s." in said
+    assert "| training 8192 x 128256 bf16 flat | 100 % |" in said
 
 
 def test_passed_tests_verify_the_device_they_ran_on(tmp_path):
@@ -177,9 +186,9 @@ def test_what_was_not_timed_leaves_its_cell_empty(tmp_path):
 def test_the_chart_of_a_device_is_shown_where_it_exists(tmp_path):
     pytest.importorskip("matplotlib")
     rows = invented.quick_grid()
-    assert ".png" not in list(texts(tmp_path, rows=rows))[1]
+    assert ".png" not in texts(tmp_path, rows=rows)[1]
     assert draw(rows, tmp_path / "imaginary-h100.png")
-    assert "](imaginary-h100.png)" in list(texts(tmp_path))[1]
+    assert "](imaginary-h100.png)" in texts(tmp_path)[1]
     assert (
         "](../imaginary-h100.png)" in results_page.sections(tmp_path, tmp_path / "docs/performance.md")["speed on GPUs"]
     )
@@ -205,6 +214,7 @@ def test_only_what_is_between_the_markers_changes(tmp_path, capsys):
     text = path.read_text()
     assert results_page.main([*options, "--check"]) == 0
     assert results_page.main(options) == 0 and path.read_text() == text
+    assert "No CPU has been measured." in text
     assert "by hand" in text and text.endswith("-->\nthe end\n") and "old" not in text
     report.append_rows(tmp_path / "d-check.jsonl", rows_of_tests())
     assert results_page.main([*options, "--check"]) == 1

@@ -253,7 +253,7 @@ def test_every_development_dependency_has_a_constraint():
 
 def test_what_targets_install_by_name_has_a_constraint():
     recipes = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    names = [name for line in re.findall(r"-c constraints\.txt ([ \w-]+)", recipes) for name in line.split()]
+    names = [name for line in re.findall(r"-c constraints\.txt ([ \t\w-]+)", recipes) for name in line.split()]
     wanted = {name for name in names if re.fullmatch(r"[a-z][\w-]+", name)}
     pinned = set(re.findall(r"^([\w-]+)[=<>]", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
     assert {"cibuildwheel", "mkdocs"} <= wanted <= pinned

@@ -49,7 +49,7 @@ def test_it_calls_unverified_on_gpus_what_the_results_do(implementation):
     assert ("unverified" in said) == all("verified by its part of" not in line for line in shown)
 
 
-def test_what_is_said_of_gpus_is_what_the_rows_say():
+def test_what_is_said_of_devices_is_what_the_rows_say():
     """Not where the package is tested as installed: the benchmarks are not part of it."""
     pytest.importorskip("rich")
     results_page = pytest.importorskip("benchmarks.gpu.results_page")

@@ -98,7 +98,7 @@ def test_included_files_are_there():
 def test_entries_of_a_docstring_become_definitions(docstrings):
     given = """The sum.
 
-base, aux    [*, V] floating point, `Logits`, or 2**n; see
+base, aux    [*, V] floating point, `Logits`, 2**n or a < b; see
              docs/heads.md.
 len(cache)   how many
     inner    of it
@@ -111,7 +111,7 @@ Raises TypeError: never.
 
 `base`, `aux`
 
-:   `[*, V]` floating point, [`Logits`][auxkernels.Logits], or 2\*\*n; see
+:   `[*, V]` floating point, [`Logits`][auxkernels.Logits], 2\*\*n or a &lt; b; see
     <a href="../heads.html">heads</a>.
 
 **len(cache)**
