@@ -3,7 +3,7 @@
 * Between `<!-- site: PATH -->` and `<!-- end of site -->` a page has what another file says.
 * Links to figures outside of docs/ lead to copies; links to other files there are their paths.
 * Formulas become MathML, which browsers show by themselves: no script, and nothing from elsewhere.
-* Every link and anchor of the finished site leads somewhere.
+* Every link and anchor of the finished site leads somewhere, and no page fetches anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -97,12 +97,13 @@ def on_page_content(text: str, page: Any, config: Any, files: Any) -> str:
 
 
 class _Page(HTMLParser):
-    """Its anchors, and where it leads."""
+    """Its anchors, where it leads, and what it fetches."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.links: set[str] = set()
+        self.fetched: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -111,10 +112,12 @@ class _Page(HTMLParser):
                 self.anchors.add(value)
             if value and name in ("href", "src"):
                 self.links.add(value)
+                if tag != "a":
+                    self.fetched.add(value)
 
 
 def on_post_build(config: Any) -> None:
-    """Raises PluginError where a link of a page leads nowhere."""
+    """Raises PluginError where a link of a page leads nowhere, or a page needs more than the site."""
     site = Path(config.site_dir)
     pages = {path: _Page(path.read_text()) for path in site.rglob("*.html")}
     broken = []
@@ -124,6 +127,8 @@ def on_post_build(config: Any) -> None:
         for link in sorted(page.links):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
+                if link in page.fetched:
+                    broken.append(f"{path.relative_to(site)}: fetches {link}")
                 continue
             target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
             target = target / "index.html" if target.is_dir() else target
@@ -132,4 +137,4 @@ def on_post_build(config: Any) -> None:
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 broken.append(f"{path.relative_to(site)}: {link}: no such anchor")
     if broken:
-        raise PluginError("links that lead nowhere:\n" + "\n".join(broken))
+        raise PluginError("what leads nowhere, or is fetched from elsewhere:\n" + "\n".join(broken))
