@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized \
-	lint lint-workflows format docs links sdist wheels gpu-check peers bench demo demo-pretrained clean
+	lint lint-workflows format docs links sdist wheels check-tag gpu-check peers bench demo demo-pretrained clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -127,6 +127,11 @@ sdist: venv  ## make the source archive, in dist/
 wheels: venv  ## make and test the wheels for this kind of machine, in dist/; on Linux in containers
 	$(BIN)/python -m pip install -c constraints.txt cibuildwheel
 	$(BIN)/python -m cibuildwheel --output-dir dist
+
+check-tag:  ## for a release: fail unless TAG, or the workflow's own tag, is of this version
+	@version="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' auxkernels/__init__.py)"; tag="$${TAG-$$GITHUB_REF_NAME}"; \
+	test "$$tag" = "v$$version" || \
+		{ echo "the tag must be v$$version, which auxkernels/__init__.py says, got '$$tag'" >&2; exit 1; }
 
 # both runs of the check that docs/performance.md describes, with the module of this machine's GPU
 gpu-check: venv  ## find out what only a GPU can show: in build/gpu

@@ -1,13 +1,15 @@
 """The workflows call what a person can call, and nothing that can change under them."""
 
+import os
 import re
+import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import stub_build
 from stub_build import ROOT
+
+from auxkernels import __version__
 
 if reason := stub_build.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -37,20 +39,25 @@ def test_actions_are_pinned_by_commit_and_steps_are_targets(path):
     assert text.count("runs-on:") == text.count("timeout-minutes:")
 
 
-def test_the_module_works_with_one_openmp_runtime():
-    from auxkernels import native
+def check_tag(**variables):
+    environment = {name: value for name, value in os.environ.items() if name not in ("TAG", "GITHUB_REF_NAME")}
+    command = ["make", "-s", "-C", ROOT, "check-tag"]
+    return subprocess.run(command, env=environment | variables, capture_output=True, text=True)
 
-    if reason := native.missing():
-        pytest.skip(reason)
-    module = Path(native.cpu().__file__)
-    assert module.stat().st_size < 3e6 or "sanitized" in str(module)
-    script = Path(__file__).with_name("wheel_works.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sys.platform != "linux" or "libgomp" in done.stdout
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_tag_of_another_version_is_refused_before_anything_is_built():
+    assert check_tag(TAG=f"v{__version__}").returncode == 0
+    assert check_tag(GITHUB_REF_NAME=f"v{__version__}").returncode == 0
+    for tag in ("v999.0", __version__, f"v{__version__}.post1", f"v{__version__}; true", ""):
+        done = check_tag(GITHUB_REF_NAME=tag)
+        assert done.returncode != 0
+        assert f"the tag must be v{__version__}, which auxkernels/__init__.py says, got '{tag}'" in done.stderr
+    jobs = (ROOT / ".github/workflows/publish.yml").read_text().partition("\njobs:\n")[2]
+    names = re.findall(r"^  (\w+):$", jobs, flags=re.MULTILINE)
+    assert names[0] == "tag" and "run: make check-tag\n" in jobs
+    assert re.findall(r"^    needs: (\w+)$", jobs, flags=re.MULTILINE) == names[:-1]  # each job after the one before
 
 
 def test_the_citation_is_of_this_version():
-    from auxkernels import __version__
-
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
