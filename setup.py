@@ -35,10 +35,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-MODULES = [
-    Extension("auxkernels.native._cpu", sorted(glob("csrc/cpu/**/*.cpp", recursive=True))),
-    Extension("auxkernels.native._cuda", glob("csrc/cuda/bindings.cpp") + sorted(glob("csrc/cuda/*.cu"))),
-]
+ROOT = os.path.dirname(os.path.abspath(__file__))  # cuda_wheel/setup.py runs in its own folder
+CPU_SOURCES = sorted(glob("csrc/cpu/**/*.cpp", root_dir=ROOT, recursive=True))
+CUDA_SOURCES = glob("csrc/cuda/bindings.cpp", root_dir=ROOT) + sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
+MODULES = [Extension("auxkernels.native._cpu", CPU_SOURCES), Extension("auxkernels.native._cuda", CUDA_SOURCES)]
 # no -ffast-math: linked in, it flips flush-to-zero for the whole process. no -march: kernels choose at run time.
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 CXX_FLAGS = ["-O3", "-std=c++17", *HOST_FLAGS]
@@ -314,7 +314,7 @@ class BuildNative(build_ext):
         if not extension.sources:
             raise CompileError(f"csrc has no {kind} sources")
         includes = [pybind11.get_include(), *self.include_dirs]
-        shown = {"csrc": "csrc"} | {f"include{i}": path for i, path in enumerate(includes)}
+        shown = {"csrc": os.path.join(ROOT, "csrc")} | {f"include{i}": path for i, path in enumerate(includes)}
         command, link_flags, how = toolchain(kind, shown)
         command += ["-Icsrc", *(word for i in range(len(includes)) for word in ("-isystem", f"include{i}"))]
         scratch, module = Path(self.build_temp, kind), f"_{kind}.so"
@@ -335,4 +335,5 @@ class BuildNative(build_ext):
         return scratch / module, how
 
 
-setup(ext_modules=MODULES, cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":
+    setup(ext_modules=MODULES, cmdclass={"build_ext": BuildNative})

@@ -132,6 +132,11 @@ class PlannerConfig(PretrainedConfig):
         if text_config is not None:
             describe_as(self, text_config)
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """As transformers', which goes one level down; a language model with images has its text's another below."""
+        found = super().get_text_config(decoder=decoder, encoder=encoder)
+        return found if found is self else found.get_text_config(decoder=decoder, encoder=encoder)
+
 
 def check_mode(mode: str) -> str:
     """The mode; ValueError if there is none of that name."""

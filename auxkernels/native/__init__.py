@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +14,22 @@ import torch
 from torch import Tensor
 
 _SPOKEN = {"cpu": "CPU", "cuda": "CUDA"}
+# what cuda_wheel/setup.py makes: the CUDA module and its _build.json, for a package that was built without
+_CUDA_WHEEL = "auxkernels_cuda"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 @functools.cache
 def _load(kind: str) -> tuple[ModuleType | None, str | None]:
     """The module of that kind, "cpu" or "cuda", or why there is none."""
-    try:
-        return importlib.import_module(f"._{kind}", __package__), None
-    except ModuleNotFoundError:
-        return None, build_record().get(kind, f"the {_SPOKEN[kind]} module was not built")
-    except ImportError as error:  # built for another Python, or a library that it needs is missing
-        return None, f"the {_SPOKEN[kind]} module does not load: {error}"
+    for package in (__package__, _CUDA_WHEEL) if kind == "cuda" else (__package__,):
+        try:
+            return importlib.import_module(f"{package}._{kind}"), None
+        except ModuleNotFoundError:
+            continue
+        except ImportError as error:  # built for another Python, or a library that it needs is missing
+            return None, f"the {_SPOKEN[kind]} module does not load: {error}"
+    return None, build_record().get(kind, f"the {_SPOKEN[kind]} module was not built")
 
 
 def _loaded(kind: str) -> ModuleType:
@@ -75,7 +80,16 @@ def cuda_missing() -> str | None:
 
 def build_record() -> dict[str, str]:
     """What the build said of each module, as written beside it."""
-    path = Path(__file__).with_name("_build.json")
+    record = _record_in(Path(__file__).parent)
+    if not record.get("cuda", "").startswith("built"):
+        wheel = importlib.util.find_spec(_CUDA_WHEEL)
+        for folder in (wheel and wheel.submodule_search_locations) or ():
+            record |= _record_in(Path(folder))
+    return record
+
+
+def _record_in(folder: Path) -> dict[str, str]:
+    path = folder / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 

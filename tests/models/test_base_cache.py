@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from cached import LENGTHS, examples_of, packed_examples, saved_base
+from family_configs import tiny_config as family_config
 from family_configs import tiny_model as family_model
 from tiny import ARCHITECTURES, tiny_config, tiny_model
 from torch.utils.data import DataLoader
@@ -383,6 +384,8 @@ def test_bases_of_which_only_logits_are_known_are_refused(tmp_path):
 
 
 def test_a_base_without_a_hidden_state_for_each_token_is_refused(tmp_path):
+    if family_config("diffusion_gemma").vision_config is None:  # 5.17, which then makes no model of it
+        pytest.skip("this release of transformers has no vision tower in diffusion_gemma's defaults")
     examples = examples_of([6, 6])
     with pytest.raises(
         ValueError, match=r"base must give hidden states \[2, 6, 32\], one for each token, got \[2, 256"

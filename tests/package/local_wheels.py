@@ -1,6 +1,6 @@
 """Builds, repairs and tries the CPU wheel for Pythons of this machine, as `make wheels` does in containers for all.
 
-    python -m tests.package.local_wheels python3.10 python3.12 python3.11=torch==2.13.0
+    make local-wheels PYTHONS="python3.10 python3.12 python3.11=torch==2.13.0"
 
 Each argument is a Python, and what to install as torch beside its wheel. The wheel is made from the source archive, in
 a path with spaces, and goes alone into a fresh environment: with torch the package is used there (wheel_works.py),
@@ -74,7 +74,7 @@ def main():
     archive = only(output, "*.tar.gz")
     for given in arguments.pythons:
         python, _, torch = given.partition("=")
-        folder = fresh(output / re.sub(r"\W+", "-", python).strip("-"))
+        folder = fresh(output / re.sub(r"\W+", "-", Path(python).name))
         wheel = wheel_of(python, archive, folder)
         size = wheel.stat().st_size
         print(f"{wheel.name}: {size} bytes", *tried(python, torch, wheel, folder), sep="\n  ", flush=True)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -102,6 +103,82 @@ def test_source_archive_holds_everything_that_a_build_and_its_tests_need(tree):
         "LICENSE",
     }
     assert expected <= names
+
+
+def unpacked_archive(tree):
+    """The source archive of the tree, and where pip shall unpack and build it: in a folder with a space."""
+    assert run(tree, "setup.py", "-q", "sdist").returncode == 0
+    (archive,) = (tree / "dist").iterdir()
+    (tree / "temporary files").mkdir()
+    return archive, tree / "temporary files"
+
+
+def bare_path(tree, *programs):
+    """A PATH that leads to these alone: to no compiler and no git."""
+    folder = tree / "few programs"
+    folder.mkdir()
+    for program in programs:
+        (folder / program).symlink_to(shutil.which(program))
+    return str(folder)
+
+
+def test_the_source_archive_installs_without_git_and_without_a_compiler(tree):
+    archive, temporary = unpacked_archive(tree)
+    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", "installed here", str(archive)]
+    variables = {"PATH": bare_path(tree), "TMPDIR": str(temporary)}
+    done = run(tree, *command, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    native = tree / "installed here/auxkernels/native"
+    assert not list(native.glob("*.so"))
+    assert json.loads((native / "_build.json").read_text())["cpu"] == (
+        "not built: no working compiler: g++ or clang++ not found; CXX can name another"
+    )
+    code = "import auxkernels; print(auxkernels.__file__); print(auxkernels.show_config())"
+    said = run(tree.parent, "-c", code, PYTHONPATH=str(tree / "installed here")).stdout
+    assert said.startswith(str(tree / "installed here"))
+    assert "g++ or clang++ not found; CXX can name another" in said
+
+
+def test_the_source_archive_installs_with_its_module(tree):
+    archive, temporary = unpacked_archive(tree)
+    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", "installed here", str(archive)]
+    done = run(tree, *command, TMPDIR=str(temporary), AUXKERNELS_BUILD="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tree / "installed here/auxkernels/native").glob("_cpu*.so"))) == 1
+
+
+RETURN = "  return module;"
+WITH_DRIVER = """
+  PyObject* names = PyModule_GetDict(module);
+  PyDict_SetItemString(names, "__builtins__", PyEval_GetBuiltins());
+  PyObject* function = PyRun_String("lambda: 'no driver, says the stub'", Py_eval_input, names, names);
+  PyModule_AddObject(module, "driver_problem", function);
+  return module;"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_the_cuda_module_is_a_wheel_beside_the_packages(tree):
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/bindings.cpp").write_text(stub_build.STUB.replace("_cpu", "_cuda").replace(RETURN, WITH_DRIVER))
+    (tree / "csrc/cuda/kernel.cu").touch()
+    wheels = {"auxkernels": build_wheel(tree, AUXKERNELS_BUILD="none")}
+    command = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "cuda wheel", "./cuda_wheel"]
+    done = run(tree, *command, AUXKERNELS_CUDA_ARCHS="90a")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheels["auxkernels_cuda"],) = (tree / "cuda wheel").iterdir()
+    files = {name: set(zipfile.ZipFile(path).namelist()) for name, path in wheels.items()}
+    assert not files["auxkernels"] & files["auxkernels_cuda"]
+    (metadata,) = (name for name in files["auxkernels_cuda"] if name.endswith("METADATA"))
+    with zipfile.ZipFile(wheels["auxkernels_cuda"]) as wheel:
+        assert f"\nRequires-Dist: auxkernels=={__version__}\n" in wheel.read(metadata).decode()
+    installed, said = str(tree / "installed"), []
+    for path in wheels.values():
+        assert run(tree, "-m", "pip", "install", "--no-deps", "--target", installed, str(path)).returncode == 0
+        done = run(tree.parent, "-m", "auxkernels", PYTHONPATH=installed)
+        said.append(re.findall(r"^(?:native CUDA|build +cuda:) (.*)", done.stdout, flags=re.MULTILINE))
+    assert said[0] == ["unavailable: not built: AUXKERNELS_BUILD=none", "not built: AUXKERNELS_BUILD=none"]
+    assert said[1][0] == "unavailable: no driver, says the stub" and said[1][1].startswith("built with nvcc ")
 
 
 def test_unknown_build_mode_is_refused_with_the_allowed_ones(tree):

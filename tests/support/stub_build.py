@@ -38,6 +38,7 @@ def make_tree(folder):
     tree = folder / "source tree"  # a path with a space must build too
     not_source = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     shutil.copytree(ROOT / "auxkernels", tree / "auxkernels", ignore=not_source)
+    shutil.copytree(ROOT / "cuda_wheel", tree / "cuda_wheel", ignore=shutil.ignore_patterns("build", "*.egg-info"))
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
     (tree / "csrc/cpu").mkdir(parents=True)
