@@ -30,6 +30,19 @@ def test_the_module_works_with_one_openmp_runtime():
     assert sys.platform != "linux" or "libgomp" in done.stdout
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_module_that_is_loaded_before_torch_shares_its_openmp_runtime():
+    code = """
+import sys
+from module_works import load
+load(sys.argv[1])
+from wheel_works import openmp_runtimes
+print(len(openmp_runtimes()))
+"""
+    done = subprocess.run([sys.executable, "-c", code, MODULE], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_the_module_works_without_torch_in_every_instruction_set():
     done = run(sys.executable, HERE / "module_works.py", MODULE)
     assert done.returncode == 0, done.stderr
