@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..distributed.shard import VocabShard
 
 OF_STATS = rows.FINISHED | rows.FINISHED_OF_TARGET
+_STATS = [field.name for field in dataclasses.fields(LogitStats)]
 
 
 def aux_cross_entropy(
@@ -214,7 +216,7 @@ def call_of(given: Arguments, weight: Tensor | None, device: torch.device) -> op
     leaves: tuple[Tensor | float | None, ...] = ()
     is_of_matrices = len(given.base) == 1 and len(given.aux) < 2
     for source in sources:
-        leaves += leaves_of(source, _scale_of(source, given.compute, device))
+        leaves = (*leaves, *leaves_of(source, _scale_of(source, given.compute, device)))
         if isinstance(source, Head):
             is_of_matrices = False
     options = ops.Options(
@@ -245,5 +247,6 @@ def _statistics(given: Arguments) -> LogitStats:
 
 
 def _detached(stats: LogitStats) -> LogitStats:
-    detached: dict[str, Any] = {name: None if t is None else t.detach() for name, t in vars(stats).items()}
+    tensors = {name: getattr(stats, name) for name in _STATS}  # torch 2.11 traces no vars()
+    detached: dict[str, Any] = {name: None if t is None else t.detach() for name, t in tensors.items()}
     return LogitStats(**detached)

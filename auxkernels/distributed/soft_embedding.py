@@ -105,7 +105,7 @@ def soft_embedding(given: Resolved, options: Options, backend: str) -> tuple[Ten
     leaves: list[Tensor | None] = []
     for source in sources:
         scale = source.scale if isinstance(source.scale, Tensor) or source.scale != 1.0 else None
-        leaves += leaves_of(source, api.number(scale, part.compute, device))
+        leaves = [*leaves, *leaves_of(source, api.number(scale, part.compute, device))]
     is_plain = not isinstance(temperature, Tensor) and temperature == 1.0
     tensors = (*leaves, None if is_plain else api.number(temperature, part.compute, device), table)
     wanted = lookup.ALL_STATS if options.return_stats else 0

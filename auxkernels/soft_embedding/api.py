@@ -166,7 +166,7 @@ def _checked(
     leaves: list[Tensor | None] = []
     for source in sources:
         scale = source.scale if isinstance(source.scale, Tensor) or source.scale != 1.0 else None
-        leaves += leaves_of(source, number(scale, compute, device))
+        leaves = [*leaves, *leaves_of(source, number(scale, compute, device))]
     is_plain = not isinstance(temperature, Tensor) and temperature == 1.0
     softcaps = tuple([float(source.softcap or 0.0) for source in sources])
     call = ops.Call(

@@ -1,7 +1,5 @@
 """docs/versions.md is what the command writes, from rows that a run of the tests adds."""
 
-import json
-
 import pytest
 
 from benchmarks import versions
@@ -32,7 +30,6 @@ def test_a_run_adds_a_row_with_what_passed(tmp_path, is_broken):
 
 
 def test_the_newest_run_of_the_same_tests_counts():
-    row = versions.read_rows(versions.ROWS)[0]
+    row = versions.environment() | {"tests": "tests/sampling", "skipped": 0, "failed": 0}
     older, newer, other = row | {"passed": 1}, row | {"passed": 2}, row | {"passed": 3, "python": "3.99.0"}
     assert versions.newest([older, other, newer]) == [other, newer]
-    assert json.loads(json.dumps(row)) == row
