@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -87,7 +88,8 @@ def run(paths: list[str], options: list[str], rows: Path) -> int:
         status = subprocess.run([*command, *options, *(str(ROOT / path) for path in paths)]).returncode
         if status not in (0, 1):
             return status
-        row |= {"tests": " ".join([*paths, *(word for word in options if word == "not slow")]), **counts_of(report)}
+        chosen = [f'{flag} "{words}"' for flag, words in pairwise(options) if flag in ("-m", "-k")]
+        row |= {"tests": " ".join([*paths, *chosen]), **counts_of(report)}
     # not by benchmarks.timing.report: it imports more than the tests need
     old = rows.read_text() if rows.exists() else ""
     write_atomically(rows, lambda path: path.write_text(f"{old}{json.dumps(row)}\n"))

@@ -20,9 +20,10 @@ def test_the_page_is_what_the_command_writes():
 def test_a_run_adds_a_row_with_what_passed(tmp_path, is_broken):
     (tmp_path / "test_some.py").write_text(TESTS.format(not is_broken))
     rows = tmp_path / "rows.jsonl"
-    options = ["-q", "-p", "no:cacheprovider", f"--confcutdir={tmp_path}"]
+    options = ["-q", "-p", "no:cacheprovider", f"--confcutdir={tmp_path}", "-k", "not nothing"]
     assert versions.run([str(tmp_path)], options, rows) == int(is_broken)
     (row,) = versions.read_rows(rows)
+    assert row["tests"] == f'{tmp_path} -k "not nothing"'
     assert row["package"] in ("source", "wheel") and row["torch"] == versions.release("torch")
     assert (row["passed"], row["skipped"], row["failed"]) == ((1, 1, 1) if is_broken else (2, 1, 0))
     assert versions.run([str(tmp_path / "nothing")], options, rows) not in (0, 1)
