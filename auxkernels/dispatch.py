@@ -9,10 +9,11 @@ import os
 import platform
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import native
 
@@ -105,26 +106,47 @@ def is_direct(tensors: Iterable[Any], backend: str) -> bool:
     return backend == "native" and are_plain(tensors)
 
 
+# names of their own: a chain of attributes is a tenth of a microsecond, and small calls ask often
+_is_compiling, _num_modes, _tracing_state = (
+    torch.compiler.is_compiling,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._get_tracing_state,
+)
+_level_of_transforms, _STRIDED = torch._C._functorch.maybe_current_level, torch.strided
+
+
+def is_eager() -> bool:
+    """Whether nothing is tracing or transforming."""
+    return not (_is_compiling() or _num_modes()) and _tracing_state() is None and _level_of_transforms() is None
+
+
 def are_plain(tensors: Iterable[Any]) -> bool:
     """Whether the dispatcher has nothing to say of a call with these arguments, of which some are tensors.
 
     Nothing may be tracing or transforming, and every tensor must be a plain one that lies in memory as it is read:
     subclasses, functorch's wrappers and lazily negated tensors are the dispatcher's to resolve.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
+    if not is_eager():
         return False
     for value in tensors:
         if value is None:
             continue
         kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind is Tensor or kind is Parameter:
             if value.is_neg():
                 return False
         elif isinstance(value, Tensor):
             return False
     return True
+
+
+def is_plain_on_cpu(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor that lies in memory densely and as it is read."""
+    kind = type(value)
+    if kind is not Tensor and kind is not Parameter:
+        return False
+    tensor: Tensor = value  # type: ignore[assignment]
+    return tensor.is_cpu and tensor.layout is _STRIDED and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def number_tensor(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ def as_sources(name: str, given: SourceLike) -> list[Source]:
 def has_dtensor(*given: Any) -> bool:
     """Whether a DTensor is among tensors and sources, without importing what that is."""
     for one in given:
-        if one is None or type(one) is Tensor:
+        if one is None or type(one) is Tensor or type(one) is Parameter:
             continue
         if isinstance(one, Logits):
             found = has_dtensor(one.values, one.scale)

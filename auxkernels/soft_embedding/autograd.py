@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import dispatch
-from ..autograd import apply, distinct, is_traced_in_transform, once, saveable
+from ..autograd import apply, apply_in_eager, distinct, is_traced_in_transform, once, saveable
+from ..dispatch import is_plain_on_cpu
 from ..sources import LAYOUTS, NUMBERS
 from . import native_plain, ops
-from .native_plain import PlainLookup
 from .request import NO_UPSTREAM, State, Upstream, mask_of, outputs_in
 
 _WHO = "soft_embedding"
@@ -91,33 +91,28 @@ def per_tensor(grads: list[Tensor | None], tensors: Sequence[Tensor]) -> list[Te
 
 
 class _SoftEmbedding(torch.autograd.Function):
-    """Any upstream gradients, as often as wanted.
-
-    options   as ops.py has them, or native's lookup of scores and table alone
-    given     gumbel, seed, mask and what can have a gradient; native's lookup has scores and table alone
-    """
+    """Any upstream gradients, as often as wanted. tensors: what can have a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, options: ops.Options | PlainLookup, wanted: int, *given: Any) -> Tensor | tuple[Tensor, ...]:
-        ctx.options = options
-        if isinstance(options, PlainLookup):
-            scores, table = given
-            state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
-            ctx.save_for_backward(state, scores, table)
-            return native_plain.forward(scores, table, options.temperature, state)
-        gumbel, seed, mask, *tensors = given
+    def forward(
+        ctx: Any,
+        options: ops.Options,
+        wanted: int,
+        gumbel: Tensor | None,
+        seed: Tensor | None,
+        mask: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         saved = _saved(options, wanted)
         mixture, *outputs = ops.forward(_call_of(options, gumbel, seed, mask, tensors), saved)
         fields = dict(zip(outputs_in(saved), outputs, strict=True))
         ctx.save_for_backward(gumbel, seed, mask, *_state_of(fields), *tensors)
-        ctx.wanted = wanted
+        ctx.options, ctx.wanted = options, wanted
         ctx.set_materialize_grads(False)
         return (mixture, *given_out(ctx, fields, wanted))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_fields: Tensor | None) -> tuple[Tensor | None, ...]:
-        if isinstance(ctx.options, PlainLookup):
-            return (None, None, *_plain_gradients(ctx, grad))
         gumbel, seed, mask, max, log_denom, argmax, labels, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[-len(tensors) :])
         grads: list[Tensor | None] = [None] * len(needs)
@@ -136,29 +131,67 @@ def plain_lookup(scores: Tensor, table: Tensor, temperature: float | Tensor) -> 
     if torch.is_autocast_enabled("cpu"):
         table = table.to(torch.get_autocast_dtype("cpu"))
     if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
-        return _SoftEmbedding.apply(PlainLookup(float(temperature)), 0, scores, table)
+        return apply_in_eager(_PlainLookup, float(temperature), scores, table)
     return native_plain.forward(scores, table, float(temperature), None)
 
 
-def _plain_gradients(ctx: Any, grad: Any) -> list[Tensor | None]:
-    state, scores, table = ctx.saved_tensors
-    needs, grad = ctx.needs_input_grad[-2:], grad.resolve_neg()
-    if dispatch.is_direct((state, scores, table, grad), "native"):
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+class _PlainLookup(torch.autograd.Function):
+    """Likewise. Of a small call no row state is saved: the tensor costs more than making it again."""
+
+    @staticmethod
+    def forward(ctx: Any, temperature: float, scores: Tensor, table: Tensor) -> Tensor:
+        ctx.temperature = temperature
+        if native_plain.is_small(scores, table):
+            ctx.save_for_backward(scores, table)
+            return native_plain.forward(scores, table, temperature, None)
+        state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
+        ctx.save_for_backward(scores, table, state)
+        return native_plain.forward(scores, table, temperature, state)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        _, *needs = ctx.needs_input_grad
+        if len(saved) == 2 and dispatch.is_eager() and not torch.is_grad_enabled():
+            scores, table = saved
+            if is_plain_on_cpu(scores) and is_plain_on_cpu(table) and is_plain_on_cpu(grad):
+                return None, *native_plain.small_backward(scores, table, ctx.temperature, grad, *needs)
+        grad = grad.resolve_neg()
+        if not dispatch.is_direct((*saved, grad), "native"):
+            grads = _traced_gradients(saved, ctx.temperature, grad, needs)
+        elif torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                grads = native_plain.backward(scores, table, state, ctx.options.temperature, grad, *needs)
+                grads = _native_gradients(saved, ctx.temperature, grad, needs)
         else:
-            grads = native_plain.backward(scores, table, state, ctx.options.temperature, grad, *needs)
-    else:  # by the operator, which what is tracing knows
-        max, log_denom = state.view(2, *scores.shape[:-1])
-        temperature = dispatch.number_tensor(ctx.options.temperature, torch.float32, scores.device)
-        options = ops.Options((0.0,), None, 0, False, "native")
-        call = _call_of(options, None, None, None, (scores, None, None, None, temperature, table))
-        argmax = torch.empty_like(max, dtype=torch.int64)  # read for straight-through and statistics alone
-        wanted = [needs[0], False, False, False, False, needs[1]]
-        made = iter(ops.backward(call, State(max, log_denom, argmax, None), grad, NO_UPSTREAM, wanted))
-        grads = [next(made) if need else None for need in needs]
-    return once(_WHO, grads, (scores, table, grad))
+            grads = _native_gradients(saved, ctx.temperature, grad, needs)
+        return (None, *once(_WHO, grads, (*saved[:2], grad)))
+
+
+def _native_gradients(
+    saved: Sequence[Tensor], temperature: float, grad: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    scores, table, *state = map(native_plain.plain, saved)
+    if state:
+        return native_plain.backward(scores, table, state[0], temperature, grad, *needs)
+    return [*native_plain.small_backward(scores, table, temperature, grad.contiguous(), *needs)]
+
+
+def _traced_gradients(
+    saved: Sequence[Tensor], temperature: float, grad: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """By the operators, which what is tracing knows."""
+    scores, table, *state = saved
+    number = dispatch.number_tensor(temperature, torch.float32, scores.device)
+    options = ops.Options((0.0,), None, 0, False, "native")
+    call = _call_of(options, None, None, None, (scores, None, None, None, number, table))
+    if state:
+        max, log_denom = state[0].view(2, *scores.shape[:-1])
+    else:
+        _, max, log_denom = ops.forward(call._replace(table=first_column(table)), mask_of("max", "log_denom"))
+    argmax = torch.empty_like(max, dtype=torch.int64)  # read for straight-through and statistics alone
+    wanted = [needs[0], False, False, False, False, needs[1]]
+    made = iter(ops.backward(call, State(max, log_denom, argmax, None), grad, NO_UPSTREAM, wanted))
+    return [next(made) if need else None for need in needs]
 
 
 # -- a noisy choice with the gradient of the softmax without noise -----------------------------------------------------

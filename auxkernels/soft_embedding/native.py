@@ -233,28 +233,47 @@ def plain_softmax_backward(
 
 
 def small_lookup(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None, mixture: Tensor) -> None:
-    """mixture = softmax(scores / temperature) @ table, all contiguous float32; state as above, written if given."""
+    """mixture = softmax(scores / temperature) @ table, all contiguous and none float64; state as above, or none."""
     num_labels, width = table.shape
-    sizes = (scores.numel() // num_labels, num_labels, width)
-    addresses = (torch.get_num_threads(), _address(state), mixture.data_ptr())
-    cpu().small_lookup(scores.data_ptr(), table.data_ptr(), *sizes, temperature, *addresses)
+    cpu().small_lookup(
+        scores.data_ptr(),
+        table.data_ptr(),
+        DTYPE_CODES[scores.dtype],
+        DTYPE_CODES[table.dtype],
+        scores.numel() // num_labels,
+        num_labels,
+        width,
+        temperature,
+        torch.get_num_threads(),
+        _address(state),
+        mixture.data_ptr(),
+    )
 
 
 def small_lookup_backward(
     scores: Tensor,
     table: Tensor,
     temperature: float,
-    state: Tensor,
     grad: Tensor,
     grad_scores: Tensor | None,
     grad_table: Tensor | None,
 ) -> None:
-    """Its gradients, those that are given a place."""
+    """Its gradients, those that are given a place; the softmax is made again."""
     num_labels, width = table.shape
-    sizes = (scores.numel() // num_labels, num_labels, width)
-    addresses = (state.data_ptr(), grad.data_ptr(), _address(grad_scores), _address(grad_table))
-    threads = torch.get_num_threads()
-    cpu().small_lookup_backward(scores.data_ptr(), table.data_ptr(), *sizes, temperature, threads, *addresses)
+    cpu().small_lookup_backward(
+        scores.data_ptr(),
+        table.data_ptr(),
+        DTYPE_CODES[scores.dtype],
+        DTYPE_CODES[table.dtype],
+        scores.numel() // num_labels,
+        num_labels,
+        width,
+        temperature,
+        torch.get_num_threads(),
+        grad.data_ptr(),
+        _address(grad_scores),
+        _address(grad_table),
+    )
 
 
 # -- rows of tables ----------------------------------------------------------------------------------------------------

@@ -6,15 +6,16 @@ other call takes. The two sum up in other orders, so their results differ by rou
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import dispatch
+from ..dispatch import is_plain_on_cpu
 from ..heads.operands import padded_matrix
-from ..heads.products import Plan, WeightGradient, multiply, plan_of
+from ..heads.products import Plan, WeightGradient, has_bfloat16, multiply, plan_of
 from ..heads.rows import chunks_of, settings
 from ..native import brought_in
 from . import chunked
@@ -22,9 +23,9 @@ from . import native as kernels
 
 # of a chunk's [rows, K] matrices, one forward and two backward: caches keep small ones, products like tall ones
 FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
-# multiplications up to which one compiled call beats calls of a library's product: always; forward, if the rows are
-# enough for whole tiles and the table stays in the second-level cache
-SMALL, SMALL_FORWARD = 1 << 17, 1 << 24
+# multiplications up to which one compiled call beats calls of a library's product: always, but for bfloat16 where the
+# processor multiplies it; forward, if the rows are enough for whole tiles and the table stays in the second-level cache
+SMALL, SMALL_BFLOAT16, SMALL_FORWARD = 1 << 21, 1 << 18, 1 << 24
 SMALL_FORWARD_ROWS, SMALL_FORWARD_TABLE = 32, 1 << 17
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for CPU, and fast
@@ -32,48 +33,36 @@ _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for 
 
 def serves(scores: object, table: object, temperature: Any, seed: object, backend: str) -> TypeGuard[Tensor]:
     """Whether the arguments are such a call's, and valid: what is not, the general path has an answer or error for."""
-    tensors = (scores, table)
-    if backend == "auto":
-        backend = "native"
-    if (
-        not dispatch.is_direct(tensors, backend)
-        or dispatch.native_missing() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if not dispatch.is_eager() or (backend != "auto" and backend != "native") or dispatch.native_missing() is not None:
         return False
-    if not (isinstance(scores, Tensor) and isinstance(table, Tensor) and type(temperature) in (float, int)):
+    if forward_ad._current_level >= 0 or not (is_plain_on_cpu(scores) and is_plain_on_cpu(table)):
         return False
-    if not 1e-30 < temperature < 1e30 or scores.dim() < 1 or table.dim() != 2:
+    if type(temperature) not in (float, int) or not 1e-30 < temperature < 1e30:
         return False
     if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**63):
         return False
-    num_labels, width = table.shape
-    if scores.shape[-1] != num_labels or num_labels == 0 or width == 0 or scores.numel() == 0:
+    of_table = table.shape
+    if len(of_table) != 2 or scores.dim() < 1 or scores.shape[-1] != of_table[0]:
         return False
-    if scores.dtype not in _SCORES or table.dtype not in _TABLES or not (scores.is_cpu and table.is_cpu):
+    if scores.dtype not in _SCORES or table.dtype not in _TABLES or not (scores.numel() and of_table[1]):
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _TABLES:
         return False
-    return _is_plain(scores) and _is_plain(table) and settings.num_bytes is None
+    return settings.num_bytes is None
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.is_contiguous()
+def is_small(scores: Tensor, table: Tensor) -> bool:
+    """Whether one compiled call is the faster path, forward and backward."""
+    has_products = table.dtype == torch.bfloat16 and has_bfloat16()
+    return scores.numel() * table.shape[1] <= (SMALL_BFLOAT16 if has_products else SMALL)
 
 
-class PlainLookup(NamedTuple):
-    """What of a call that `serves` accepts is no tensor."""
-
-    temperature: float
-
-
-def _is_small(scores: Tensor, table: Tensor, is_forward: bool) -> bool:
-    """Whether one compiled call is the faster path."""
+def _is_small_forward(scores: Tensor, table: Tensor) -> bool:
+    if is_small(scores, table):
+        return True
+    num_products = scores.numel() * table.shape[1]
     if not scores.dtype == table.dtype == torch.float32:
         return False
-    num_products = scores.numel() * table.shape[1]
-    if num_products <= SMALL or not is_forward:
-        return num_products <= SMALL
     has_tiles = scores.numel() >= SMALL_FORWARD_ROWS * table.shape[0]
     return has_tiles and num_products <= SMALL_FORWARD and table.numel() <= SMALL_FORWARD_TABLE
 
@@ -102,16 +91,17 @@ def _put_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     if out.dtype == a.dtype:
         multiply(a, b, out)
     else:
-        product = torch.empty(out.shape, dtype=a.dtype)
+        product = a.new_empty(out.shape)
         multiply(a, b, product)
         out.copy_(product)
 
 
 def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
     """state [2, N]: max and log_denom of each row, written if wanted."""
-    width = table.shape[1]
-    mixture = table.new_empty((*scores.shape[:-1], width))  # not a view, which could not be changed in place
-    if _is_small(scores, table, is_forward=True):
+    shape, width = scores.shape, table.shape[1]
+    # not a view, which could not be changed in place. a tuple of sizes costs a microsecond
+    mixture = table.new_empty(shape[0], width) if len(shape) == 2 else table.new_empty((*shape[:-1], width))
+    if _is_small_forward(scores, table):
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
     plan = plan_of(table.dtype, None, table.device)
@@ -124,9 +114,19 @@ def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | N
     return mixture
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor) -> Tensor:
     """As kernels read tensors: saved-tensor hooks and autograd may hand out other strides and lazy negations."""
     return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
+
+
+def small_backward(
+    scores: Tensor, table: Tensor, temperature: float, grad: Tensor, needs_scores: bool, needs_table: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that are wanted of a call that `is_small`, from contiguous tensors and without row state."""
+    grad_scores = torch.empty_like(scores) if needs_scores else None
+    grad_table = torch.empty_like(table) if needs_table else None
+    kernels.small_lookup_backward(scores, table, temperature, grad, grad_scores, grad_table)
+    return grad_scores, grad_table
 
 
 def backward(
@@ -138,31 +138,51 @@ def backward(
     needs_scores: bool,
     needs_table: bool,
 ) -> list[Tensor | None]:
-    """The gradients that are wanted of scores and table, from what `forward` wrote into `state`."""
-    scores, table, state = _plain(scores), _plain(table), _plain(state)
+    """The gradients that are wanted of scores and table, `plain`, from what `forward` wrote into `state`."""
     num_labels, width = table.shape
     grad_scores = brought_in(torch.empty_like(scores)) if needs_scores else None
-    if _is_small(scores, table, is_forward=False):
-        grad_table = torch.empty_like(table) if needs_table else None
-        kernels.small_lookup_backward(scores, table, temperature, state, grad.contiguous(), grad_scores, grad_table)
-        return [grad_scores, grad_table]
     plan = plan_of(table.dtype, None, table.device)
     chunks, most = _chunks(scores, table, plan, 2, BACKWARD_BYTES)
     grad = grad.reshape(-1, width)
     probabilities = table.new_empty((most, num_labels), dtype=plan.operands) if needs_table else None
-    of_probabilities = table.new_empty((most, num_labels), dtype=plan.operands) if needs_scores else None
-    of_table = None
-    if needs_table and (len(chunks) > 1 or table.dtype != plan.operands):
-        of_table = WeightGradient(table, num_labels, plan, len(chunks), table.dtype)
+    of_probabilities = None
+    if grad_scores is not None and grad_scores.dtype != plan.operands:
+        of_probabilities = table.new_empty((most, num_labels), dtype=plan.operands)
+    if len(chunks) == 1 and table.dtype == plan.operands:
+        return _whole_backward(scores, table, state, temperature, grad, grad_scores, of_probabilities, probabilities)
+    of_table = WeightGradient(table, num_labels, plan, len(chunks), table.dtype) if needs_table else None
     for start, stop in chunks:
         rows = grad[start:stop].to(plan.operands)
         p = None if probabilities is None else probabilities[: stop - start]
-        g = None if of_probabilities is None else of_probabilities[: stop - start]
-        if g is not None:
+        g = None
+        if grad_scores is not None:
+            g = _of_probabilities(grad_scores, of_probabilities, start, stop)
             multiply(rows, table.T, g)
         kernels.plain_softmax_backward(scores, start, temperature, state, g, grad_scores, p, stop - start)
         if of_table is not None and p is not None:
             of_table.add(p, rows)
-    if of_table is not None:
-        return [grad_scores, of_table.out]
+    return [grad_scores, None if of_table is None else of_table.out]
+
+
+def _of_probabilities(grad_scores: Tensor, room: Tensor | None, start: int, stop: int) -> Tensor:
+    """Where the gradient of a chunk's probabilities goes: where it becomes that of the scores, if it fits there."""
+    return grad_scores.view(-1, grad_scores.shape[-1])[start:stop] if room is None else room[: stop - start]
+
+
+def _whole_backward(
+    scores: Tensor,
+    table: Tensor,
+    state: Tensor,
+    temperature: float,
+    grad: Tensor,
+    grad_scores: Tensor | None,
+    of_probabilities: Tensor | None,
+    probabilities: Tensor | None,
+) -> list[Tensor | None]:
+    """`backward` in one chunk, whose products are of the table's dtype; with less Python."""
+    num_rows, g = len(grad), None
+    if grad_scores is not None:
+        g = grad_scores.view(num_rows, -1) if of_probabilities is None else of_probabilities
+        torch.mm(grad, table.T, out=g) if table.dtype == torch.float32 else multiply(grad, table.T, g)
+    kernels.plain_softmax_backward(scores, 0, temperature, state, g, grad_scores, probabilities, num_rows)
     return [grad_scores, None if probabilities is None else torch.mm(probabilities.T, grad)]

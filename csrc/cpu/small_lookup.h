@@ -1,23 +1,28 @@
 // softmax(scores / temperature) @ table and its gradients in one call each: for problems so small that a library's
-// product costs more in calls than in work. Everything is float32 and contiguous; results below the normal numbers are 0.
+// product costs more in calls than in work. Everything is contiguous; sums are float32, whatever the matrices are, and
+// rounded once; results below the normal numbers are 0.
 #pragma once
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace auxk {
 
 struct SmallLookup {
-  const float* scores = nullptr;  // [N, K]
-  const float* table = nullptr;   // [K, D]
+  const void* scores = nullptr;          // [N, K]
+  const void* table = nullptr;           // [K, D]
+  DType scores_dtype = DType::kFloat32;  // of their gradient, too
+  DType table_dtype = DType::kFloat32;   // of its gradient, of the mixture and of the mixture's gradient
   int64_t N = 0, K = 0, D = 0;
   float factor = 1;      // 1 / temperature
-  float* max = nullptr;  // N numbers: written by the forward form, null if not wanted; read by the backward form
+  float* max = nullptr;  // N numbers, written by the forward form; null: not wanted
   float* log_denom = nullptr;
   int threads = 1;
 };
 
-void small_lookup(const SmallLookup&, float* mixture);
+void small_lookup(const SmallLookup&, void* mixture);
 // null: not wanted
-void small_lookup_backward(const SmallLookup&, const float* grad, float* grad_scores, float* grad_table);
+void small_lookup_backward(const SmallLookup&, const void* grad, void* grad_scores, void* grad_table);
 
 }  // namespace auxk

@@ -227,31 +227,33 @@ void py_scatter(const TablesArguments& tables_args, const SelectionArguments& se
   (in_double ? scatter_labels<double> : scatter_labels<float>)(tables, selection, num_rows, rows, std::max(threads, 1));
 }
 
-// scores, table, N, K, D, temperature, threads, then max and log_denom (N numbers each, one after the other; 0: not
-// wanted)
-SmallLookup small_of(int64_t scores, int64_t table, int64_t N, int64_t K, int64_t D, double temperature, int threads,
-                     int64_t state) {
+// scores, table, their dtypes, N, K, D, temperature, threads, then max and log_denom (N numbers each, one after the
+// other; 0: not wanted)
+SmallLookup small_of(int64_t scores, int64_t table, int64_t scores_dtype, int64_t table_dtype, int64_t N, int64_t K,
+                     int64_t D, double temperature, int threads, int64_t state) {
   if (N < 0 || K < 1 || D < 1) throw py::value_error("there must be a label and a column, got K=" + std::to_string(K));
+  if (std::max(scores_dtype, table_dtype) > 2) throw py::value_error("small lookups have no float64");
   SmallLookup p;
-  p.scores = static_cast<const float*>(pointer(scores)), p.table = static_cast<const float*>(pointer(table));
+  p.scores = pointer(scores), p.table = pointer(table);
+  p.scores_dtype = dtype_of(scores_dtype), p.table_dtype = dtype_of(table_dtype);
   p.N = N, p.K = K, p.D = D, p.factor = 1 / static_cast<float>(temperature), p.threads = std::max(threads, 1);
   p.max = static_cast<float*>(pointer(state)), p.log_denom = state == 0 ? nullptr : p.max + N;
   return p;
 }
 
-void py_small(int64_t scores, int64_t table, int64_t N, int64_t K, int64_t D, double temperature, int threads,
-              int64_t state, int64_t mixture) {
-  const SmallLookup p = small_of(scores, table, N, K, D, temperature, threads, state);
+void py_small(int64_t scores, int64_t table, int64_t scores_dtype, int64_t table_dtype, int64_t N, int64_t K, int64_t D,
+              double temperature, int threads, int64_t state, int64_t mixture) {
+  const SmallLookup p = small_of(scores, table, scores_dtype, table_dtype, N, K, D, temperature, threads, state);
   py::gil_scoped_release release;
-  small_lookup(p, static_cast<float*>(pointer(mixture)));
+  small_lookup(p, pointer(mixture));
 }
 
-void py_small_backward(int64_t scores, int64_t table, int64_t N, int64_t K, int64_t D, double temperature, int threads,
-                       int64_t state, int64_t grad, int64_t grad_scores, int64_t grad_table) {
-  const SmallLookup p = small_of(scores, table, N, K, D, temperature, threads, state);
+void py_small_backward(int64_t scores, int64_t table, int64_t scores_dtype, int64_t table_dtype, int64_t N, int64_t K,
+                       int64_t D, double temperature, int threads, int64_t grad, int64_t grad_scores,
+                       int64_t grad_table) {
+  const SmallLookup p = small_of(scores, table, scores_dtype, table_dtype, N, K, D, temperature, threads, 0);
   py::gil_scoped_release release;
-  small_lookup_backward(p, static_cast<const float*>(pointer(grad)), static_cast<float*>(pointer(grad_scores)),
-                        static_cast<float*>(pointer(grad_table)));
+  small_lookup_backward(p, pointer(grad), pointer(grad_scores), pointer(grad_table));
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ def test_mixture_and_gradients_match_float64(taken, shape, temperature):
 
 @pytest.mark.parametrize("table_dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("scores_dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("shape", [(64, 32, 16), (67, 1025, 40), (1100, 600, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32, 16), (67, 1025, 40), (1300, 600, 3)], ids=str)
 def test_dtypes_mix(taken, monkeypatch, shape, scores_dtype, table_dtype):
     num_rows, num_labels, width = shape
     for name in ("FORWARD_BYTES", "BACKWARD_BYTES"):
@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_our_threads(shape):
             got = [state, probabilities, torch.empty_like(scores), torch.empty_like(table)]
             mixture = table.new_empty((num_rows, width))
             native.small_lookup(scores, table, 0.7, None, mixture)
-            native.small_lookup_backward(scores, table, 0.7, state, mixture, got[2], got[3])
+            native.small_lookup_backward(scores, table, 0.7, mixture, got[2], got[3])
             got.append(mixture)
             want = got if want is None else want
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -128,24 +128,71 @@ def test_bits_do_not_depend_on_our_threads(shape):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set(name):
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instruction_set(request):
+    """One instruction set, and the best one again afterwards."""
     module = cpu()
-    if name not in module.instruction_sets():
-        pytest.skip(f"this processor has no {name}")
-    module.set_instruction_set(name)
-    try:
-        for num_rows, num_labels, width in ((9, 5, 3), (64, 47, 50), (67, 1025, 40)):
-            scores = logits(num_rows, num_labels, requires_grad=True)
-            table = logits(num_labels, width, requires_grad=True)
-            state, mixture = torch.empty(2, num_rows), torch.empty(num_rows, width)
-            grads = torch.empty_like(scores), torch.empty_like(table)
-            upstream = logits(num_rows, width)
-            native.small_lookup(scores, table, 0.7, state, mixture)
-            native.small_lookup_backward(scores, table, 0.7, state, upstream, *grads)
-            check_lookup((mixture, *grads), scores, table, 0.7, upstream)
-    finally:
-        module.set_instruction_set(module.instruction_sets()[0])
+    if request.param not in module.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    module.set_instruction_set(request.param)
+    yield request.param
+    module.set_instruction_set(module.instruction_sets()[0])
+
+
+DTYPES = [(F32, F32), (BF16, BF16), (F16, BF16), (F32, BF16), (BF16, F32), (F16, F16)]
+
+
+@pytest.mark.parametrize(("scores_dtype", "table_dtype"), DTYPES, ids=str)
+def test_every_instruction_set(instruction_set, scores_dtype, table_dtype):
+    around_vectors = [(9, num_labels, 3) for num_labels in (1, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65)]
+    for num_rows, num_labels, width in [*around_vectors, (64, 47, 50), (67, 1025, 40)]:
+        scores = logits(num_rows, num_labels, dtype=scores_dtype, requires_grad=True)
+        table = logits(num_labels, width, dtype=table_dtype, requires_grad=True)
+        upstream = logits(num_rows, width, dtype=table_dtype)
+        state, mixture = torch.empty(2, num_rows), torch.empty(num_rows, width, dtype=table_dtype)
+        grads = torch.empty_like(scores), torch.empty_like(table)
+        native.small_lookup(scores, table, 0.7, state, mixture)
+        native.small_lookup_backward(scores, table, 0.7, upstream, *grads)
+        check_lookup((mixture, *grads), scores, table, 0.7, upstream)
+
+
+@pytest.mark.parametrize(("scores_dtype", "table_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
+@pytest.mark.parametrize("num_labels", [5, 16, 33, 64])
+def test_short_rows_of_large_calls(taken, instruction_set, num_labels, scores_dtype, table_dtype):
+    """With row state, a library's products, and the gradient of the probabilities where that of the scores goes."""
+    width = native_plain.SMALL // (9000 * num_labels) + 1
+    scores = logits(9000, num_labels, dtype=scores_dtype, requires_grad=True)
+    with torch.no_grad():
+        scores[7], scores[9, 1:] = -torch.inf, -torch.inf
+    table = logits(num_labels, width, dtype=table_dtype, requires_grad=True)
+    assert not native_plain.is_small(scores, table)
+    upstream = logits(9000, width, dtype=table_dtype)
+    mixture = soft_embedding(scores, table, temperature=0.7)
+    got = (mixture, *grad(mixture, (scores, table), upstream))
+    assert len(taken) == 1 and not got[1][7].any()
+    check_lookup(got, scores, table, 0.7, upstream)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_small_16_bit_results_are_those_of_float32_rounded_once(instruction_set, dtype):
+    """Within half a unit in the last place, and what float32's own roundings are worth. A NaN stays one."""
+    for num_rows, num_labels, width in ((9, 5, 3), (64, 47, 50), (300, 33, 7)):
+        scores, table = logits(num_rows, num_labels, dtype=dtype), logits(num_labels, width, dtype=dtype)
+        scores[3], scores[5, 1] = -torch.inf, torch.nan
+        upstream = logits(num_rows, width, dtype=dtype)
+        results = []
+        for t in (dtype, F32):
+            given = [x.to(t) for x in (scores, table, upstream)]
+            state, mixture = torch.empty(2, num_rows), torch.empty_like(given[2])
+            grads = torch.empty_like(given[0]), torch.empty_like(given[1])
+            native.small_lookup(*given[:2], 0.7, state, mixture)
+            native.small_lookup_backward(*given[:2], 0.7, given[2], *grads)
+            results.append((mixture, *grads))
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got.isnan(), want.isnan()) and got.dtype == dtype
+            got, want, info = got.float().nan_to_num(), want.nan_to_num(), torch.finfo(dtype)
+            in_float32 = 16 * torch.finfo(F32).eps * want.abs().max()
+            assert ((got - want).abs() <= info.eps / 2 * want.abs() + info.tiny * info.eps + in_float32).all()
 
 
 def test_autocast_casts_the_table_alone(taken):
@@ -238,7 +285,12 @@ def test_backward_alone_may_be_traced():
 def test_the_compiled_functions_refuse_sizes_of_nothing():
     for N, K, D in ((1, 0, 1), (1, 1, 0), (-1, 1, 1)):
         with pytest.raises(ValueError, match="label"):
-            cpu().small_lookup(0, 0, N, K, D, 1.0, 1, 0, 0)
+            cpu().small_lookup(0, 0, 0, 0, N, K, D, 1.0, 1, 0, 0)
+
+
+def test_the_compiled_functions_have_no_float64():
+    with pytest.raises(ValueError, match="float64"):
+        cpu().small_lookup(0, 0, 3, 0, 1, 1, 1, 1.0, 1, 0, 0)
 
 
 def test_backward_under_autocast_and_create_graph():

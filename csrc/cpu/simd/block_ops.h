@@ -61,7 +61,7 @@ struct SoftmaxRows {
   C* max = nullptr;        // read by the backward form, as log_denom is
   C* log_denom = nullptr;  // log sum exp((score - max) factor)
   Matrix probabilities;
-  Matrix grad_probabilities, grad_scores;  // of the backward form
+  Matrix grad_probabilities, grad_scores;  // of the backward form; both may be one
 };
 
 template <class C>
@@ -112,6 +112,8 @@ struct BlockOps {
   void (*softmax_rows)(const SoftmaxRows<C>&, int64_t first, int64_t last, C* scratch);
   // their gradients and probabilities; twice the scratch
   void (*softmax_rows_backward)(const SoftmaxRows<C>&, int64_t first, int64_t last, C* scratch);
+  // out = factor p (g - <p, g>), 0 where p is: the gradient of a softmax, row by row, all contiguous
+  void (*center_rows)(const C* p, const C* g, C factor, int64_t num_rows, int64_t K, DType, void* out);
   // contiguous out [num_rows, num_columns] = a [num_rows, inner], of these strides, @ contiguous b [inner, num_columns];
   // meant for what is too small for a library's call
   void (*multiply_small)(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_rows, int64_t num_columns,

@@ -281,6 +281,7 @@ static constexpr BlockOps<C> table() {
   ops.center = &center<C>;
   ops.softmax_rows = &softmax_rows<C>;
   ops.softmax_rows_backward = &softmax_rows_backward<C>;
+  ops.center_rows = &center_rows<C>;
   ops.multiply_small = &multiply_small<C>;
   return ops;
 }

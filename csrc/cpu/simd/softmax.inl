@@ -125,6 +125,24 @@ static C largest_of(const T* __restrict__ x, int64_t n) {
   return m;
 }
 
+// In pairs: the lanes of a loop's reduction are added one after the other, which takes longer than all else of a
+// short row.
+template <int W, class C>
+static AUXK_INLINE C sum_in_pairs(const C* __restrict__ v) {
+  alignas(64) C lanes[16];
+#pragma omp simd
+  for (int i = 0; i < 16; ++i) lanes[i] = v[i];
+  for (int start = 16; start < W; start += 16) {
+#pragma omp simd
+    for (int i = 0; i < 16; ++i) lanes[i] += v[start + i];
+  }
+#pragma omp simd
+  for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
+#pragma omp simd
+  for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
 // e = exp((x - m) factor - log_denom); returns the sum of e, or with kDot that of e g, where e = 0 counts nothing
 template <class C, class T, bool kDot>
 static double exp_row(const T* __restrict__ x, C m, C factor, C log_denom, const C* __restrict__ g, int64_t n,
@@ -134,13 +152,24 @@ static double exp_row(const T* __restrict__ x, C m, C factor, C log_denom, const
     const int64_t end = start + kStep < n ? start + kStep : n;
     if (next_x != nullptr) prefetch_range(next_x, start * sizeof(T), end * sizeof(T));
     if (next_g != nullptr) prefetch_range(next_g, start * sizeof(C), end * sizeof(C));
+    alignas(64) C lanes[16] = {};
+    int64_t i = start;
+    for (; i + 16 <= end; i += 16) {
+#pragma omp simd
+      for (int lane = 0; lane < 16; ++lane) {
+        const C p = exp_of((static_cast<C>(widen(x[i + lane])) - m) * factor - log_denom);
+        e[i + lane] = p;
+        lanes[lane] += kDot ? (p == 0 ? 0 : p * g[i + lane]) : p;
+      }
+    }
     C sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) {
-      const C p = exp_of((static_cast<C>(widen(x[i])) - m) * factor - log_denom);
-      e[i] = p;
-      sum += kDot ? (p == 0 ? 0 : p * g[i]) : p;
+    for (int64_t j = i; j < end; ++j) {
+      const C p = exp_of((static_cast<C>(widen(x[j])) - m) * factor - log_denom);
+      e[j] = p;
+      sum += kDot ? (p == 0 ? 0 : p * g[j]) : p;
     }
+    sum += sum_in_pairs<16>(lanes);
     total += static_cast<double>(sum);
   }
   return total;
@@ -152,10 +181,9 @@ static AUXK_INLINE void store_row(const C* __restrict__ e, C factor, const Matri
   AUXK_DISPATCH(m.dtype, T, { scale_into(e, factor, C(0), static_cast<const C*>(nullptr), K, row_of<T>(m, n)); })
 }
 
-// row n of m = factor p (g - mean), 0 where p is
+// row n of m = factor p (g - mean), 0 where p is; it may be g
 template <class C, class T>
-static void store_centered_as(const C* __restrict__ p, const C* __restrict__ g, C mean, C factor, int64_t K,
-                              T* __restrict__ out) {
+static void store_centered_as(const C* __restrict__ p, const C* g, C mean, C factor, int64_t K, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < K; ++i) narrow(p[i] == 0 ? 0 : p[i] * (g[i] - mean) * factor, out[i]);
 }
@@ -180,6 +208,124 @@ static AUXK_INLINE bool is_own(const Matrix& m) {
   return m.values != nullptr && m.dtype == (sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
 
+// d := log(d), for denominators of at least 1; one after the other they would be a quarter of the time of short rows
+static void logarithms(float* d, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) d[i] = d[i] == d[i] ? log_of(d[i]) : d[i];
+}
+static void logarithms(double* d, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) d[i] = std::log(d[i]);
+}
+
+// -- rows of a few vectors, whose whole work is in loops of a constant length ----------------------
+
+constexpr int64_t kShort = 64;
+
+// v = the row, padded to W
+template <int W, class C, class T>
+static AUXK_INLINE void load_short(const T* __restrict__ x, int64_t K, C padding, C* __restrict__ v) {
+  if (K == W) {
+#pragma omp simd
+    for (int i = 0; i < W; ++i) v[i] = static_cast<C>(widen(x[i]));
+  } else {
+    for (int64_t i = 0; i < K; ++i) v[i] = static_cast<C>(widen(x[i]));
+    for (int64_t i = K; i < W; ++i) v[i] = padding;
+  }
+}
+
+template <int W, class C>
+static AUXK_INLINE void store_short(const C* __restrict__ v, C factor, int64_t K, C* __restrict__ out) {
+  if (K == W) {
+#pragma omp simd
+    for (int i = 0; i < W; ++i) out[i] = v[i] * factor;
+  } else {
+    for (int64_t i = 0; i < K; ++i) out[i] = v[i] * factor;
+  }
+}
+
+template <class C, class T, int W>
+static void softmax_short_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last) {
+  const int K = static_cast<int>(rows.K);
+  for (int64_t n = first; n < last; ++n) {
+    alignas(64) C v[W];
+    load_short<W, C, T>(row_of<T>(rows.scores, n), K, -std::numeric_limits<C>::infinity(), v);
+    C largest = -std::numeric_limits<C>::infinity();
+#pragma omp simd reduction(max : largest)
+    for (int i = 0; i < W; ++i) largest = v[i] > largest ? v[i] : largest;
+    const C m = finite_or_zero(largest), factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+#pragma omp simd
+    for (int i = 0; i < W; ++i) {
+      const C e = exp_of((v[i] - m) * factor);
+      v[i] = i < K ? e : 0;
+    }
+    const C denom = sum_in_pairs<W>(v);
+    const bool is_empty = denom == 0;  // and otherwise as in softmax_rows_as
+    if (rows.max != nullptr) rows.max[n] = denom == denom ? largest : std::numeric_limits<C>::quiet_NaN();
+    if (rows.log_denom != nullptr) rows.log_denom[n] = is_empty ? C(1) : denom;
+    store_short<W>(v, is_empty ? C(0) : 1 / denom, K, row_of<C>(rows.probabilities, n));
+  }
+  if (rows.log_denom != nullptr) logarithms(rows.log_denom + first, last - first);
+}
+
+template <class C, class T, int W>
+static void softmax_short_backward_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last) {
+  const int K = static_cast<int>(rows.K);
+  const Matrix& out = rows.probabilities;
+  for (int64_t n = first; n < last; ++n) {
+    const C largest = rows.max[n], log_denom = rows.log_denom[n];
+    const bool is_empty = largest == -std::numeric_limits<C>::infinity();
+    if (is_empty || largest != largest) {
+      const C value = is_empty ? C(0) : std::numeric_limits<C>::quiet_NaN();
+      fill_row(out, n, value, K);
+      fill_row(rows.grad_scores, n, value, K);
+      continue;
+    }
+    alignas(64) C p[W], g[W];
+    load_short<W, C, T>(row_of<T>(rows.scores, n), K, C(0), p);
+    load_short<W, C, C>(row_of<C>(rows.grad_probabilities, n), K, C(0), g);
+    const C factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+    alignas(64) C products[W];
+#pragma omp simd
+    for (int i = 0; i < W; ++i) {
+      const C e = exp_of((p[i] - largest) * factor - log_denom);
+      p[i] = i < K ? e : 0;
+      products[i] = p[i] == 0 ? 0 : p[i] * g[i];
+    }
+    const C mean = sum_in_pairs<W>(products);
+    const C slope = mean == mean ? factor : std::numeric_limits<C>::quiet_NaN();  // as in softmax_rows_backward_as
+#pragma omp simd
+    for (int i = 0; i < W; ++i) g[i] = p[i] == 0 ? 0 : p[i] * (g[i] - mean) * slope;
+    store_short<W>(g, C(1), K, row_of<C>(rows.grad_scores, n));
+    if (out.values != nullptr) store_short<W>(p, C(1), K, row_of<C>(out, n));
+  }
+}
+
+template <class T>
+static void softmax_short(const SoftmaxRows<float>& rows, int64_t first, int64_t last, bool is_backward) {
+  const auto run = [&](auto forward, auto backward) { (is_backward ? backward : forward)(rows, first, last); };
+  switch ((rows.K + 15) / 16) {
+    case 1:
+      return run(softmax_short_as<float, T, 16>, softmax_short_backward_as<float, T, 16>);
+    case 2:
+      return run(softmax_short_as<float, T, 32>, softmax_short_backward_as<float, T, 32>);
+    case 3:
+      return run(softmax_short_as<float, T, 48>, softmax_short_backward_as<float, T, 48>);
+    default:
+      return run(softmax_short_as<float, T, 64>, softmax_short_backward_as<float, T, 64>);
+  }
+}
+
+// Whether the rows are such, and their results float32: they are done then. Of each other number type there is no form.
+static bool are_short(const SoftmaxRows<float>& rows, int64_t first, int64_t last, bool is_backward) {
+  const DType dtype = rows.scores.dtype;
+  if (rows.K > kShort || (dtype != DType::kFloat32 && dtype != DType::kBFloat16)) return false;
+  if (is_backward && !(is_own<float>(rows.grad_probabilities) && is_own<float>(rows.grad_scores))) return false;
+  if (!is_own<float>(rows.probabilities) && !(is_backward && rows.probabilities.values == nullptr)) return false;
+  (dtype == DType::kFloat32 ? softmax_short<float> : softmax_short<bfloat16>)(rows, first, last, is_backward);
+  return true;
+}
+static bool are_short(const SoftmaxRows<double>&, int64_t, int64_t, bool) { return false; }
+
 template <class C, class T>
 static void softmax_rows_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
   const int64_t K = rows.K;
@@ -194,7 +340,7 @@ static void softmax_rows_as(const SoftmaxRows<C>& rows, int64_t first, int64_t l
     // the largest gives 1, so that only a row of -inf sums to 0; a NaN among the scores, or +inf, is one in the sum
     const bool is_empty = denom == 0;
     if (rows.max != nullptr) rows.max[n] = denom == denom ? largest : std::numeric_limits<C>::quiet_NaN();
-    if (rows.log_denom != nullptr) rows.log_denom[n] = is_empty ? C(0) : std::log(static_cast<C>(denom));
+    if (rows.log_denom != nullptr) rows.log_denom[n] = is_empty ? C(1) : static_cast<C>(denom);
     const C scale = is_empty ? C(0) : static_cast<C>(1 / denom);
     if (is_own<C>(out)) {
       multiply_as(e, scale, K);
@@ -202,10 +348,12 @@ static void softmax_rows_as(const SoftmaxRows<C>& rows, int64_t first, int64_t l
       store_row(e, scale, out, n, K);
     }
   }
+  if (rows.log_denom != nullptr) logarithms(rows.log_denom + first, last - first);
 }
 
 template <class C>
 static void softmax_rows(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
+  if (are_short(rows, first, last, false)) return;
   AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_as<C, T>(rows, first, last, scratch); })
 }
 
@@ -246,7 +394,26 @@ static void softmax_rows_backward_as(const SoftmaxRows<C>& rows, int64_t first, 
 
 template <class C>
 static void softmax_rows_backward(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
+  if (are_short(rows, first, last, true)) return;
   AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_backward_as<C, T>(rows, first, last, scratch); })
+}
+
+// factor p (g - <p, g>) of contiguous rows
+template <class C>
+static void center_rows(const C* p, const C* g, C factor, int64_t num_rows, int64_t K, DType dtype, void* out) {
+  const Matrix matrix{out, dtype, K};
+  for (int64_t n = 0; n < num_rows; ++n, p += K, g += K) {
+    C mean = 0;
+    if (K > kStep) {
+      mean = dot(p, g, K);
+    } else {
+#pragma omp simd reduction(+ : mean)
+      for (int64_t i = 0; i < K; ++i) mean += p[i] == 0 ? 0 : p[i] * g[i];
+    }
+    // a NaN is one in every number, or rounding to 16 bits might lose it
+    const C slope = mean == mean ? factor : std::numeric_limits<C>::quiet_NaN();
+    store_centered(p, g, mean, slope, matrix, n, K);
+  }
 }
 
 // -- small products -------------------------------------------------------------------------------
@@ -297,7 +464,11 @@ static void multiply_rows(const C* a, int64_t a_row, int64_t a_column, const C* 
 template <class C>
 static void multiply_small(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_rows,
                            int64_t num_columns, int64_t inner, C* out) {
+  // of up to 16 columns the registers hold the sums of more rows, and four would wait for each other's additions
+  constexpr int kTall = AUXK_VECTOR_BITS == 512 ? 8 : 4;
   int64_t n = 0;
+  for (; num_columns <= 16 && n + kTall <= num_rows; n += kTall)
+    multiply_rows<C, kTall>(a + n * a_row, a_row, a_column, b, num_columns, inner, out + n * num_columns);
   for (; n + 4 <= num_rows; n += 4)
     multiply_rows<C, 4>(a + n * a_row, a_row, a_column, b, num_columns, inner, out + n * num_columns);
   for (; n < num_rows; ++n)
