@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..sources import Head, Source, SourceLike, as_sources, has_dtensor, leaves_of
-from . import autograd, ops, reference, rows
-from .request import Arguments, LossTerms
+from . import autograd, native_plain, ops, reference, rows
+from .request import Arguments, LossTerms, fields_in
 from .rows import LogitStats
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ def aux_cross_entropy(
             return sharded.aux_cross_entropy(resolved, ignore_index, vocab_size, backend, more)
         base, aux, target = resolved[:3]
     options = weight, label_smoothing, z_loss, reduction, normalizer
+    wanted = OF_STATS if return_stats else 0
+    plain = native_plain.served(base, aux, target, ignore_index, *options, vocab_size, recompute, backend)
+    if plain is not None and (made := autograd.plain_loss(plain, wanted)) is not None:
+        return (made[0], rows.finished_stats(_stats_in(made[1:]))) if return_stats else made[0]
     given, terms, normalizer = checked_loss(base, aux, target, ignore_index, vocab_size, backend, *options)
     label_smoothing, z_loss, _ = terms
     if given.backend == "reference":
@@ -88,7 +93,6 @@ def aux_cross_entropy(
         return (loss, _detached(_statistics(given))) if return_stats else loss
     call = call_of(given, weight, target.device)
     has_gradient = autograd.requires_grad(call)
-    wanted = OF_STATS if return_stats else 0
     if reduction == "none" or autograd.is_better_from_rows(call, has_gradient, recompute):
         fields = autograd.row_fields(call, has_gradient, wanted | rows.fields_of_loss(label_smoothing, z_loss))
         loss = rows.loss_of(
@@ -244,6 +248,15 @@ def _statistics(given: Arguments) -> LogitStats:
         return rows.finished_stats(autograd.row_fields(call, False, wanted))
     wanted = rows.PARTS | rows.PARTS_OF_TARGET if has_target else rows.PARTS
     return rows.stats_of_parts(autograd.row_fields(call, True, wanted))
+
+
+_STATS_NAMES = fields_in(OF_STATS)
+
+
+def _stats_in(stacked: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The fields of `OF_STATS` by name."""
+    floats, ints = stacked
+    return dict(zip(_STATS_NAMES, (*floats.unbind(), *ints.unbind()), strict=True))
 
 
 def _detached(stats: LogitStats) -> LogitStats:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..autograd import anchors, apply, distinct, is_traced_in_transform, once, saveable
+from .. import dispatch
+from ..autograd import anchors, apply, apply_in_eager, distinct, is_traced_in_transform, once, saveable
 from ..sources import LAYOUTS, NUMBERS, ROWS, by_source
-from . import ops
+from . import native_plain, ops
+from .native_plain import PlainLoss
 from .request import DERIVED, LossTerms, RowState, fields_in, is_ignored, mask_of, named_fields
 from .rows import coefficients_of
 
@@ -78,6 +80,19 @@ def loss_in_one_pass(
     else:
         loss, *fields = made or ops.loss(call, normalizer, terms, wanted, ())
     return loss, named_fields(wanted, fields)[0] if wanted else {}
+
+
+def plain_loss(call: PlainLoss, wanted: int) -> Sequence[Tensor] | None:
+    """(0-d loss, the wanted fields stacked) of a call that `native_plain.served` accepts; None if a target is wrong."""
+    try:
+        made = native_plain.loss(call, wanted)
+    except IndexError:  # before anything was written
+        return None
+    needs_base, needs_aux = call.needs
+    if not (needs_base or needs_aux):
+        return made
+    matrices = call.base, call.aux
+    return apply_in_eager(_OnePassPlain, made, anchors(matrices), saveable(call.target), call.ignore_index, *matrices)
 
 
 # what backward reads, and which part of it the scan has to give beside the fields that are wanted
@@ -185,16 +200,10 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling():
-            if ctx.handed_out:
-                raise RuntimeError(
-                    "the gradient of aux_cross_entropy was made in the forward pass and has been handed out in a first "
-                    "backward: pass recompute=True to go backward again"
-                )
-            ctx.handed_out = True
+        _hand_out(ctx)
         target, *saved = ctx.saved_tensors
         grads = spread(saved, ctx.needs)
-        factor = upstream.detach()
+        factor, rows = upstream.detach(), (ctx.options.ignore_index, ctx.options.backend)
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
@@ -203,17 +212,55 @@ class OnePass(torch.autograd.Function):
                 per_row = (grad * factor).masked_fill(is_ignored(target, ctx.options.ignore_index), 0.0)
                 grads[i] = per_row if dim else per_row.sum()
             else:
-                grads[i] = _rescaled(grad, factor, target if layout == ROWS else None, ctx.options).to(dtype)
+                grads[i] = _rescaled(grad, factor, target if layout == ROWS else None, *rows).to(dtype)
         return (None, None, None, None, None, None, None, None, *once(_WHO, grads, (*ctx.edges, upstream)))
 
 
-def _rescaled(grad: Tensor, factor: Tensor, target: Tensor | None, options: ops.Options) -> Tensor:
+class _OnePassPlain(torch.autograd.Function):
+    """OnePass for base and auxiliary alone, from what `native_plain.loss` has made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, made: list[Tensor], edges: list[Tensor], target: Tensor, ignore_index: int, *matrices: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        needs = ctx.needs_input_grad[-2:]
+        num_outputs = len(made) - sum(needs)
+        ctx.save_for_backward(target, *made[num_outputs:])
+        ctx.needs, ctx.edges, ctx.ignore_index, ctx.handed_out = needs, edges, ignore_index, False
+        if num_outputs > 1:
+            ctx.mark_non_differentiable(*made[1:num_outputs])
+        return tuple(made[:num_outputs])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _hand_out(ctx)
+        target, *saved = ctx.saved_tensors
+        factor = upstream.detach()
+        made = [_rescaled(grad, factor, target, ctx.ignore_index, "native") for grad in saved]
+        return (None, None, None, None, *once(_WHO, spread(made, ctx.needs), (*ctx.edges, upstream)))
+
+
+def _hand_out(ctx: Any) -> None:
+    """Once: what is handed out may be written."""
+    if torch.compiler.is_compiling():
+        return
+    if ctx.handed_out:
+        raise RuntimeError(
+            "the gradient of aux_cross_entropy was made in the forward pass and has been handed out in a first "
+            "backward: pass recompute=True to go backward again"
+        )
+    ctx.handed_out = True
+
+
+def _rescaled(grad: Tensor, factor: Tensor, target: Tensor | None, ignore_index: int, backend: str) -> Tensor:
     """grad * factor, ignored rows left at +0.0; in place in eager mode, where a factor of 1 costs nothing."""
     if torch.compiler.is_compiling():
         scaled = (grad.to(factor.dtype) * factor).to(grad.dtype)
         if target is None:
             return scaled
-        return torch.where(is_ignored(target, options.ignore_index).unsqueeze(-1), grad, scaled)
-    ops.rescale_(grad, factor, target, options.ignore_index, options.backend)
+        return torch.where(is_ignored(target, ignore_index).unsqueeze(-1), grad, scaled)
+    is_one = dispatch.is_direct((grad, factor, target), backend) and factor.is_cpu and factor.item() == 1.0
+    if not is_one:
+        ops.rescale_(grad, factor, target, ignore_index, backend)
     torch.autograd.graph.increment_version(grad)
     return grad

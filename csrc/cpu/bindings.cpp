@@ -81,6 +81,34 @@ void py_loss(const ProblemArguments& args, const SourceArguments& base, const So
   put_loss(args, loss_out, is_double(args) ? loss<double>(request) : loss<float>(request));
 }
 
+// py_loss of contiguous matrices by single numbers alone, which are a third of the time of lists of them: each number of
+// a list is a Python object that is asked for. `floats` and `ints` are where the wanted fields go, stacked in the order
+// of FIELDS; aux 0: none.
+void py_small_loss(int64_t num_rows, int64_t V, int64_t target, bool target_is_int32, int64_t ignore_index,
+                   int64_t weight, int threads, int64_t base, int64_t base_dtype, int64_t base_width,
+                   int64_t base_scale, bool base_scale_is_per_row, double base_scale_value, double base_softcap,
+                   int64_t aux, int64_t aux_dtype, int64_t aux_width, int64_t aux_scale, bool aux_scale_is_per_row,
+                   double aux_scale_value, double aux_softcap, int64_t wanted, int64_t floats, int64_t ints,
+                   int64_t grad_base, int64_t grad_aux, int64_t loss_out, bool has_normalizer, double normalizer,
+                   double label_smoothing, double z_loss, bool mean) {
+  const ProblemArguments args{num_rows, V, target, target_is_int32, ignore_index, weight, threads, 0, 0};
+  const SourceArguments of_base{base, base_dtype, base_width, std::max(num_rows, int64_t{1}),
+                                0,    base_width, base_scale, base_scale_is_per_row};
+  const SourceArguments of_aux{aux, aux_dtype, aux_width, std::max(num_rows, int64_t{1}),
+                               0,   aux_width, aux_scale, aux_scale_is_per_row};
+  OutputArguments outputs{};
+  for (size_t field = 0; field < kNumFields; ++field) {
+    if ((wanted >> field & 1) == 0) continue;
+    int64_t& place = field < static_cast<size_t>(kNumFloatFields) ? floats : ints;
+    outputs[field] = place;
+    place += num_rows * (field < static_cast<size_t>(kNumFloatFields) ? sizeof(float) : sizeof(int64_t));
+  }
+  outputs[OutputSlot::kGradBase] = grad_base, outputs[OutputSlot::kGradBaseDType] = base_dtype;
+  outputs[OutputSlot::kGradAux] = grad_aux, outputs[OutputSlot::kGradAuxDType] = aux_dtype;
+  py_loss(args, of_base, {base_scale_value, base_softcap}, of_aux, {aux_scale_value, aux_softcap}, outputs, loss_out,
+          has_normalizer, normalizer, label_smoothing, z_loss, mean);
+}
+
 // What py_loss takes, once for each loss; all of the same rows and compute dtype. Targets of all are checked first; the
 // error of a bad one says whose it is.
 using LossArguments = std::tuple<ProblemArguments, SourceArguments, SourceNumbers, SourceArguments, SourceNumbers,
@@ -180,6 +208,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("scan", &auxk::py_scan);
   m.def("loss", &auxk::py_loss);
   m.def("losses", &auxk::py_losses);
+  m.def("small_loss", &auxk::py_small_loss);
   m.def("backward", &auxk::py_backward);
   m.def("rescale", &auxk::py_rescale);
   auxk::bind_soft_embedding(m);

@@ -31,7 +31,7 @@ NAMES = {
     "training": ("eager", "auxkernels kernel alone", "auxkernels"),
     "stats": ("eager", "auxkernels logit_stats"),
     "stats_training": ("eager", "auxkernels return_stats"),
-    "overhead": ("eager", "plain", "every option"),
+    "overhead": ("eager", "plain", "every option", "eager, with gradient", "plain, with gradient"),
 }
 DEFAULT_NAMES = ("eager", "auxkernels")
 

@@ -18,7 +18,7 @@ import itertools, torch
 import auxkernels
 from auxkernels.cross_entropy import native as cross_entropy, ops, request
 from auxkernels.cross_entropy.request import Coefficients, Gradients, LossTerms, Problem, RowState
-from auxkernels.native import cpu
+from auxkernels.native import DTYPE_CODES, cpu
 from auxkernels.soft_embedding import native as kernels
 from auxkernels.soft_embedding.request import OUTPUTS, ROW_FIELDS, SoftRows
 from auxkernels.soft_embedding.segments import _sum, _to_tokens
@@ -122,12 +122,20 @@ for (N, K, D), threads in itertools.product(EMPTY, (0, 1, 4)):
         attempt(kernels.gather, tables, labels, None, out if L else torch.zeros(1, N, D), False)
         attempt(kernels.products, tables, labels, out if L else torch.zeros(1, N, D), torch.zeros(N, k), False)
         attempt(kernels.scatter, tables, labels, None, out if L else torch.zeros(1, N, D), False)
-    state, small = torch.zeros(2, N), (base.data_ptr(), torch.zeros(K, D).data_ptr(), N, K, D, 0.5, threads)
-    table, mixture, grads = torch.zeros(K, D), torch.zeros(N, D), (base.clone(), torch.zeros(K, D))
-    small = (base.data_ptr(), table.data_ptr(), N, K, D, 0.5, threads)
-    attempt(cpu().small_lookup, *small, state.data_ptr(), mixture.data_ptr())
-    addresses = (state.data_ptr(), mixture.data_ptr(), *(grad.data_ptr() for grad in grads))
-    attempt(cpu().small_lookup_backward, *small, *addresses)
+    table, state = torch.zeros(K, D), torch.zeros(2, N)
+    for dtype in (torch.float32, torch.bfloat16):
+        scores, table, mixture, grads = base.to(dtype), table.to(dtype), torch.zeros(N, D, dtype=dtype), []
+        grads = [torch.empty_like(scores), torch.empty_like(table)]
+        small = (scores.data_ptr(), table.data_ptr(), *[DTYPE_CODES[dtype]] * 2, N, K, D, 0.5, threads)
+        attempt(cpu().small_lookup, *small, state.data_ptr(), mixture.data_ptr())
+        addresses = (mixture.data_ptr(), *(grad.data_ptr() for grad in grads))
+        attempt(cpu().small_lookup_backward, *small, *addresses)
+    of_loss = cross_entropy.cpu().small_loss
+    matrix, rest = (base.data_ptr(), 0, K, 0, False, 1.0, 0.0), (room.base.data_ptr(), 0, rows.data_ptr())
+    places = [torch.zeros(len(request.FIELDS), N, dtype=dtype).data_ptr() for dtype in (torch.float32, torch.int64)]
+    classes = (N, K, target.data_ptr(), False, -100, 0, threads)
+    wanted = request.mask_of(*request.FIELDS)
+    attempt(of_loss, *classes, *matrix, *[0] * 4, False, 1.0, 0.0, wanted, *places, *rest, False, 1.0, 0.1, 0.1, True)
     empty = (base.data_ptr(), 0)
     attempt(cpu().add, empty, empty, empty, 0, threads)
     attempt(cpu().bring_in, base.data_ptr(), 0, threads)
