@@ -130,9 +130,10 @@ for (N, K, D), threads in itertools.product(EMPTY, (0, 1, 4)):
         attempt(cpu().small_lookup, *small, state.data_ptr(), mixture.data_ptr())
         addresses = (mixture.data_ptr(), *(grad.data_ptr() for grad in grads))
         attempt(cpu().small_lookup_backward, *small, *addresses)
-    of_loss = cross_entropy.cpu().small_loss
-    matrix, rest = (base.data_ptr(), 0, K, 0, False, 1.0, 0.0), (room.base.data_ptr(), 0, rows.data_ptr())
-    places = [torch.zeros(len(request.FIELDS), N, dtype=dtype).data_ptr() for dtype in (torch.float32, torch.int64)]
+    of_loss, value = cross_entropy.cpu().small_loss, torch.zeros(())
+    matrix, rest = (base.data_ptr(), 0, K, 0, False, 1.0, 0.0), (room.base.data_ptr(), 0, value.data_ptr())
+    fields = [torch.zeros(len(request.FIELDS), N, dtype=dtype) for dtype in (torch.float32, torch.int64)]
+    places = [field.data_ptr() for field in fields]
     classes = (N, K, target.data_ptr(), False, -100, 0, threads)
     wanted = request.mask_of(*request.FIELDS)
     attempt(of_loss, *classes, *matrix, *[0] * 4, False, 1.0, 0.0, wanted, *places, *rest, False, 1.0, 0.1, 0.1, True)

@@ -152,24 +152,13 @@ static double exp_row(const T* __restrict__ x, C m, C factor, C log_denom, const
     const int64_t end = start + kStep < n ? start + kStep : n;
     if (next_x != nullptr) prefetch_range(next_x, start * sizeof(T), end * sizeof(T));
     if (next_g != nullptr) prefetch_range(next_g, start * sizeof(C), end * sizeof(C));
-    alignas(64) C lanes[16] = {};
-    int64_t i = start;
-    for (; i + 16 <= end; i += 16) {
-#pragma omp simd
-      for (int lane = 0; lane < 16; ++lane) {
-        const C p = exp_of((static_cast<C>(widen(x[i + lane])) - m) * factor - log_denom);
-        e[i + lane] = p;
-        lanes[lane] += kDot ? (p == 0 ? 0 : p * g[i + lane]) : p;
-      }
-    }
     C sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = i; j < end; ++j) {
-      const C p = exp_of((static_cast<C>(widen(x[j])) - m) * factor - log_denom);
-      e[j] = p;
-      sum += kDot ? (p == 0 ? 0 : p * g[j]) : p;
+    for (int64_t i = start; i < end; ++i) {
+      const C p = exp_of((static_cast<C>(widen(x[i])) - m) * factor - log_denom);
+      e[i] = p;
+      sum += kDot ? (p == 0 ? 0 : p * g[i]) : p;
     }
-    sum += sum_in_pairs<16>(lanes);
     total += static_cast<double>(sum);
   }
   return total;
