@@ -19,6 +19,7 @@ from ..native import DTYPE_CODES, with_orders
 from .request import ROW_FIELDS, SoftRows, Upstream
 
 _NO_MATRIX = (0, 0, 0)
+SHORT = 64  # kShort in csrc/cpu/simd/softmax.inl
 _NO_UPSTREAM = (0,) * len(Upstream._fields)
 
 
@@ -131,6 +132,9 @@ def _selection(labels: Tensor, weights: Tensor | None) -> tuple[int, int, int]:
 def softmax(rows: SoftRows, fields: dict[str, Tensor], probabilities: Tensor | None) -> None:
     """Writes the wanted fields [C] and, where given, the probabilities [C, K]."""
     problem = _Problem(rows)
+    if rows.scores.shape[-1] <= SHORT and "argmax" not in fields:
+        # as a call with statistics is made: the other form of short rows sums up in another order
+        fields = {**fields, "argmax": torch.empty(len(rows.scores), dtype=torch.int64, device=rows.scores.device)}
     cpu().soft_rows(*problem.leading, _fields(fields), _matrix(probabilities))
 
 

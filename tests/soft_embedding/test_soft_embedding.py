@@ -209,10 +209,11 @@ def test_statistics_without_a_gradient_are_those_with_one(impl):
 
 @pytest.mark.usefixtures("general_path")
 def test_asking_for_statistics_does_not_change_the_mixture(fused):
-    scores, table = logits(9, 70, device=fused.device), logits(70, 9, device=fused.device)
-    for options in ({}, {"hard": True}, {"top_k": 3}, {"gumbel": 2.0, "seed": 1}):
-        plain = soft_embedding(scores, table, **options, backend=fused.backend)
-        assert torch.equal(Case(scores, table, options).call(fused.backend)["out"], plain)
+    options = ({}, {"hard": True}, {"top_k": 3}, {"gumbel": 2.0, "seed": 1})
+    for num_labels, given in itertools.product((30, 64, 70), options):
+        scores, table = logits(9, num_labels, device=fused.device), logits(num_labels, 9, device=fused.device)
+        plain = soft_embedding(scores, table, **given, backend=fused.backend)
+        assert torch.equal(Case(scores, table, given).call(fused.backend)["out"], plain)
 
 
 def test_usage_is_the_mean_over_every_chunk_and_zero_for_no_rows(impl, monkeypatch):
