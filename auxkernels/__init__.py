@@ -14,6 +14,7 @@ from .cross_entropy.rows import LogitStats
 from .dispatch import show_config
 from .distributed.shard import VocabShard
 from .heads import settings as chunk_settings
+from .memory import cache_settings, empty_cache
 from .sampling.api import SampleStats, sample_logits
 from .soft_embedding.api import LookupStats, soft_embedding
 from .soft_embedding.segments import segments_to_tokens
@@ -30,7 +31,9 @@ __all__ = [
     "__version__",
     "aux_cross_entropies",
     "aux_cross_entropy",
+    "cache_settings",
     "chunk_settings",
+    "empty_cache",
     "logit_stats",
     "nn",
     "sample_logits",

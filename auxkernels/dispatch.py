@@ -167,7 +167,7 @@ def _describe_cuda() -> str:
 
 def show_config() -> str:
     """One line for each implementation: available, or why not. Touches no device beyond asking whether there is one."""
-    from . import __version__
+    from . import __version__, memory
 
     cuda = f"{torch.version.cuda or torch.version.hip}" if torch.cuda.is_available() else "no device"
     triton = triton_missing()
@@ -179,6 +179,7 @@ def show_config() -> str:
         f"native CPU  {native.describe()}",
         f"native CUDA {_describe_cuda()}",
         f"triton      {'available' if triton is None else 'unavailable: ' + triton}",
+        f"CPU cache   {memory.describe()}",
     ]
     lines += [f"build       {name}: {said}" for name, said in native.build_record().items()]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, memory
 from ..sources import Leaves, Matrix, Source, SourceTensors
 
 FIELDS = (
@@ -270,8 +270,8 @@ def empty_gradients(problem: Problem, needs: list[Leaves]) -> Gradients:
     of_base, of_aux = needs[0], needs[1] if aux is not None else Leaves(False, scale=False)
     rows = problem.shape() if of_base.scale or of_aux.scale else ()
     return Gradients(
-        base.new_empty(base.shape) if of_base.values else None,
-        aux.values.new_empty(aux.values.shape) if aux is not None and of_aux.values else None,
+        memory.empty(base, base.shape) if of_base.values else None,
+        memory.empty(aux.values, aux.values.shape) if aux is not None and of_aux.values else None,
         like.new_empty(rows, dtype=problem.compute()) if of_base.scale else None,
         like.new_empty(rows, dtype=problem.compute()) if of_aux.scale else None,
     )

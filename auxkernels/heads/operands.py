@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory
 from ..sources import Leaves, Matrix, SourceTensors
 from .products import HeadProducts, plan_of
 from .rows import Rows
@@ -50,7 +50,7 @@ def padded_matrix(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dty
     Those are zero: oneDNN's bfloat16 products on CPUs with AMX read whole blocks of 32 beyond the end of a row and
     multiply them by 0 (its issue 5717), which leaves 0 only where they are finite.
     """
-    matrix = native.brought_in(like.new_empty((num_rows, padded(vocab_size)), dtype=dtype))
+    matrix = memory.empty(like, (num_rows, padded(vocab_size)), dtype)
     matrix[:, vocab_size:] = 0
     return matrix
 

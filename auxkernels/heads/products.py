@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory, native
 from ..sources import Leaves
 from .rows import Rows
 
@@ -193,7 +193,7 @@ class HeadProducts:
             product = out[start:stop]
             multiply(grad, self.weight, product)
         else:
-            product = grad.new_empty((stop - start, self.weight.shape[1]), dtype=dtype)
+            product = memory.empty(grad, (stop - start, self.weight.shape[1]), dtype)
             multiply(grad, self.weight, product)
             self.rows.put(out, start, stop, product)
         if ignored is not None:  # whatever the weight holds
@@ -217,7 +217,7 @@ class WeightGradient:
     def __init__(
         self, weight: Tensor, V: int, plan: Plan, num_chunks: int, dtype: torch.dtype, out: Tensor | None = None
     ):
-        self.out = native.brought_in(weight.new_empty(weight.shape, dtype=dtype)) if out is None else out
+        self.out = memory.empty(weight, weight.shape, dtype) if out is None else out
         self.out[V if num_chunks else 0 :] = 0
         self.rows = self.sum = self.out[:V]
         self.num_chunks, self.num_added = num_chunks, 0
@@ -225,9 +225,9 @@ class WeightGradient:
         self.is_exact = plan.is_exact()
         rounds_directly = num_chunks <= 1 and dtype == plan.operands if self.is_exact else num_chunks <= 2
         if dtype != sum_dtype and not rounds_directly and (num_chunks > 1 or plan.is_wide):
-            self.sum = weight.new_empty(self.rows.shape, dtype=sum_dtype)
+            self.sum = memory.empty(weight, self.rows.shape, sum_dtype)
         if not self.is_exact:
-            self.product = weight.new_empty((min(V, CPU_COLUMNS), weight.shape[1]), dtype=plan.operands)
+            self.product = memory.empty(weight, (min(V, CPU_COLUMNS), weight.shape[1]), plan.operands)
         self.is_narrowed = self.is_exact and self.sum.dtype != plan.operands and not plan.is_wide
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import checks, native
+from .. import checks, memory
 
 # fewer rows starve the GEMMs: each chunk streams the weights once, whatever its height. On CPUs 256 are enough: losses
 # of 1,020 to 2,047 rows, 49,152 to 151,936 columns and widths of 128 to 2,048 took no longer than with 1,024
@@ -104,7 +104,7 @@ class Rows:
         """[all rows, *trailing], to be written by `put`; rows that do not count hold `fill`."""
         size = (self.shape.numel(), *trailing)
         if self.kept is None:
-            return native.brought_in(like.new_empty(size, dtype=dtype))
+            return memory.empty(like, size, dtype)
         return like.new_full(size, fill, dtype=dtype)
 
 

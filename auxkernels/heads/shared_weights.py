@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..sources import Leaves, SourceTensors, row_scale
 from .products import CPU_COLUMNS, Plan, WeightGradient, converted, multiply, plan_of
 from .rows import Rows
@@ -145,7 +146,7 @@ class SummedHeads:
         of_sum: Tensor | None = None
         if any(needs.values or needs.scale for needs in self.needs):
             dtype = torch.float32 if self.plan.is_wide else self.plan.operands
-            of_sum = grad.new_empty((stop - start, self.weight.shape[1]), dtype=dtype)
+            of_sum = memory.empty(grad, (stop - start, self.weight.shape[1]), dtype)
             multiply(grad, self.weight, of_sum)
         of_bias = self._sum_of_rows(grad) if any(needs.bias for needs in self.needs) else None
         for hidden, scale, grads in zip(self.hidden, self.scales, self.grads, strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import dispatch, native
+from .. import dispatch, memory
 from ..heads.operands import Buffers, Context, bytes_per_row, padded, plain_operand_of
 from ..heads.products import WeightGradient, multiply, plan_of
 from ..heads.rows import Rows, chunks_of, fewest_rows, settings
@@ -101,7 +101,7 @@ def forward(request: Request, wanted: int, backend: str) -> list[Tensor]:
     outputs = empty_outputs(request, wanted)
     if "usage" in outputs:
         outputs["usage"].zero_()
-    mixture = native.brought_in(request.first().new_empty(request.out_shape(), dtype=request.out_dtype()))
+    mixture = memory.empty(request.first(), request.out_shape(), request.out_dtype())
     call = LookupCall(request, [], backend, num_matrices=1)
     flat = mixture.view(len(call.tables), call.rows.num_rows, request.table.shape[-1])
     run = _selected if request.top_k else _softmaxed
@@ -181,7 +181,7 @@ class TableGradients:
             self.sum = call.tables.new_zeros(call.tables.shape, dtype=request.compute())
         else:
             shared = (request.num_labels(), call.plan, len(call.chunks), request.table.dtype)
-            self.out = native.brought_in(request.table.new_empty(call.tables.shape))
+            self.out = memory.empty(request.table, call.tables.shape)
             self.parts = [WeightGradient(t, *shared, out=out) for t, out in zip(call.tables, self.out, strict=True)]
 
     def add_products(self, probabilities: Tensor, grad: Tensor) -> None:

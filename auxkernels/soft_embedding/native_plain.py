@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import dispatch
+from .. import dispatch, memory
 from ..dispatch import is_plain_on_cpu
 from ..heads.operands import padded_matrix
 from ..heads.products import Plan, WeightGradient, has_bfloat16, multiply, plan_of
 from ..heads.rows import chunks_of, settings
-from ..native import brought_in
 from . import chunked
 from . import native as kernels
 
@@ -82,7 +81,7 @@ def _matrix(table: Tensor, plan: Plan, num_rows: int) -> Tensor:
     """[num_rows, K], as the left operand of a product takes it."""
     num_labels = table.shape[0]
     if plan.operands == torch.float32:
-        return table.new_empty((num_rows, num_labels), dtype=torch.float32)
+        return memory.empty(table, (num_rows, num_labels), torch.float32)
     return padded_matrix(table, num_rows, num_labels, plan.operands)[:, :num_labels]
 
 
@@ -91,7 +90,7 @@ def _put_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     if out.dtype == a.dtype:
         multiply(a, b, out)
     else:
-        product = a.new_empty(out.shape)
+        product = memory.empty(a, out.shape)
         multiply(a, b, product)
         out.copy_(product)
 
@@ -104,9 +103,11 @@ def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | N
     if _is_small_forward(scores, table):
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
+    if mixture.nbytes >= memory.LARGE:
+        mixture = memory.empty(table, mixture.shape)
     plan = plan_of(table.dtype, None, table.device)
     chunks, most = _chunks(scores, table, plan, 1, FORWARD_BYTES)
-    probabilities, flat = _matrix(table, plan, most), brought_in(mixture).detach().view(-1, width)
+    probabilities, flat = _matrix(table, plan, most), mixture.detach().view(-1, width)
     for start, stop in chunks:
         part = probabilities[: stop - start]
         kernels.plain_softmax(scores, start, temperature, state, part)
@@ -140,14 +141,14 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients that are wanted of scores and table, `plain`, from what `forward` wrote into `state`."""
     num_labels, width = table.shape
-    grad_scores = brought_in(torch.empty_like(scores)) if needs_scores else None
+    grad_scores = memory.empty(scores, scores.shape) if needs_scores else None
     plan = plan_of(table.dtype, None, table.device)
     chunks, most = _chunks(scores, table, plan, 2, BACKWARD_BYTES)
     grad = grad.reshape(-1, width)
-    probabilities = table.new_empty((most, num_labels), dtype=plan.operands) if needs_table else None
+    probabilities = memory.empty(table, (most, num_labels), plan.operands) if needs_table else None
     of_probabilities = None
     if grad_scores is not None and grad_scores.dtype != plan.operands:
-        of_probabilities = table.new_empty((most, num_labels), dtype=plan.operands)
+        of_probabilities = memory.empty(table, (most, num_labels), plan.operands)
     if len(chunks) == 1 and table.dtype == plan.operands:
         return _whole_backward(scores, table, state, temperature, grad, grad_scores, of_probabilities, probabilities)
     of_table = WeightGradient(table, num_labels, plan, len(chunks), table.dtype) if needs_table else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, native
+from .. import checks, dispatch, memory
 from ..autograd import apply, once
 
 _library = torch.library.Library("auxkernels", "FRAGMENT")
@@ -64,7 +64,7 @@ def _gather(rows: Tensor, segment_ids: Tensor, backend: str) -> Tensor:
     checks.segments(rows, segment_ids)
     num_segments, width = rows.shape[-2:]
     _raise_unknown_segment(segment_ids, num_segments)
-    out = native.brought_in(rows.new_empty((*rows.shape[:-2], *segment_ids.shape, width)))
+    out = memory.empty(rows, (*rows.shape[:-2], *segment_ids.shape, width))
     if out.numel() == 0:
         return out
     labels, num_tables = _labels(segment_ids), rows.shape[:-2].numel()

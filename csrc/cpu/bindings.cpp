@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "add.h"
+#include "block_bindings.h"
 #include "common/arguments.h"
 #include "cross_entropy.h"
 #include "pages.h"
@@ -213,6 +214,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("rescale", &auxk::py_rescale);
   auxk::bind_soft_embedding(m);
   auxk::bind_sampling(m);
+  auxk::bind_blocks(m);
   m.def("add", &auxk::py_add);
   m.def("bring_in", &auxk::py_bring_in, "Brings the pages of a large fresh buffer in before it is written.");
   m.def("instruction_sets", &auxk::instruction_sets, "Instruction sets that this processor can run, best first.");

@@ -33,12 +33,13 @@ MEASURE = (
     interpreter.RESIDENT_SIZE
     + """
 import gc, json, sys, torch
-from auxkernels import Head, aux_cross_entropy, chunk_settings
+from auxkernels import Head, aux_cross_entropy, cache_settings, chunk_settings
 from auxkernels.heads import rows as row_module
 
 N, V, D, steps = json.loads(sys.argv[1])
 torch.set_num_threads({threads})
 chunk_settings.num_bytes = 1
+cache_settings.num_bytes = 0  # one step does not use the last one's blocks
 peaks = {{}}
 
 # what the library packs the operands of a chunk's products into, which it may keep or not

@@ -20,7 +20,7 @@ TEXTS = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md"))]
 def test_every_block_of_python_is_in_a_session():
     """And what else is Python is one session with an engine that has an environment of its own."""
     of_operators = {"decoding", "heads", "losses", "soft_labels"}
-    assert {page.stem for page, _ in SESSIONS} == of_operators | {"models"}
+    assert {page.stem for page, _ in SESSIONS} == of_operators | {"models", "performance"}
     for page in PAGES:
         ran = {block for one, section in SESSIONS if one == page for block in pages.session_of(page, section)}
         assert len(ran) == len(re.findall(r"^ *```python$", page.read_text(), flags=re.MULTILINE))

@@ -5,7 +5,7 @@ import torch
 from inputs import head, logits, targets
 from torch.autograd import grad
 
-from auxkernels import Head, aux_cross_entropy, native, soft_embedding
+from auxkernels import Head, aux_cross_entropy, memory, soft_embedding
 from auxkernels.soft_embedding import native_plain
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -15,7 +15,15 @@ SIZES = [3, 31, 33, 127, 257, 1025]  # labels or vocabulary: contracted over, an
 @pytest.fixture
 def poisoned(monkeypatch):
     """Fresh buffers are full of NaN, as recycled memory may be."""
-    monkeypatch.setattr(native, "brought_in", lambda tensor: tensor.fill_(float("nan")))
+
+    def full(like, shape, dtype=None):
+        made.append(like.new_full(tuple(shape), float("nan"), dtype=dtype))
+        return made[-1]
+
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(memory, "empty", full)
+    yield
+    assert made
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -31,7 +39,6 @@ def test_heads_in_recycled_memory(poisoned, V, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("K", SIZES)
 def test_lookups_in_recycled_memory(poisoned, monkeypatch, K, dtype, options):
-    monkeypatch.setattr(native_plain, "brought_in", native.brought_in)
     for name in ("SMALL", "SMALL_BFLOAT16"):  # by a library's products, whatever the size
         monkeypatch.setattr(native_plain, name, 0)
     scores = logits(70, K, dtype=dtype, requires_grad=True)

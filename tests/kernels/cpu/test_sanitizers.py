@@ -15,6 +15,11 @@ CHECKOUT = Path(__file__).parents[3]
 SANITIZERS = "address,undefined"
 # hostile targets and canaries, every width and view, every coefficient, non-finite rows, each instruction set
 CHOSEN = [
+    "operators/test_cache.py::test_the_memory_of_a_dead_tensor_is_that_of_the_next",
+    "operators/test_cache.py::test_a_block_serves_any_shape_and_dtype_that_fills_most_of_it",
+    "operators/test_cache.py::test_no_more_waits_than_is_allowed_and_the_oldest_is_given_back_first",
+    "operators/test_cache.py::test_threads_that_take_and_free_never_share_a_block",
+    "operators/test_cache.py::test_nothing_depends_on_what_a_block_held_before",
     "sampling/test_equal_tokens.py",
     "sampling/test_registration.py::test_raw_operators_survive_every_empty_shape",
     "soft_embedding/test_native_plain.py",
@@ -85,15 +90,38 @@ print("survived")
 """
 
 
+# memory that the sanitizer's allocator knows nothing of: a block that waits, and what is behind a tensor's end
+BLOCKS = """
+import sys, torch
+from auxkernels import memory, native
+memory.LARGE = 4096
+one = memory.empty(torch.empty(0), (4096,)).fill_(1)
+place, length = (one.data_ptr(), 0), 4096
+if sys.argv[1] == "waiting":
+    del one
+elif sys.argv[1] == "end":
+    length += 1
+elif sys.argv[1] == "used again":
+    del one
+    one = memory.empty(torch.empty(0), (4096,)).fill_(1)
+native.cpu().add(place, place, place, length, 1)
+print("survived")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_sanitizers_find_nothing_in_the_tests_and_do_find_an_overrun(tmp_path, preload):
-    """One test, because the module is built for it; the overrun is the negative control."""
+    """One test, because the module is built for it; the overruns are the negative controls."""
     build(tmp_path)
     control = run(tmp_path, preload, ["-c", OVERRUN])
     assert str(tmp_path) in control.stdout, control.stderr[-2000:]
     assert "survived" not in control.stdout
     assert "AddressSanitizer: heap-buffer-overflow" in control.stderr, control.stderr[-2000:]
+    for place, is_found in (("waiting", True), ("end", True), ("used again", False), ("used", False)):
+        control = run(tmp_path, preload, ["-c", BLOCKS, place])
+        assert ("survived" in control.stdout) != is_found, (place, control.stderr[-2000:])
+        assert ("AddressSanitizer: use-after-poison" in control.stderr) == is_found, (place, control.stderr[-2000:])
     chosen = [f"tests/{test}" for test in CHOSEN]
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not reference and not cuda"]
     done = run(tmp_path, preload, ["-m", "pytest", *options, *chosen])
