@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import random
 import sys
 import time
@@ -45,6 +46,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="a case's rounds stop early after this long (6, full: 30)")
     parser.add_argument("--time-limit", type=float, help="seconds after which no further case begins (none)")
     parser.add_argument("--threads", type=_positive, help="torch's threads (torch's own choice)")
+    kept = "with memory that the GNU C library keeps, for all implementations; rows go to a file of their own"
+    parser.add_argument("--keep-memory", action="store_true", help=kept)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs and of the order of the rounds")
     parser.add_argument("--reference", action="store_true", help="also time the reference backend")
@@ -141,6 +144,10 @@ def run(specs: list, options: argparse.Namespace, device: torch.device, console:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.keep_memory and not machine_info.keeps_memory():  # which is settled when a process starts
+        given = sys.argv[1:] if arguments is None else arguments
+        command = [sys.executable, "-m", "benchmarks", *given]
+        os.execve(sys.executable, command, os.environ | machine_info.KEEPS_MEMORY)
     options.seconds = options.seconds or (30.0 if options.full else 6.0)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -17,6 +17,14 @@ import torch
 from benchmarks.files import ROOT
 from benchmarks.timing import baselines
 
+# with these the GNU C library keeps all memory that was ever freed; they are read when a process starts
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 36), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+
+
+def keeps_memory() -> bool:
+    """Whether this process was started with `KEEPS_MEMORY`."""
+    return all(os.environ.get(name) == value for name, value in KEEPS_MEMORY.items())
+
 
 def describe(device: torch.device) -> dict:
     """The part of every row that does not depend on the case. Holds no host name, user name or path.
@@ -27,11 +35,14 @@ def describe(device: torch.device) -> dict:
     threads = torch.get_num_threads()
     commit, is_dirty = git_commit()
     suffix = "" if device.type == "cuda" else f" {threads} thread{'s' if threads > 1 else ''}"
+    if keeps_memory():
+        suffix += " memory kept"  # rows of another setting lie in a file of their own
     return {
         "device": name,
         "device_slug": slug(name + suffix),
         "cores": _usable_cores(),
         "threads": threads,
+        "memory": "kept" if keeps_memory() else "as it comes",
         "isa": _isa(device),
         "native_isa": _native_isa(),
         "python": platform.python_version(),

@@ -1,12 +1,14 @@
 """The harness's own promises: a wrong result is not timed, a failure is one row, files are whole or untouched."""
 
 import math
+import os
 import random
 import types
 
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import files
 from benchmarks.cross_entropy import cases as cross_entropy
 from benchmarks.cross_entropy.oracle import Oracle
@@ -251,3 +253,30 @@ def test_device_slugs_are_short_and_portable():
     assert machine_info.slug("AMD EPYC 7B13 64-Core Processor 8 threads") == "amd-epyc-7b13-8-threads"
     assert machine_info.slug("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz 6 threads") == "intel-core-i7-9750h-6-threads"
     assert machine_info.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_benchmark_with_memory_kept_is_a_process_of_its_own_and_its_rows_a_file(monkeypatch):
+    class Started(Exception):
+        pass
+
+    def execve(*given):
+        raise Started(*given)
+
+    monkeypatch.setattr(os, "execve", execve)
+    for name in machine_info.KEEPS_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine_info, "copy_gbps", lambda device: 1.0)
+    monkeypatch.setattr(machine_info, "gemm_gflops", lambda device, name: 1.0)
+    plain = machine_info.describe(CPU)
+    assert plain["memory"] == "as it comes" and not plain["device_slug"].endswith("memory-kept")
+    with pytest.raises(Started) as started:
+        command.main(["--keep-memory", "--dtype", "fp32"])
+    _, given, environment = started.value.args
+    assert given[1:] == ["-m", "benchmarks", "--keep-memory", "--dtype", "fp32"]
+    for name in machine_info.KEEPS_MEMORY:
+        monkeypatch.setenv(name, environment[name])
+    kept = machine_info.describe(CPU)
+    assert kept["memory"] == "kept" and kept["device_slug"] == plain["device_slug"] + "-memory-kept"
+    assert command.main(["--keep-memory", "--op", "cross_entropy", "--pass", "lora"]) == 2, (
+        "no case, and no other process"
+    )
