@@ -234,7 +234,6 @@ def test_anything_else_goes_the_general_path(taken, change):
         ({"vocab_size": V + 1}, ValueError),
         ({"vocab_size": 0}, ValueError),
     ],
-    ids=str,
 )
 def test_wrong_arguments_are_refused_as_ever(taken, change, error):
     given = {"base": torch.randn(4, V), "aux": torch.randn(4, V), "target": torch.zeros(4, dtype=torch.int64)}
