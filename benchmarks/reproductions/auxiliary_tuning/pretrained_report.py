@@ -89,7 +89,7 @@ def results_table(results: dict) -> str:
         control = f"{100 * point['control']:.1f}"
         if point["deviations"] is not None:
             control += f" ± {100 * point['deviations']['control']:.1f}"
-        worth_of_it = f"{point['worth']:.0f}"
+        worth_of_it = f"{round(point['worth'])}"
         if point["deviations"] is not None:
             worth_of_it += f" ± {point['deviations']['worth']:.0f}"
         cells = [control + " %", f"{100 * point['sampling_error']:.1f}", worth_of_it]
@@ -173,6 +173,12 @@ def differ(one: dict, other: dict) -> int:
     return 1 if difference > 0 else -1
 
 
+def _base(results: dict) -> dict:
+    """What the base gave; its control share's error is at least that of one sample, so that none is no certainty."""
+    base = results["base"]
+    return {**base, "control_error": max(base["control_error"], 1 / results["num_samples"])}
+
+
 def findings(results: dict) -> list[str]:
     """Sentences that follow from the numbers alone, whichever way they go."""
     return [
@@ -190,7 +196,7 @@ def _control(results: dict) -> str:
     _, largest, budget = _named(results)
     ranked = sorted(largest, key=lambda method: -largest[method]["control"])
     parts = "; ".join(f"{LABELS[method]} {_share(largest[method])}" for method in ranked)
-    worths = ", ".join(f"{largest[method]['worth']:.0f}" for method in ranked)
+    worths = ", ".join(f"{round(largest[method]['worth'])}" for method in ranked)
     return (
         f"Control at compute {fraction(budget)} each, mean and its standard error: {parts}; the base, which sees no "
         f"keyword, {100 * results['base']['control']:.1f} %. In the same order a keyword is worth "
@@ -202,7 +208,7 @@ def _compute_of_scratch(results: dict, name: str) -> str:
     points, largest, budget = _named(results)
     goal, scratch = largest[name], points["scratch"]
     subject = f"The control of {LABELS[name]} at compute {fraction(budget)}, {100 * goal['control']:.1f} %,"
-    if differ(goal, results["base"]) <= 0:
+    if differ(goal, _base(results)) <= 0:
         return f"{subject} is not above the base's, within two standard errors: there is nothing to compare."
     needed = budget_for_control(scratch, goal["control"])
     if needed is None:
@@ -270,7 +276,7 @@ def _cached(results: dict) -> str:
 def beside_the_paper(results: dict) -> list[str]:
     """What Zeldes et al. 2020 report, and what these numbers say of it."""
     points, largest, budget = _named(results)
-    base, sentences = results["base"], []
+    base, sentences = _base(results), []
     best = max(("auxiliary", "independent"), key=lambda name: largest[name]["control"])
     goal, scratch = largest[best], largest["scratch"]
     claim = "The paper: results similar to training from scratch, for much less compute."
