@@ -199,8 +199,10 @@ def test_an_illegal_access_is_one_finding_and_ends_its_process(fake_cuda_with, c
     fake_cuda_with("native:illegal")
     assert gpu_cases.main(["--device", "cuda", "--only", "native", "--check", "values", "repeats"]) == 1
     lines = lines_of(capsys)
-    assert len(lines) == 2 and lines[0].startswith("FAIL values: fp32 loss, mean, V 33 (native): AcceleratorError")
-    assert lines[1].startswith("device lost values: 1 of ")
+    *before, failed, lost = lines  # small calls of tensors that lie on the CPU pass the faked kernel by
+    assert all(line.startswith("ok ") for line in before)
+    assert failed.startswith("FAIL values: fp32 loss, ") and "(native): AcceleratorError" in failed
+    assert lost.startswith(f"device lost values: {len(before) + 1} of ")
 
 
 def replayed_with(call):

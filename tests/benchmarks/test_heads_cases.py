@@ -261,7 +261,7 @@ def test_every_bar_speaks_of_a_case_of_the_quick_grid(device):
         asked_for |= set(COMPOSITES)
         asked_for |= {f"auxkernels{end}" for end in (" kernel alone", " return_stats", " logit_stats")}
         asked_for |= {"auxkernels, no row ignored", "compile", "F.gumbel_softmax", "F.one_hot"}
-        asked_for |= {"eager, each token", "eager, each segment"}
+        asked_for |= {"eager, each token", "eager, each segment", cross_entropy.EAGER_STEP, cross_entropy.OUR_STEP}
         own = cross_entropy.OWN_BACKENDS
         asked_for |= {*own, *(f"{name} {cross_entropy.LOSS_ALONE}" for name in own)}
         rows = [
