@@ -70,8 +70,6 @@ def apply(function: type[torch.autograd.Function], who: str, *args: Any) -> Any:
 
 def apply_in_eager(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args) without what it does about transforms, of which there are none here: 2 us of a call."""
-    if torch.compiler.is_compiling():  # torch.compile takes up an eager call's frames one by one after a graph's break
-        return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 

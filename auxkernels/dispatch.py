@@ -120,6 +120,15 @@ def is_eager() -> bool:
     return not (_is_compiling() or _num_modes()) and _tracing_state() is None and _level_of_transforms() is None
 
 
+# torch.compile's, while it runs what it was given and takes up the frames in it
+_frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+
+
+def is_eager_without_compiler() -> bool:
+    """`is_eager`, and torch.compile will not take up the frames of this call one by one, as after a graph's break."""
+    return is_eager() and _frame_callback() is None
+
+
 def are_plain(tensors: Iterable[Any]) -> bool:
     """Whether the dispatcher has nothing to say of a call with these arguments, of which some are tensors.
 

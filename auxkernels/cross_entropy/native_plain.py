@@ -58,7 +58,9 @@ def served(
 
     They are those of `aux_cross_entropy`.
     """
-    if not dispatch.is_eager() or (backend != "auto" and backend != "native") or dispatch.native_missing() is not None:
+    if not dispatch.is_eager_without_compiler() or (backend != "auto" and backend != "native"):
+        return None
+    if dispatch.native_missing() is not None:
         return None
     if (
         dispatch.implementation("cross_entropy", "native") is not kernels

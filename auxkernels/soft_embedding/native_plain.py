@@ -32,7 +32,9 @@ _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for 
 
 def serves(scores: object, table: object, temperature: Any, seed: object, backend: str) -> TypeGuard[Tensor]:
     """Whether the arguments are such a call's, and valid: what is not, the general path has an answer or error for."""
-    if not dispatch.is_eager() or (backend != "auto" and backend != "native") or dispatch.native_missing() is not None:
+    if not dispatch.is_eager_without_compiler() or (backend != "auto" and backend != "native"):
+        return False
+    if dispatch.native_missing() is not None:
         return False
     if forward_ad._current_level >= 0 or not (is_plain_on_cpu(scores) and is_plain_on_cpu(table)):
         return False
