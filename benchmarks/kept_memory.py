@@ -38,6 +38,7 @@ from benchmarks.heads import cases as cross_entropy_heads
 from benchmarks.heads.inputs import make_heads
 from benchmarks.soft_embedding import cases as soft_embedding
 from benchmarks.soft_embedding.inputs import make_inputs as make_lookup
+from benchmarks.timing import report
 from benchmarks.timing.implementations import DTYPES
 from benchmarks.timing.machine_info import KEEPS_MEMORY
 
@@ -200,13 +201,11 @@ def main(arguments: list[str] | None = None) -> int:
         for case in (case for case in CASES if options.only in " ".join(case)):
             for implementation in options.implementation:
                 found.append(compare(workers, case, implementation, options, rng))
-                if options.output is not None:
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(found[-1]) + "\n")
                 console.print(table(found[-1:], options.settings, options.clock))
     finally:
         for worker in workers.values():
             worker.stop()
+    report.append_described(options.output, found, torch.device("cpu"))
     console.print(table(found, options.settings, options.clock))
     return 0
 

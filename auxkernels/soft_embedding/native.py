@@ -236,22 +236,15 @@ def plain_softmax_backward(
     cpu().soft_backward(*leading, _plain_fields(state, start), *matrices)
 
 
+def _small_leading(scores: Tensor, table: Tensor, temperature: float) -> tuple[Any, ...]:
+    num_labels, width = table.shape
+    matrices = scores.data_ptr(), table.data_ptr(), DTYPE_CODES[scores.dtype], DTYPE_CODES[table.dtype]
+    return *matrices, scores.numel() // num_labels, num_labels, width, temperature, torch.get_num_threads()
+
+
 def small_lookup(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None, mixture: Tensor) -> None:
     """mixture = softmax(scores / temperature) @ table, all contiguous and none float64; state as above, or none."""
-    num_labels, width = table.shape
-    cpu().small_lookup(
-        scores.data_ptr(),
-        table.data_ptr(),
-        DTYPE_CODES[scores.dtype],
-        DTYPE_CODES[table.dtype],
-        scores.numel() // num_labels,
-        num_labels,
-        width,
-        temperature,
-        torch.get_num_threads(),
-        _address(state),
-        mixture.data_ptr(),
-    )
+    cpu().small_lookup(*_small_leading(scores, table, temperature), _address(state), mixture.data_ptr())
 
 
 def small_lookup_backward(
@@ -263,21 +256,8 @@ def small_lookup_backward(
     grad_table: Tensor | None,
 ) -> None:
     """Its gradients, those that are given a place; the softmax is made again."""
-    num_labels, width = table.shape
-    cpu().small_lookup_backward(
-        scores.data_ptr(),
-        table.data_ptr(),
-        DTYPE_CODES[scores.dtype],
-        DTYPE_CODES[table.dtype],
-        scores.numel() // num_labels,
-        num_labels,
-        width,
-        temperature,
-        torch.get_num_threads(),
-        grad.data_ptr(),
-        _address(grad_scores),
-        _address(grad_table),
-    )
+    gradients = grad.data_ptr(), _address(grad_scores), _address(grad_table)
+    cpu().small_lookup_backward(*_small_leading(scores, table, temperature), *gradients)
 
 
 # -- rows of tables ----------------------------------------------------------------------------------------------------

@@ -242,6 +242,20 @@ def test_every_method_is_run_within_its_budget_with_its_seeds(miniature):
     assert len(seeds) == MINIATURE.num_seeds, "two seeds have the same weights"
 
 
+def test_a_keyword_is_worth_nothing_to_the_base_and_is_told_of_every_method(miniature):
+    results, folder = miniature
+    assert pretrained_report.worth(results["base"]) == 0
+    for method, points in pretrained_report.averaged(results).items():
+        runs = [r for r in results["runs"] if (r["method"], r["budget"]) == (method, 1.0)]
+        gains = [1e3 * (r["loss_given_another"] - r["loss"]) for r in runs]
+        assert points[-1]["worth"] == pytest.approx(sum(gains) / len(gains))
+    assert any(pretrained_report.worth(r) for r in results["runs"])
+    similarity = results["keyword_similarity"]
+    assert -1 <= similarity["after_start"] <= 1 and similarity["first"] != similarity["after_start"]
+    report = (folder / "results" / "pretrained" / "report.md").read_text()
+    assert f"a mean cosine of {similarity['first']:.5f} as a text's first token" in report
+
+
 def test_checkpoints_are_gone_once_they_are_measured(miniature):
     left = [path for path in (miniature[1] / "whole").rglob("*.safetensors") if "base_cache" not in path.parts]
     assert left == []

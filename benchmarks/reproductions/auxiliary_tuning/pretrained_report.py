@@ -130,6 +130,7 @@ def make_report(results: dict) -> str:
 
 def _setting(results: dict) -> str:
     scale, text, model = results["scale"], results["text"], results["model"]
+    similarity = results["keyword_similarity"]
     test, rates = text["splits"]["test"], dict(scale["rates"])
     told = ", ".join(f"{LABELS[method]} {rate:g}" for method, rate in rates.items())
     return (
@@ -142,8 +143,9 @@ def _setting(results: dict) -> str:
         f"the base's first {scale['trunk_layer']} layers, of the others the auxiliary begins as a copy, whose logits "
         f'are {scale["initial_share"]:g} of the base\'s; the own small model is `aux="small"`; all auxiliaries share '
         f"the base's head. LoRA has rank {scale['lora_rank']} on all linear layers but the head. A keyword is read "
-        f"after an end of text, since the states of a first token are nearly the same in the base's upper layers, "
-        f"whichever it is. Learning rates, of AdamW: {told}; the shared trunk's is the better one of two after 50 "
+        f"after an end of text: two keywords' states at the trunk's end have a mean cosine of "
+        f"{similarity['first']:.5f} as a text's first token, and of {similarity['after_start']:.2f} after an end of "
+        f"text. Learning rates, of AdamW: {told}; the shared trunk's is the better one of two after 50 "
         f"steps, the others are usual ones and not searched. Measured on {results['num_samples']} passages of held-out "
         f"chapters and as many written to their keywords by sampling at temperature 1, on "
         f"{min(scale['max_plain'], test['passages'])} held-out passages without keyword, and on "
