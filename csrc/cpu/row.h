@@ -116,6 +116,16 @@ class Kernel {
   }
   SourceBlock<C> block(const Source& source, int64_t n, int64_t k) const { return columns(source, n, k * kBlock); }
 
+  // What is read after block k, the next one or the next row's first: the share of it, in percent, that is fetched while
+  // something else is done.
+  Ahead ahead(const Source& source, int64_t n, int64_t k, int64_t from, int64_t to) const {
+    const bool last = k + 1 == num_blocks;
+    n += last ? 1 : 0, k = last ? 0 : k + 1;
+    if (source.values == nullptr || n >= p.num_rows) return {};
+    const int64_t bytes = size(k) * size_of(source.dtype), begin = bytes * from / 100;
+    return {static_cast<const char*>(block(source, n, k).values) + begin, bytes * to / 100 - begin};
+  }
+
   // A row before its scan. The target's sum is made by the loops that make a block's, so that its equals are ties.
   RowState start(int64_t n, const ScanWants& wants) const {
     RowState row;
@@ -128,24 +138,26 @@ class Kernel {
     return row;
   }
 
-  // s (and z_b, if wanted) of one block; their maxima in the result
-  std::pair<C, C> load(int64_t n, int64_t k, C* s, C* z_b) const {
-    const SourceBlock<C> base = block(p.base, n, k);
+  // s (and z_b, if wanted) of one block; their maxima in the result. `fetched`: percent of the next block, meanwhile
+  std::pair<C, C> load(int64_t n, int64_t k, C* s, C* z_b, int64_t fetched = 0) const {
     const int64_t size = this->size(k);
-    if (z_b == nullptr) {
-      if (!has_aux()) return {ops.load(base, size, s), C(0)};
-      return {ops.load_sum(base, block(p.aux, n, k), size, s), C(0)};
-    }
+    SourceBlock<C> base = block(p.base, n, k);
+    base.ahead = ahead(p.base, n, k, 0, fetched);
+    if (z_b == nullptr && !has_aux()) return {ops.load(base, size, s), C(0)};
+    SourceBlock<C> aux = base;
+    if (has_aux()) aux = block(p.aux, n, k), aux.ahead = ahead(p.aux, n, k, 0, fetched);
+    if (z_b == nullptr) return {ops.load_sum(base, aux, size, s), C(0)};
     const C base_max = ops.load(base, size, z_b);
-    if (has_aux()) return {ops.load_add(block(p.aux, n, k), size, z_b, s), base_max};
+    if (has_aux()) return {ops.load_add(aux, size, z_b, s), base_max};
     std::copy(z_b, z_b + size, s);
     return {base_max, base_max};
   }
 
   // Scans one block. `s` receives exp(s - block maximum), 0 at the target's column.
   BlockState scan_block(int64_t n, int64_t k, const ScanWants& wants, C* s, C* z_b, RowState* row) const {
+    constexpr int64_t kWhileLoading = 33;  // percent: as much as loading takes of the time
     const int64_t size = this->size(k), y = target(n) - k * kBlock;
-    const auto [max, base_max] = load(n, k, s, wants.base ? z_b : nullptr);
+    const auto [max, base_max] = load(n, k, s, wants.base ? z_b : nullptr, kWhileLoading);
     BlockState state{max, base_max, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     if (wants.weighted) {
       state.weighted_sum = ops.weighted_sum(s, weights(k), max, size);
@@ -160,12 +172,7 @@ class Kernel {
       }
     }
     if (wants.rank) state.num_above = ops.count_above(s, static_cast<C>(row->target_sum), size);
-    const bool last = k + 1 == num_blocks;
-    const int64_t next_n = last ? std::min(n + 1, p.num_rows - 1) : n, next_k = last ? 0 : k + 1;
-    const auto ahead = [&](const Source& source) -> Ahead {
-      return {static_cast<const char*>(block(source, next_n, next_k).values), size * size_of(source.dtype)};
-    };
-    const Ahead first = ahead(p.base), second = has_aux() ? ahead(p.aux) : Ahead{};
+    const Ahead first = ahead(p.base, n, k, kWhileLoading, 100), second = ahead(p.aux, n, k, kWhileLoading, 100);
     if (!wants.moments && !wants.base) {
       state.sum = ops.exp_sum(s, max, size, first, second);
       return state;
@@ -266,22 +273,31 @@ class Kernel {
     }
   }
 
-  // The scan knows which block holds the maximum, so one block is read again; a NaN row is searched for its first NaN.
+  // The first NaN of a row that has one, else the first column at the maximum. The scan knows which block holds that, so
+  // one block is read again, a part at a time.
   int64_t argmax(int64_t n, bool of_base, double max, double denom, const BlockState* blocks,
                  const Buffers<C>& b) const {
-    const bool poisoned = denom != denom;
-    int64_t first = -1;
-    for (int64_t k = 0; k < num_blocks; ++k) {
-      if (!poisoned && (of_base ? blocks[k].base_max : blocks[k].max) != max) continue;
-      load(n, k, b.s, of_base ? b.z_b : nullptr);
-      const C* z = of_base ? b.z_b : b.s;
-      for (int64_t i = 0; i < size(k); ++i) {
-        if (z[i] != z[i]) return k * kBlock + i;
-        if (first < 0 && z[i] == static_cast<C>(max)) first = k * kBlock + i;
+    constexpr int64_t kPart = 512;
+    const auto find = [&](const auto& may_have, const auto& first_in) -> int64_t {
+      for (int64_t k = 0; k < num_blocks; ++k) {
+        if (!may_have(blocks[k])) continue;
+        const int64_t end = k * kBlock + size(k);
+        for (int64_t first = k * kBlock; first < end; first += kPart) {
+          const int64_t part = std::min(kPart, end - first);
+          const SourceBlock<C> base = columns(p.base, n, first);
+          of_base || !has_aux() ? ops.load(base, part, b.s) : ops.load_sum(base, columns(p.aux, n, first), part, b.s);
+          const int64_t i = first_in(b.s, part);
+          if (i < part) return first + i;
+        }
       }
-      if (first >= 0 && !poisoned) return first;
+      return -1;
+    };
+    if (denom != denom) {
+      const int64_t i = find([](const BlockState&) { return true; }, ops.first_nan);
+      if (i >= 0) return i;  // or its maximum is +inf
     }
-    return first;
+    return find([&](const BlockState& block) { return (of_base ? block.base_max : block.max) == max; },
+                [&](const C* s, int64_t size) { return ops.first_equal(s, static_cast<C>(max), size); });
   }
 
   // -- gradients ----------------------------------------------------------------------------------
@@ -385,7 +401,12 @@ class Kernel {
     constexpr int64_t kWorthAThread = 1 << 15;  // elements; entering a parallel region costs some microseconds
     return static_cast<int>(std::clamp<int64_t>(p.num_rows * p.V / kWorthAThread, 1, p.threads));
   }
-  int64_t rows_per_chunk() const { return std::max<int64_t>(1, std::min<int64_t>(16, (1 << 15) / p.V)); }
+  // Several where there are many: the row after a row, of which the beginning is fetched, should be the same thread's.
+  int64_t rows_per_chunk() const {
+    const int64_t small = std::min<int64_t>(16, (1 << 15) / p.V),
+                  few = std::min<int64_t>(4, p.num_rows / (128 * p.threads));
+    return std::max<int64_t>({1, small, few});
+  }
 };
 
 }  // namespace auxk

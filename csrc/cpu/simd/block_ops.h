@@ -11,18 +11,19 @@ namespace auxk {
 // how the work was shared out. 4096 floats (16 KiB) and the sources' block together stay in a 48 KiB first-level cache.
 constexpr int64_t kBlock = 4096;
 
+// memory that will be read soon
+struct Ahead {
+  const char* first = nullptr;
+  int64_t bytes = 0;
+};
+
 template <class C>
 struct SourceBlock {
   const void* values;  // first element of the block
   DType dtype;
   C scale;
-  C softcap;  // 0: none
-};
-
-// memory that will be read soon
-struct Ahead {
-  const char* first = nullptr;
-  int64_t bytes = 0;
+  C softcap;         // 0: none
+  Ahead ahead = {};  // what is fetched while the block is loaded
 };
 
 template <class C>
@@ -74,11 +75,13 @@ struct BlockOps {
   C (*load_sum)(const SourceBlock<C>&, const SourceBlock<C>&, int64_t n, C* s);
   // s := exp(s - m); returns the sum. What comes next is fetched meanwhile
   C (*exp_sum)(C* s, C m, int64_t n, const Ahead&, const Ahead&);
-  // s := exp(s - m); the sums of a scan with statistics, each only if asked for
-  ScanSums<C> (*scan_sums)(C* s, const C* z_b, C m, C m_b, int64_t n, bool moments, bool base, const Ahead&,
-                           const Ahead&);
+  // s := exp(s - m), z_b := exp(z_b - m_b); the sums of a scan with statistics, each only if asked for
+  ScanSums<C> (*scan_sums)(C* s, C* z_b, C m, C m_b, int64_t n, bool moments, bool base, const Ahead&, const Ahead&);
   // how many s are greater than the bound; s may be up to kBlock columns
   int64_t (*count_above)(const C* s, C bound, int64_t n);
+  // the first i with s[i] == value, or that is NaN, or n
+  int64_t (*first_equal)(const C* s, C value, int64_t n);
+  int64_t (*first_nan)(const C* s, int64_t n);
   // sum_v w_v (s_v - m); w null: 1
   C (*weighted_sum)(const C* s, const C* w, C m, int64_t n);
   // out = e * factor + S w, element `y` (if in the block) replaced by `y_value`; `stream`: past the caches

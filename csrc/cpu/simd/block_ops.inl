@@ -1,6 +1,89 @@
 // The block loops that operators share, then those of each, and the table of all. Included by block_ops.cpp once for each
 // instruction set, inside a namespace of that name and under that target; no include guard on purpose.
 
+// -- lanes ----------------------------------------------------------------------------------------
+
+// Loops over columns go in steps of kStep, between which a little of what comes next is fetched. Sums and maxima of a
+// step stay in as many lanes as a vector has, and steps are added lane by lane: to reduce a vector to one number takes as
+// long as several vectors' work.
+constexpr int64_t kStep = 256;
+constexpr int kLanes = 16;
+
+template <class C>
+static AUXK_INLINE void add_lanes(const C* __restrict__ from, C* __restrict__ to) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) to[l] += from[l];
+}
+
+template <class C>
+static AUXK_INLINE C sum_of_lanes(const C* __restrict__ v) {
+  alignas(64) C lanes[kLanes / 2];
+#pragma omp simd
+  for (int l = 0; l < 8; ++l) lanes[l] = v[l] + v[l + 8];
+#pragma omp simd
+  for (int l = 0; l < 4; ++l) lanes[l] += lanes[l + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// The columns of a row's end, which -inf fills up to all lanes
+template <class C>
+struct Rest {
+  alignas(64) C lanes[kLanes];
+  const int64_t size;
+
+  AUXK_INLINE Rest(const C* v, int64_t n) : size(n) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] = l < n ? v[l] : -std::numeric_limits<C>::infinity();
+  }
+  AUXK_INLINE void store(C* v) const {
+    for (int64_t l = 0; l < size; ++l) v[l] = lanes[l];
+  }
+};
+
+// Calls run(lanes of v, lanes of the columns beside them) for columns [begin, end); v may be written.
+template <class C, class Run>
+static AUXK_INLINE void in_lanes(C* v, const C* beside, int64_t begin, int64_t end, const Run& run) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) run(v + i, beside + i);
+  if (i == end) return;
+  Rest<C> rest(v + i, end - i);
+  const Rest<C> rest_beside(beside + i, end - i);
+  run(rest.lanes, rest_beside.lanes);
+  rest.store(v + i);
+}
+
+// The first i of n for which is_it(i), or n: a vector or more at a time, then one by one
+template <class Is>
+static AUXK_INLINE int64_t first_that(int64_t n, const Is& is_it) {
+  constexpr int64_t kAtOnce = 64;
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) {
+    int32_t found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t j = 0; j < kAtOnce; ++j) found |= is_it(i + j) ? 1 : 0;
+    if (found != 0) break;
+  }
+  while (i < n && !is_it(i)) ++i;
+  return i;
+}
+
+// Calls run(begin, end) for each step of n columns. What lies ahead is fetched between the steps: a few lines at a time, or
+// the processor drops the requests.
+template <int64_t kSize, class Run>
+static AUXK_INLINE void in_steps(int64_t n, const Ahead& first, const Ahead& second, const Run& run) {
+  const int64_t steps = (n + kSize - 1) / kSize;
+  const auto share = [&](const Ahead& ahead) { return ahead.bytes == 0 ? 0 : (ahead.bytes + steps - 1) / steps; };
+  const int64_t first_share = share(first), second_share = share(second);
+  const auto fetch = [](const Ahead& ahead, int64_t begin, int64_t bytes) {
+    const int64_t end = std::min(ahead.bytes, begin + bytes);
+    for (int64_t b = begin; b < end; b += 64) __builtin_prefetch(ahead.first + b, 0, 2);
+  };
+  for (int64_t step = 0; step < steps; ++step) {
+    fetch(first, step * first_share, first_share);
+    fetch(second, step * second_share, second_share);
+    run(step * kSize, std::min(n, (step + 1) * kSize));
+  }
+}
+
 // -- loads ----------------------------------------------------------------------------------------
 
 template <class C, bool kCapped>
@@ -8,44 +91,45 @@ static AUXK_INLINE C transformed(C value, C scale, C softcap, C inverse_cap) {
   return kCapped ? scale * (softcap * tanh_of(value * inverse_cap)) : scale * value;
 }
 
+// z[i] = value(i); returns the largest z, NaN passed over
+template <class C, class Value>
+static AUXK_INLINE C load_values(int64_t n, const Ahead& first, const Ahead& second, C* z, const Value& value) {
+  C largest = -std::numeric_limits<C>::infinity();
+  in_steps<4 * kStep>(n, first, second,
+                      [&](int64_t begin, int64_t end) {  // short loops, with a maximum to be reduced in each
+#pragma omp simd reduction(max : largest)
+                        for (int64_t i = begin; i < end; ++i) {
+                          const C v = value(i);
+                          z[i] = v;
+                          largest = v > largest ? v : largest;
+                        }
+                      });
+  return largest;
+}
+
 template <class C, class T, bool kCapped>
 static C load_as(const SourceBlock<C>& source, int64_t n, C* __restrict__ z) {
   const T* __restrict__ values = static_cast<const T*>(source.values);
   const C scale = source.scale, cap = source.softcap, inverse_cap = kCapped ? 1 / cap : 0;
-  C largest = -std::numeric_limits<C>::infinity();
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) {
-    const C v = transformed<C, kCapped>(static_cast<C>(widen(values[i])), scale, cap, inverse_cap);
-    z[i] = v;
-    largest = v > largest ? v : largest;
-  }
-  return largest;
+  return load_values(n, source.ahead, Ahead{}, z, [&](int64_t i) {
+    return transformed<C, kCapped>(static_cast<C>(widen(values[i])), scale, cap, inverse_cap);
+  });
 }
 
 template <class C, class T, bool kCapped>
 static C load_add_as(const SourceBlock<C>& source, int64_t n, const C* z, C* s) {
   const T* __restrict__ values = static_cast<const T*>(source.values);
   const C scale = source.scale, cap = source.softcap, inverse_cap = kCapped ? 1 / cap : 0;
-  C largest = -std::numeric_limits<C>::infinity();
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) {
-    const C v = z[i] + transformed<C, kCapped>(static_cast<C>(widen(values[i])), scale, cap, inverse_cap);
-    s[i] = v;
-    largest = v > largest ? v : largest;
-  }
-  return largest;
+  return load_values(n, source.ahead, Ahead{}, s, [&](int64_t i) {
+    return z[i] + transformed<C, kCapped>(static_cast<C>(widen(values[i])), scale, cap, inverse_cap);
+  });
 }
 
 template <class C, class T>
-static C load_sum_as(const T* __restrict__ b, const T* __restrict__ a, int64_t n, C* __restrict__ s) {
-  C largest = -std::numeric_limits<C>::infinity();
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) {
-    const C v = static_cast<C>(widen(b[i])) + static_cast<C>(widen(a[i]));
-    s[i] = v;
-    largest = v > largest ? v : largest;
-  }
-  return largest;
+static C load_sum_as(const SourceBlock<C>& base, const SourceBlock<C>& aux, int64_t n, C* __restrict__ s) {
+  const T* __restrict__ b = static_cast<const T*>(base.values), * __restrict__ a = static_cast<const T*>(aux.values);
+  return load_values(n, base.ahead, aux.ahead, s,
+                     [&](int64_t i) { return static_cast<C>(widen(b[i])) + static_cast<C>(widen(a[i])); });
 }
 
 #define AUXK_DISPATCH(dtype, T, ...) \
@@ -90,9 +174,7 @@ template <class C>
 static C load_sum(const SourceBlock<C>& base, const SourceBlock<C>& aux, int64_t n, C* s) {
   const bool plain = base.scale == 1 && aux.scale == 1 && base.softcap == 0 && aux.softcap == 0;
   if (plain && base.dtype == aux.dtype) {
-    AUXK_DISPATCH(base.dtype, T, {
-      return load_sum_as<C, T>(static_cast<const T*>(base.values), static_cast<const T*>(aux.values), n, s);
-    })
+    AUXK_DISPATCH(base.dtype, T, { return load_sum_as<C, T>(base, aux, n, s); })
   }
   load(base, n, s);
   return load_add(aux, n, s, s);
@@ -106,33 +188,27 @@ static AUXK_INLINE C finite_or_zero(C m) {
   return m == -std::numeric_limits<C>::infinity() ? 0 : m;
 }
 
-// share `step` of `steps` of what lies ahead: a few lines at a time, or the processor drops the requests
-static AUXK_INLINE void prefetch(const Ahead& ahead, int64_t step, int64_t steps) {
-  const int64_t end = ahead.bytes * (step + 1) / steps;
-  for (int64_t b = ahead.bytes * step / steps; b < end; b += 64) __builtin_prefetch(ahead.first + b, 0, 2);
+// The lanes of s := exp(s - m), added to sum
+template <class C>
+static AUXK_INLINE void exp_lanes(C* __restrict__ s, C m, C* __restrict__ sum) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const C e = exp_of(s[l] - m);
+    s[l] = e;
+    sum[l] += e;
+  }
 }
-
-constexpr int64_t kStep = 256;  // columns between prefetches
 
 template <class C>
 static C exp_sum(C* __restrict__ s, C m, int64_t n, const Ahead& first, const Ahead& second) {
   m = finite_or_zero(m);
-  C total = 0;
-  const int64_t steps = (n + kStep - 1) / kStep;
-  for (int64_t step = 0; step < steps; ++step) {
-    prefetch(first, step, steps);
-    prefetch(second, step, steps);
-    const int64_t end = (step + 1) * kStep < n ? (step + 1) * kStep : n;
-    C sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = step * kStep; i < end; ++i) {
-      const C e = exp_of(s[i] - m);
-      s[i] = e;
-      sum += e;
-    }
-    total += sum;
-  }
-  return total;
+  alignas(64) C total[kLanes] = {};
+  in_steps<kStep>(n, first, second, [&](int64_t begin, int64_t end) {
+    alignas(64) C sum[kLanes] = {};
+    in_lanes(s, s, begin, end, [&](C* v, const C*) { exp_lanes(v, m, sum); });
+    add_lanes(sum, total);
+  });
+  return sum_of_lanes(total);
 }
 
 // -- stores ---------------------------------------------------------------------------------------
@@ -265,6 +341,8 @@ static constexpr BlockOps<C> table() {
   ops.exp_sum = &exp_sum<C>;
   ops.scan_sums = &scan_sums<C>;
   ops.count_above = &count_above<C>;
+  ops.first_equal = &first_equal<C>;
+  ops.first_nan = &first_nan<C>;
   ops.weighted_sum = &weighted_sum<C>;
   ops.store_scaled = &store_scaled<C>;
   ops.backward = &backward<C>;

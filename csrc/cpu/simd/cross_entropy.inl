@@ -2,48 +2,71 @@
 
 // -- scan -----------------------------------------------------------------------------------------
 
-template <class C, bool kMoments, bool kBase>
-static ScanSums<C> scan_sums_as(C* __restrict__ s, const C* __restrict__ z_b, C m, C m_b, int64_t n, const Ahead& first,
-                                const Ahead& second) {
-  ScanSums<C> total;
-  const int64_t steps = (n + kStep - 1) / kStep;
-  for (int64_t step = 0; step < steps; ++step) {
-    prefetch(first, step, steps);
-    prefetch(second, step, steps);
-    const int64_t end = (step + 1) * kStep < n ? (step + 1) * kStep : n;
-    C sum = 0, times_s = 0, times_base = 0, base_sum = 0, others = 0, base_others = 0;
-#pragma omp simd reduction(+ : sum, times_s, times_base, base_sum, others, base_others)
-    for (int64_t i = step * kStep; i < end; ++i) {
-      const C x = s[i] - m;
-      const C e = exp_of(x);
-      s[i] = e;
-      sum += e;
-      if (kMoments) {
-        times_s += e > 0 ? e * x : 0;  // 0 * (-inf) = 0
-        others += x == 0 ? 0 : e;
-      }
-      if (kBase) {
-        const C x_b = z_b[i] - m_b;
-        const C e_b = exp_of(x_b);
-        base_sum += e_b;
-        if (kMoments) {
-          times_base += e > 0 ? e * x_b : 0;
-          base_others += x_b == 0 ? 0 : e_b;
-        }
-      }
-    }
-    total.sum += sum;
-    total.others += others;
-    total.base_others += base_others;
-    total.sum_times_s += times_s;
-    total.sum_times_base += times_base;
-    total.base_sum += base_sum;
+// The lanes of s := exp(s - m) and of what they add to the sums
+template <class C, bool kMoments>
+static AUXK_INLINE void scan_lanes(C* __restrict__ s, C m, C* __restrict__ sum, C* __restrict__ times_s) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const C x = s[l] - m;
+    const C e = exp_of(x);
+    s[l] = e;
+    sum[l] += e;
+    if (kMoments) times_s[l] += e > 0 ? e * x : 0;  // 0 * (-inf) = 0
   }
-  return total;
+}
+
+// The same of z_b := exp(z_b - m_b), after those
+template <class C, bool kMoments>
+static AUXK_INLINE void scan_base_lanes(const C* __restrict__ e, C* __restrict__ z_b, C m_b, C* __restrict__ base_sum,
+                                        C* __restrict__ times_base) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    const C x_b = z_b[l] - m_b;
+    const C e_b = exp_of(x_b);
+    z_b[l] = e_b;
+    base_sum[l] += e_b;
+    if (kMoments) times_base[l] += e[l] > 0 ? e[l] * x_b : 0;
+  }
+}
+
+// The sum of exponentials without the ones of the largest columns. Where they are less than those ones it is made anew,
+// as float loses 1e-8 beside a one.
+template <class C>
+static C sum_without_ones(const C* __restrict__ e, C sum, int64_t n) {
+  if (!(sum < 2)) return sum - 1;
+  C others = 0;
+#pragma omp simd reduction(+ : others)
+  for (int64_t i = 0; i < n; ++i) others += e[i] == 1 ? 0 : e[i];
+  return others;
+}
+
+template <class C, bool kMoments, bool kBase>
+static ScanSums<C> scan_sums_as(C* __restrict__ s, C* __restrict__ z_b, C m, C m_b, int64_t n, const Ahead& first,
+                                const Ahead& second) {
+  alignas(64) C sum[kLanes] = {}, times_s[kLanes] = {}, times_base[kLanes] = {}, base_sum[kLanes] = {};
+  in_steps<kStep>(n, first, second, [&](int64_t begin, int64_t end) {
+    // two loops, as one would have more waiting for the exponentials than a processor looks ahead
+    alignas(64) C step_sum[kLanes] = {}, step_times[kLanes] = {};
+    in_lanes(s, s, begin, end, [&](C* v, const C*) { scan_lanes<C, kMoments>(v, m, step_sum, step_times); });
+    add_lanes(step_sum, sum);
+    if (kMoments) add_lanes(step_times, times_s);
+    if (!kBase) return;
+    alignas(64) C step_base_sum[kLanes] = {}, step_times_base[kLanes] = {};
+    in_lanes(z_b, s, begin, end,
+             [&](C* v, const C* e) { scan_base_lanes<C, kMoments>(e, v, m_b, step_base_sum, step_times_base); });
+    add_lanes(step_base_sum, base_sum);
+    if (kMoments) add_lanes(step_times_base, times_base);
+  });
+  ScanSums<C> sums;
+  sums.sum = sum_of_lanes(sum), sums.base_sum = sum_of_lanes(base_sum);
+  sums.sum_times_s = sum_of_lanes(times_s), sums.sum_times_base = sum_of_lanes(times_base);
+  if (kMoments) sums.others = sum_without_ones(s, sums.sum, n);
+  if (kMoments && kBase) sums.base_others = sum_without_ones(z_b, sums.base_sum, n);
+  return sums;
 }
 
 template <class C>
-static ScanSums<C> scan_sums(C* s, const C* z_b, C m, C m_b, int64_t n, bool moments, bool base, const Ahead& first,
+static ScanSums<C> scan_sums(C* s, C* z_b, C m, C m_b, int64_t n, bool moments, bool base, const Ahead& first,
                              const Ahead& second) {
   m = finite_or_zero(m);
   m_b = finite_or_zero(m_b);
@@ -58,6 +81,15 @@ static int64_t count_above(const C* __restrict__ s, C bound, int64_t n) {
 #pragma omp simd reduction(+ : count)
   for (int64_t i = 0; i < n; ++i) count += s[i] > bound ? 1 : 0;
   return count;
+}
+
+template <class C>
+static int64_t first_equal(const C* s, C value, int64_t n) {
+  return first_that(n, [&](int64_t i) { return s[i] == value; });
+}
+template <class C>
+static int64_t first_nan(const C* s, int64_t n) {
+  return first_that(n, [&](int64_t i) { return s[i] != s[i]; });
 }
 
 template <class C>

@@ -54,16 +54,7 @@ static int64_t count_nan(const C* __restrict__ v, int64_t n) {
 
 template <class C>
 static int64_t next_above(const C* __restrict__ v, C bound, int64_t from, int64_t n) {
-  constexpr int64_t kAtOnce = 64;
-  int64_t i = from;
-  for (; i + kAtOnce <= n; i += kAtOnce) {
-    int32_t above = 0;
-#pragma omp simd reduction(| : above)
-    for (int64_t j = 0; j < kAtOnce; ++j) above |= v[i + j] > bound ? 1 : 0;
-    if (above != 0) break;
-  }
-  while (i < n && !(v[i] > bound)) ++i;
-  return i;
+  return from + first_that(n - from, [&](int64_t i) { return v[from + i] > bound; });
 }
 
 template <class C>
