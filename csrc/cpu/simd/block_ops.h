@@ -65,6 +65,20 @@ struct SoftmaxRows {
   Matrix grad_probabilities, grad_scores;  // of the backward form; both may be one
 };
 
+// out [num_rows, num_columns] = a [num_rows, inner] @ b [inner, num_columns], added to what is there if `accumulate`; meant
+// for matrices that caches hold
+template <class C>
+struct SmallProduct {
+  int64_t num_rows, num_columns, inner;
+  const C* a;
+  int64_t a_row, a_column;  // strides
+  const C* b;
+  int64_t b_stride;  // of rows, whose elements are contiguous, as out's are
+  C* out;
+  int64_t out_stride;
+  bool accumulate = false;
+};
+
 template <class C>
 struct BlockOps {
   // z = scale * softcap(values); returns the largest z, NaN passed over
@@ -115,12 +129,12 @@ struct BlockOps {
   void (*softmax_rows)(const SoftmaxRows<C>&, int64_t first, int64_t last, C* scratch);
   // their gradients and probabilities; twice the scratch
   void (*softmax_rows_backward)(const SoftmaxRows<C>&, int64_t first, int64_t last, C* scratch);
-  // out = factor p (g - <p, g>), 0 where p is: the gradient of a softmax, row by row, all contiguous
-  void (*center_rows)(const C* p, const C* g, C factor, int64_t num_rows, int64_t K, DType, void* out);
-  // contiguous out [num_rows, num_columns] = a [num_rows, inner], of these strides, @ contiguous b [inner, num_columns];
-  // meant for what is too small for a library's call
-  void (*multiply_small)(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_rows, int64_t num_columns,
-                         int64_t inner, C* out);
+  // out = factor p (g - <p, g>), 0 where p is: the gradient of a softmax, row by row; p and g have rows `stride` apart
+  void (*center_rows)(const C* p, const C* g, int64_t stride, C factor, int64_t num_rows, int64_t K, DType, void* out);
+  void (*multiply_small)(const SmallProduct<C>&);
+  // out [num_columns, num_rows] = from [num_rows, num_columns], the other way round; strides of rows
+  void (*transpose)(const C* from, int64_t from_stride, int64_t num_rows, int64_t num_columns, C* out,
+                    int64_t out_stride);
 };
 
 struct InstructionSet {

@@ -330,6 +330,7 @@ static void multiply(void* values, DType dtype, C factor, int64_t n) {
 }
 
 #include "cross_entropy.inl"
+#include "noise.inl"
 #include "softmax.inl"
 
 template <class C>
@@ -361,6 +362,7 @@ static constexpr BlockOps<C> table() {
   ops.softmax_rows_backward = &softmax_rows_backward<C>;
   ops.center_rows = &center_rows<C>;
   ops.multiply_small = &multiply_small<C>;
+  ops.transpose = &transpose<C>;
   return ops;
 }
 

@@ -10,23 +10,17 @@ static AUXK_INLINE float gumbel_of(uint32_t bits) {
 
 template <class C>
 static void add_gumbel(C* __restrict__ v, C scale, uint64_t seed, int64_t row, int64_t first, int64_t n) {
-  constexpr int64_t kAtOnce = 64;  // counters: their state in registers, four lanes each
-  for (int64_t start = 0; start < n; start += 4 * kAtOnce) {
-    uint32_t bits[4][kAtOnce];
+  constexpr int64_t kAtOnce = 256;
+  for (int64_t start = 0; start < n; start += kAtOnce) {
+    alignas(64) uint32_t bits[kAtOnce];
+    fill_bits<kAtOnce>(seed, static_cast<uint64_t>(row), static_cast<uint32_t>((first + start) / 4), bits);
+    if (start + kAtOnce <= n) {
 #pragma omp simd
-    for (int64_t i = 0; i < kAtOnce; ++i) {
-      uint32_t lanes[4];
-      philox(static_cast<uint32_t>((first + start) / 4 + i), static_cast<uint64_t>(row), seed, lanes);
-      bits[0][i] = lanes[0], bits[1][i] = lanes[1], bits[2][i] = lanes[2], bits[3][i] = lanes[3];
+      for (int64_t i = 0; i < kAtOnce; ++i) v[start + i] += scale * static_cast<C>(gumbel_of(bits[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n - start; ++i) v[start + i] += scale * static_cast<C>(gumbel_of(bits[i]));
     }
-    float noise[4 * kAtOnce];
-    for (int lane = 0; lane < 4; ++lane) {
-#pragma omp simd
-      for (int64_t i = 0; i < kAtOnce; ++i) noise[4 * i + lane] = gumbel_of(bits[lane][i]);
-    }
-    const int64_t size = n - start < 4 * kAtOnce ? n - start : 4 * kAtOnce;
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) v[start + i] += scale * static_cast<C>(noise[i]);
   }
 }
 
@@ -107,9 +101,20 @@ static AUXK_INLINE void prefetch_range(const char* place, size_t first, size_t l
 
 template <class C, class T>
 static C largest_of(const T* __restrict__ x, int64_t n) {
-  C m = -std::numeric_limits<C>::infinity();
+  constexpr int kAtOnce = 64;  // one vector's comparisons would wait for each other
+  C m = -std::numeric_limits<C>::infinity(), lanes[kAtOnce];
+  for (int j = 0; j < kAtOnce; ++j) lanes[j] = m;
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) {
+#pragma omp simd
+    for (int j = 0; j < kAtOnce; ++j) {
+      const C v = static_cast<C>(widen(x[i + j]));
+      lanes[j] = v > lanes[j] ? v : lanes[j];
+    }
+  }
 #pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; ++i) {
+  for (int j = 0; j < kAtOnce; ++j) m = lanes[j] > m ? lanes[j] : m;
+  for (; i < n; ++i) {
     const C v = static_cast<C>(widen(x[i]));
     m = v > m ? v : m;
   }
@@ -378,11 +383,12 @@ static void softmax_rows_backward(const SoftmaxRows<C>& rows, int64_t first, int
   AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_backward_as<C, T>(rows, first, last, scratch); })
 }
 
-// factor p (g - <p, g>) of contiguous rows
+// factor p (g - <p, g>) of rows that lie `stride` apart, to contiguous ones
 template <class C>
-static void center_rows(const C* p, const C* g, C factor, int64_t num_rows, int64_t K, DType dtype, void* out) {
+static void center_rows(const C* p, const C* g, int64_t stride, C factor, int64_t num_rows, int64_t K, DType dtype,
+                        void* out) {
   const Matrix matrix{out, dtype, K};
-  for (int64_t n = 0; n < num_rows; ++n, p += K, g += K) {
+  for (int64_t n = 0; n < num_rows; ++n, p += stride, g += stride) {
     C mean = 0;
     if (K > kStep) {
       mean = dot(p, g, K);
@@ -398,59 +404,119 @@ static void center_rows(const C* p, const C* g, C factor, int64_t num_rows, int6
 
 // -- small products -------------------------------------------------------------------------------
 
-// out [R, W] = a [R, inner] @ b [inner, W]; a's strides are given, the others' rows are b_stride and out_stride apart.
-// No sum in the registers is of more than kStep products.
+// A tile of sums that stays in registers, wide ones first: of AVX-512 sixteen of 32 registers, of AVX2 twelve of 16, and
+// eight of SSE's 16. Fewer would wait for each other's additions.
+constexpr int kTileRows = AUXK_VECTOR_BITS == 512 ? 8 : AUXK_VECTOR_BITS == 256 ? 6 : 4;
+constexpr int kTileColumns = AUXK_VECTOR_BITS == 512 ? 32 : AUXK_VECTOR_BITS == 256 ? 16 : 8;
+
+// Where operands of R rows begin; a's strides. `ahead`: how far in front rows of b are fetched, which lie too far apart
+// for the processor to do it
+template <class C>
+struct TileOperands {
+  const C* a;
+  int64_t a_row, a_column;
+  const C* b;
+  int64_t b_stride, inner, ahead;
+};
+
+// out [R, W] (+)= a [R, inner] @ b [inner, W], of which the first num_columns are stored
 template <class C, int R, int W>
-static AUXK_INLINE void multiply_tile(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t b_stride,
-                                      int64_t inner, C* out, int64_t out_stride) {
-  for (int64_t start = 0; start < inner; start += kStep) {
-    const int64_t end = start + kStep < inner ? start + kStep : inner;
-    C sum[R][W] = {};
-    for (int64_t k = start; k < end; ++k) {
-      for (int r = 0; r < R; ++r) {
-        const C factor = a[r * a_row + k * a_column];
+static AUXK_INLINE void multiply_tile(const TileOperands<C>& p, C* out, int64_t out_stride, int64_t num_columns,
+                                      bool accumulate) {
+  C sum[R][W] = {};
+  for (int64_t k = 0; k < p.inner; ++k) {
+    const C* row = p.b + k * p.b_stride;
+    for (int j = 0; j < W; j += 64 / static_cast<int>(sizeof(C))) __builtin_prefetch(row + p.ahead + j, 0, 3);
+    for (int r = 0; r < R; ++r) {
+      const C factor = p.a[r * p.a_row + k * p.a_column];
 #pragma omp simd
-        for (int j = 0; j < W; ++j) sum[r][j] += factor * b[k * b_stride + j];
-      }
+      for (int j = 0; j < W; ++j) sum[r][j] += factor * row[j];
     }
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < W; ++j)
-        out[r * out_stride + j] = start == 0 ? sum[r][j] : out[r * out_stride + j] + sum[r][j];
+  }
+  for (int r = 0; r < R; ++r) {
+    C* place = out + r * out_stride;
+    if (num_columns < W) {
+      for (int64_t j = 0; j < num_columns; ++j) place[j] = accumulate ? place[j] + sum[r][j] : sum[r][j];
+    } else if (accumulate) {
+#pragma omp simd
+      for (int j = 0; j < W; ++j) place[j] += sum[r][j];
+    } else {
+#pragma omp simd
+      for (int j = 0; j < W; ++j) place[j] = sum[r][j];
+    }
   }
 }
 
-// columns [first, last) of R rows in tiles of W, the last of which goes back over columns that are done, to the same bits
-template <class C, int R, int W>
-static void multiply_columns(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_columns,
-                             int64_t first, int64_t last, int64_t inner, C* out) {
-  while (first < last) {
-    const int64_t j = first + W <= last ? first : last - W;
-    multiply_tile<C, R, W>(a, a_row, a_column, b + j, num_columns, inner, out + j, num_columns);
-    first = j + W;
-  }
-}
-
+// all columns of R rows; `last`: the last columns of b, too few for a tile, with zeros beside them
 template <class C, int R>
-static void multiply_rows(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t D, int64_t inner, C* out) {
-  const int64_t whole = D % 32 > 16 && D > 32 ? D : D / 32 * 32, rest = D - whole;
-  multiply_columns<C, R, 32>(a, a_row, a_column, b, D, 0, whole, inner, out);
-  const auto tail = D >= 16  ? multiply_columns<C, R, 16>
-                    : D >= 8 ? multiply_columns<C, R, 8>
-                    : D >= 4 ? multiply_columns<C, R, 4>
-                             : multiply_columns<C, R, 1>;
-  if (rest != 0) tail(a, a_row, a_column, b, D, whole, D, inner, out);
+static void multiply_rows(TileOperands<C> p, const C* last, C* out, int64_t out_stride, int64_t num_columns,
+                          bool accumulate) {
+  constexpr int kHalf = kTileColumns / 2;
+  alignas(64) C packed[kStep * R];
+  if (p.a_column != 1 && num_columns >= 4 * kTileColumns) {  // read often enough to be made contiguous once
+    for (int64_t k = 0; k < p.inner; ++k)
+      for (int r = 0; r < R; ++r) packed[k * R + r] = p.a[r * p.a_row + k * p.a_column];
+    p.a = packed, p.a_row = 1, p.a_column = R;
+  }
+  int64_t j = 0;
+  for (; j + kTileColumns <= num_columns; j += kTileColumns, p.b += kTileColumns)
+    multiply_tile<C, R, kTileColumns>(p, out + j, out_stride, kTileColumns, accumulate);
+  if (j + kHalf <= num_columns) {
+    multiply_tile<C, R, kHalf>(p, out + j, out_stride, kHalf, accumulate);
+    j += kHalf;
+  }
+  if (j == num_columns) return;
+  p.b = last, p.b_stride = kHalf, p.ahead = 0;
+  multiply_tile<C, R, kHalf>(p, out + j, out_stride, num_columns - j, accumulate);
+}
+
+// No sum in the registers is of more than kStep products.
+template <class C>
+static void multiply_small(const SmallProduct<C>& p) {
+  constexpr int kHalf = kTileColumns / 2;
+  const int64_t num_last = p.num_columns % kHalf, ahead = p.a_column == 1 ? 16 * p.b_stride : 0;
+  alignas(64) C last[kStep * kHalf];
+  for (int64_t start = 0; start < p.inner; start += kStep) {
+    const int64_t inner = p.inner - start < kStep ? p.inner - start : kStep;
+    const C *a = p.a + start * p.a_column, *b = p.b + start * p.b_stride;
+    for (int64_t k = 0; k < (num_last == 0 ? 0 : inner); ++k)
+      for (int64_t j = 0; j < kHalf; ++j)
+        last[k * kHalf + j] = j < num_last ? b[k * p.b_stride + p.num_columns - num_last + j] : C(0);
+    const auto run = [&](auto rows, int64_t n) {
+      const TileOperands<C> operands = {a + n * p.a_row, p.a_row, p.a_column, b, p.b_stride, inner, ahead};
+      multiply_rows<C, decltype(rows)::value>(operands, last, p.out + n * p.out_stride, p.out_stride, p.num_columns,
+                                              p.accumulate || start > 0);
+    };
+    int64_t n = 0;
+    for (; n + kTileRows <= p.num_rows; n += kTileRows) run(std::integral_constant<int, kTileRows>{}, n);
+    for (; n + 2 <= p.num_rows; n += 2) run(std::integral_constant<int, 2>{}, n);
+    if (n < p.num_rows) run(std::integral_constant<int, 1>{}, n);
+  }
+}
+
+// Row by row, 2 m := m of the first half and 2 m + 1 := m of the second: four times this transposes 16 rows of 16
+template <class C>
+static AUXK_INLINE void shuffle(const C* __restrict__ from, C* __restrict__ to) {
+#pragma omp simd
+  for (int m = 0; m < 128; ++m) {
+    to[2 * m] = from[m];
+    to[2 * m + 1] = from[128 + m];
+  }
 }
 
 template <class C>
-static void multiply_small(const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t num_rows,
-                           int64_t num_columns, int64_t inner, C* out) {
-  // of up to 16 columns the registers hold the sums of more rows, and four would wait for each other's additions
-  constexpr int kTall = AUXK_VECTOR_BITS == 512 ? 8 : 4;
-  int64_t n = 0;
-  for (; num_columns <= 16 && n + kTall <= num_rows; n += kTall)
-    multiply_rows<C, kTall>(a + n * a_row, a_row, a_column, b, num_columns, inner, out + n * num_columns);
-  for (; n + 4 <= num_rows; n += 4)
-    multiply_rows<C, 4>(a + n * a_row, a_row, a_column, b, num_columns, inner, out + n * num_columns);
-  for (; n < num_rows; ++n)
-    multiply_rows<C, 1>(a + n * a_row, a_row, a_column, b, num_columns, inner, out + n * num_columns);
+static void transpose(const C* __restrict__ from, int64_t from_stride, int64_t num_rows, int64_t num_columns,
+                      C* __restrict__ out, int64_t out_stride) {
+  const int64_t whole_rows = num_rows / 16 * 16, whole_columns = num_columns / 16 * 16;
+  for (int64_t n = 0; n < whole_rows; n += 16) {
+    for (int64_t j = 0; j < whole_columns; j += 16) {
+      alignas(64) C a[256], b[256];
+      for (int i = 0; i < 16; ++i) std::memcpy(a + 16 * i, from + (n + i) * from_stride + j, 16 * sizeof(C));
+      shuffle(a, b), shuffle(b, a), shuffle(a, b), shuffle(b, a);
+      for (int i = 0; i < 16; ++i) std::memcpy(out + (j + i) * out_stride + n, a + 16 * i, 16 * sizeof(C));
+    }
+  }
+  for (int64_t j = 0; j < num_columns; ++j)
+    for (int64_t n = j < whole_columns ? whole_rows : 0; n < num_rows; ++n)
+      out[j * out_stride + n] = from[n * from_stride + j];
 }
