@@ -82,6 +82,11 @@ def soft_embedding(
     Source        Cornille et al. 2024 (planner with soft labels); Jang et al. 2017 (Gumbel-softmax, straight-through);
                   Bengio et al. 2013 (straight-through).
     """
+    has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
+    has_option = has_option or clean_gradient is not False
+    is_plain = not has_option and type(gumbel) in (float, int) and gumbel == 0
+    if is_plain and shard is None and native_plain.serves(logits, table, temperature, seed, backend):
+        return autograd.plain_lookup(logits, table, temperature)
     if shard is not None or has_dtensor(logits, table):
         from ..distributed import soft_embedding as sharded
 
@@ -91,11 +96,8 @@ def soft_embedding(
             mixture, of_rows = sharded.soft_embedding(resolved, options, backend)
             return mixture if of_rows is None else (mixture, LookupStats(**of_rows))
         logits, table = resolved[:2]
-    has_option = hard is not False or mask is not None or top_k is not None or return_stats is not False
-    has_option = has_option or clean_gradient is not False
-    is_plain = not has_option and type(gumbel) in (float, int) and gumbel == 0
-    if is_plain and native_plain.serves(logits, table, temperature, seed, backend):
-        return autograd.plain_lookup(logits, table, temperature)
+        if is_plain and native_plain.serves(logits, table, temperature, seed, backend):
+            return autograd.plain_lookup(logits, table, temperature)
     given = _checked(logits, table, temperature, hard, gumbel, clean_gradient, seed, mask, top_k, backend)
     if given.call.options.backend == "reference":
         mixture, stats = reference.soft_embedding(

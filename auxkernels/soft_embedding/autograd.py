@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import dispatch
-from ..autograd import apply, apply_in_eager, distinct, is_traced_in_transform, once, saveable
+from ..autograd import apply, apply_in_eager, called_directly, distinct, is_traced_in_transform, once, saveable
 from ..dispatch import is_plain_on_cpu
 from ..sources import LAYOUTS, NUMBERS
 from . import native_plain, ops
@@ -132,18 +132,21 @@ def plain_lookup(scores: Tensor, table: Tensor, temperature: float | Tensor) -> 
         table = table.to(torch.get_autocast_dtype("cpu"))
     if torch.is_grad_enabled() and (scores.requires_grad or table.requires_grad):
         return apply_in_eager(_PlainLookup, float(temperature), scores, table)
-    return native_plain.forward(scores, table, float(temperature), None)
+    mixture = native_plain.small_forward(scores, table, float(temperature))
+    return native_plain.forward(scores, table, float(temperature), None) if mixture is None else mixture
 
 
+@called_directly
 class _PlainLookup(torch.autograd.Function):
     """Likewise. Of a small call no row state is saved: the tensor costs more than making it again."""
 
     @staticmethod
     def forward(ctx: Any, temperature: float, scores: Tensor, table: Tensor) -> Tensor:
         ctx.temperature = temperature
-        if native_plain.is_small(scores, table):
+        mixture = native_plain.small_forward(scores, table, temperature)
+        if mixture is not None:
             ctx.save_for_backward(scores, table)
-            return native_plain.forward(scores, table, temperature, None)
+            return mixture
         state = scores.new_empty((2, scores.numel() // table.shape[0]), dtype=torch.float32)
         ctx.save_for_backward(scores, table, state)
         return native_plain.forward(scores, table, temperature, state)
@@ -154,7 +157,7 @@ class _PlainLookup(torch.autograd.Function):
         _, *needs = ctx.needs_input_grad
         if len(saved) == 2 and dispatch.is_eager() and not torch.is_grad_enabled():
             scores, table = saved
-            if is_plain_on_cpu(scores) and is_plain_on_cpu(table) and is_plain_on_cpu(grad):
+            if is_plain_on_cpu(grad) and is_plain_on_cpu(scores) and is_plain_on_cpu(table):
                 return None, *native_plain.small_backward(scores, table, ctx.temperature, grad, *needs)
         grad = grad.resolve_neg()
         if not dispatch.is_direct((*saved, grad), "native"):

@@ -28,6 +28,11 @@ def cpu() -> ModuleType:
     return with_orders(native.cpu(), soft_field_names=ROW_FIELDS, soft_upstream_names=Upstream._fields)
 
 
+@functools.cache
+def has_avx512() -> bool:
+    return cpu().instruction_set() == "avx512"
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -244,7 +249,8 @@ def _small_leading(scores: Tensor, table: Tensor, temperature: float) -> tuple[A
 
 def small_lookup(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None, mixture: Tensor) -> None:
     """mixture = softmax(scores / temperature) @ table, all contiguous and none float64; state as above, or none."""
-    cpu().small_lookup(*_small_leading(scores, table, temperature), _address(state), mixture.data_ptr())
+    of_rows = 0 if state is None else state.data_ptr()
+    cpu().small_lookup(*_small_leading(scores, table, temperature), of_rows, mixture.data_ptr())
 
 
 def small_lookup_backward(

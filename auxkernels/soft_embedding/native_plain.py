@@ -22,10 +22,12 @@ from . import native as kernels
 
 # of a chunk's [rows, K] matrices, one forward and two backward: caches keep small ones, products like tall ones
 FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
-# multiplications up to which one compiled call beats calls of a library's product: always, but for bfloat16 where the
-# processor multiplies it; forward, if the rows are enough for whole tiles and the table stays in the second-level cache
-SMALL, SMALL_BFLOAT16, SMALL_FORWARD = 1 << 21, 1 << 18, 1 << 24
-SMALL_FORWARD_ROWS, SMALL_FORWARD_TABLE = 32, 1 << 17
+# multiplications and labels up to which one compiled call beats calls of a library's products, but for bfloat16 where
+# the processor multiplies it; forward, if the rows are enough for whole tiles and the second-level cache has the table
+SMALL, SMALL_FORWARD, SMALL_LABELS, SMALL_BFLOAT16 = 1 << 26, 1 << 28, 1 << 11, 1 << 18
+SMALL_FORWARD_ROWS, SMALL_FORWARD_TABLE = 32, 1 << 18
+# with other vectors than those of AVX-512 a library's products are ahead of ours sooner
+SMALL_OTHERWISE, SMALL_FORWARD_OTHERWISE = 1 << 22, 1 << 24
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for CPU, and fast
 
@@ -54,18 +56,24 @@ def serves(scores: object, table: object, temperature: Any, seed: object, backen
 
 def is_small(scores: Tensor, table: Tensor) -> bool:
     """Whether one compiled call is the faster path, forward and backward."""
-    has_products = table.dtype == torch.bfloat16 and has_bfloat16()
-    return scores.numel() * table.shape[1] <= (SMALL_BFLOAT16 if has_products else SMALL)
+    return _is_small(scores.numel() * table.shape[1], table)
+
+
+def _is_small(num_products: int, table: Tensor) -> bool:
+    if num_products <= SMALL_BFLOAT16:
+        return True
+    limit = SMALL if kernels.has_avx512() else min(SMALL, SMALL_OTHERWISE)
+    if num_products > limit or table.shape[0] > SMALL_LABELS:
+        return False
+    return not (table.dtype == torch.bfloat16 and has_bfloat16())
 
 
 def _is_small_forward(scores: Tensor, table: Tensor) -> bool:
-    if is_small(scores, table):
-        return True
-    num_products = scores.numel() * table.shape[1]
-    if not scores.dtype == table.dtype == torch.float32:
+    """Whether it is so forward, of a call that is not small."""
+    if not scores.dtype == table.dtype == torch.float32 or table.numel() > SMALL_FORWARD_TABLE:
         return False
-    has_tiles = scores.numel() >= SMALL_FORWARD_ROWS * table.shape[0]
-    return has_tiles and num_products <= SMALL_FORWARD and table.numel() <= SMALL_FORWARD_TABLE
+    num_numbers, limit = scores.numel(), SMALL_FORWARD if kernels.has_avx512() else SMALL_FORWARD_OTHERWISE
+    return num_numbers >= SMALL_FORWARD_ROWS * table.shape[0] and num_numbers * table.shape[1] <= limit
 
 
 def _chunks(
@@ -97,16 +105,36 @@ def _put_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(product)
 
 
+def _new_mixture(scores: Tensor, table: Tensor, width: int) -> Tensor:
+    """Not a view, which could not be changed in place. A tuple of sizes costs a microsecond."""
+    shape = scores.shape
+    return table.new_empty(shape[0], width) if len(shape) == 2 else table.new_empty((*shape[:-1], width))
+
+
+def _in_large_memory(tensor: Tensor) -> Tensor:
+    return tensor if tensor.nbytes < memory.LARGE else memory.empty(tensor, tensor.shape)
+
+
+def small_forward(scores: Tensor, table: Tensor, temperature: float) -> Tensor | None:
+    """The mixture of a call that `is_small`, from contiguous tensors; None of another."""
+    width = table.shape[1]
+    num_products = scores.numel() * width
+    if not _is_small(num_products, table):
+        return None
+    mixture = _new_mixture(scores, table, width)
+    if num_products > SMALL_BFLOAT16:
+        mixture = _in_large_memory(mixture)
+    kernels.small_lookup(scores, table, temperature, None, mixture)
+    return mixture
+
+
 def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | None) -> Tensor:
-    """state [2, N]: max and log_denom of each row, written if wanted."""
-    shape, width = scores.shape, table.shape[1]
-    # not a view, which could not be changed in place. a tuple of sizes costs a microsecond
-    mixture = table.new_empty(shape[0], width) if len(shape) == 2 else table.new_empty((*shape[:-1], width))
+    """state [2, N]: max and log_denom of each row, written if wanted. Of a call that is not small."""
+    width = table.shape[1]
+    mixture = _in_large_memory(_new_mixture(scores, table, width))
     if _is_small_forward(scores, table):
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
-    if mixture.nbytes >= memory.LARGE:
-        mixture = memory.empty(table, mixture.shape)
     plan = plan_of(table.dtype, None, table.device)
     chunks, most = _chunks(scores, table, plan, 1, FORWARD_BYTES)
     probabilities, flat = _matrix(table, plan, most), mixture.detach().view(-1, width)
@@ -126,8 +154,8 @@ def small_backward(
     scores: Tensor, table: Tensor, temperature: float, grad: Tensor, needs_scores: bool, needs_table: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients that are wanted of a call that `is_small`, from contiguous tensors and without row state."""
-    grad_scores = torch.empty_like(scores) if needs_scores else None
-    grad_table = torch.empty_like(table) if needs_table else None
+    grad_scores = _in_large_memory(torch.empty_like(scores)) if needs_scores else None
+    grad_table = _in_large_memory(torch.empty_like(table)) if needs_table else None
     kernels.small_lookup_backward(scores, table, temperature, grad, grad_scores, grad_table)
     return grad_scores, grad_table
 

@@ -12,7 +12,7 @@ from auxkernels.native import cpu
 from auxkernels.soft_embedding import autograd, native, native_plain
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# one compiled call, both ways; forward alone; one chunk; several chunks forward, backward
+# one compiled call, or by a library's products in one chunk; several chunks forward, backward
 SHAPES = [(1, 1, 1), (5, 3, 17), (64, 32, 16), (67, 1025, 40), (130, 257, 513), (1030, 2100, 33), (2100, 1500, 9)]
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -42,9 +42,11 @@ def check_lookup(got, scores, table, temperature, upstream, products=None):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("small", [native_plain.SMALL, 1 << 21])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mixture_and_gradients_match_float64(taken, shape, temperature):
+def test_mixture_and_gradients_match_float64(taken, monkeypatch, shape, temperature, small):
+    monkeypatch.setattr(native_plain, "SMALL", small)
     num_rows, num_labels, width = shape
     scores = logits(num_rows, num_labels, scale=0.01 if temperature < 0.1 else 3.0, requires_grad=True)
     table = logits(num_labels, width, requires_grad=True)
@@ -106,7 +108,7 @@ def test_each_gradient_alone_has_the_same_bits(shape):
     assert torch.equal(both[0], of_scores[0]) and torch.equal(both[1], of_table[0])
 
 
-@pytest.mark.parametrize("shape", [(64, 32, 16), (67, 1025, 40), (1030, 2100, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32, 16), (67, 1025, 40), (1030, 2100, 33), (40, 256, 300)], ids=str)
 def test_bits_do_not_depend_on_our_threads(shape):
     """Small problems, whose products are ours too; a library's may depend on how it shares its work."""
     num_rows, num_labels, width = shape
@@ -139,6 +141,35 @@ def instruction_set(request):
     module.set_instruction_set(module.instruction_sets()[0])
 
 
+# rows, columns and sums around a tile's; panels of labels, with the table transposed and, where that has more numbers,
+# the mixture's gradient; buffers whose rows are apart; the probabilities of one chunk and of several
+PRODUCTS = [
+    *((num_rows, 40, 70) for num_rows in (1, 2, 3, 5, 6, 7, 8, 11, 13, 15)),
+    *((7, 12, width) for width in (1, 4, 5, 8, 15, 16, 17, 31, 33, 47, 129)),
+    *((5, num_labels, 260) for num_labels in (31, 32, 33, 63, 95)),
+    *((20, 128, 20), (3, 256, 40), (300, 257, 9), (513, 33, 130), (130, 1100, 300), (2200, 70, 5)),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_of_every_size(instruction_set, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for num_rows, num_labels, width in PRODUCTS:
+            scores, table = logits(num_rows, num_labels), logits(num_labels, width)
+            scores[0], scores[-1, 1:] = 0.0, -torch.inf
+            upstream = logits(num_rows, width)
+            got = torch.empty_like(upstream), torch.empty_like(scores), torch.empty_like(table)
+            for t in got:
+                t.fill_(torch.nan)
+            native.small_lookup(scores, table, 0.7, None, got[0])
+            native.small_lookup_backward(scores, table, 0.7, upstream, *got[1:])
+            check_lookup(got, scores, table, 0.7, upstream)
+    finally:
+        torch.set_num_threads(before)
+
+
 DTYPES = [(F32, F32), (BF16, BF16), (F16, BF16), (F32, BF16), (BF16, F32), (F16, F16)]
 
 
@@ -158,8 +189,9 @@ def test_every_instruction_set(instruction_set, scores_dtype, table_dtype):
 
 @pytest.mark.parametrize(("scores_dtype", "table_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
 @pytest.mark.parametrize("num_labels", [5, 16, 33, 64])
-def test_short_rows_of_large_calls(taken, instruction_set, num_labels, scores_dtype, table_dtype):
+def test_short_rows_of_large_calls(taken, instruction_set, monkeypatch, num_labels, scores_dtype, table_dtype):
     """With row state, a library's products, and the gradient of the probabilities where that of the scores goes."""
+    monkeypatch.setattr(native_plain, "SMALL", 1 << 20)
     width = native_plain.SMALL // (9000 * num_labels) + 1
     scores = logits(9000, num_labels, dtype=scores_dtype, requires_grad=True)
     with torch.no_grad():
