@@ -81,9 +81,9 @@ def call_of(op: str, pass_name: str, shape: str, dtype: str, implementation: str
         loss = {"auxkernels": cross_entropy_heads.ours, "eager": cross_entropy_heads.eager}[implementation]
         return cross_entropy_heads.loss_call(loss, pass_name, make_heads(sizes, of, "flat", False, device, 0))
     mode = soft_embedding.MODES[pass_name]
-    ours = soft_embedding.our_planner if mode.is_planner else partial(soft_embedding.ours, mode)
+    ours = partial(soft_embedding.our_planner, "auto") if mode.is_planner else soft_embedding.ours(mode, "auto")
     eager = soft_embedding.eager_each_token if mode.is_planner else soft_embedding.eager
-    lookup = {"auxkernels": partial(ours, "auto"), "eager": eager}[implementation]
+    lookup = {"auxkernels": ours, "eager": eager}[implementation]
     return soft_embedding.lookup_call(lookup, mode, make_lookup(sizes, of, "flat", mode, device, 0))
 
 

@@ -28,9 +28,13 @@ def unusable_is_unavailable():
     try:
         yield
     except RuntimeError as error:
-        if "cannot be used" in str(error):
+        if is_unusable(error):
             raise Unavailable(str(error)) from error
         raise
+
+
+def is_unusable(error: RuntimeError) -> bool:
+    return "cannot be used" in str(error)
 
 
 def compiled(function: Callable) -> Callable[[], Callable]:
