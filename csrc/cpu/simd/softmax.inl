@@ -474,7 +474,7 @@ static void multiply_rows(TileOperands<C> p, const C* last, C* out, int64_t out_
 template <class C>
 static void multiply_small(const SmallProduct<C>& p) {
   constexpr int kHalf = kTileColumns / 2;
-  const int64_t num_last = p.num_columns % kHalf, ahead = p.a_column == 1 ? 16 * p.b_stride : 0;
+  const int64_t num_last = p.num_columns % kHalf, ahead = p.a_column == 1 && p.inner > 128 ? 16 * p.b_stride : 0;
   alignas(64) C last[kStep * kHalf];
   for (int64_t start = 0; start < p.inner; start += kStep) {
     const int64_t inner = p.inner - start < kStep ? p.inner - start : kStep;
