@@ -2,7 +2,8 @@
 
 "Verified on" follows from <device>-check.jsonl, of each part the newest row, and for each implementation from its own
 parts ("tests-native"), whatever became of the others'; "Speed" from the rows of <device>.jsonl, of each case the newest
-run, apart for GPUs and CPUs. They lie between markers there; all else is written by hand.
+run, apart for GPUs and CPUs; "Scaling" from scaling/rows.jsonl. They lie between markers there; all else is written by
+hand.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from benchmarks.chart import shown_cases
 from benchmarks.files import RESULTS, ROOT, with_section, write_atomically
+from benchmarks.scaling import slopes
 from benchmarks.timing.harness import shape_text
 from benchmarks.timing.implementations import OWN_BACKENDS
 from benchmarks.timing.report import floor_text, read_rows
@@ -258,6 +260,39 @@ def _ratio(row: dict | None, own: dict) -> str:
     return f"{row['time_us'] / own['time_us']:.2f}x" if row else ""
 
 
+# -- scaling -----------------------------------------------------------------------------------------------------------
+
+SCALING = f"""\
+How the time of a call grows with each of its sizes, all others fixed (`python -m benchmarks.scaling`): slopes in
+logarithms, 1 where time is proportional to the size, with standard errors. Beside them those of eager PyTorch, of the
+floor (a copy of the same bytes, or the bare matrix products), and of the bytes and multiplications that no kernel can
+do without. Where time grows faster than both by more than its spread explains (one set of tables in
+{1 / slopes.FALSE_ALARMS:.0f} has such a line by chance), the line says by how much. "Fixed" is a call too small for its
+work to matter, and its share of the ladder's smallest; "threads" how many times faster more threads are. Cells have a
+value for each number of threads."""
+
+
+def scaling_text(rows: list[dict]) -> str:
+    """A table for each device and operator."""
+    slugs = sorted({row["device_slug"] for row in rows})
+    blocks = [block for slug in slugs for block in _scaling_of([row for row in rows if row["device_slug"] == slug])]
+    return "\n\n".join([SCALING, *(blocks or ["No device has been measured."])])
+
+
+def _scaling_of(rows: list[dict]) -> list[str]:
+    found = slopes.ladders(rows)
+    shown = [row for ladder in found for row in ladder.rows]
+    newest = max(shown, key=lambda row: row["date"])
+    threads = " and ".join(map(str, sorted({ladder.threads for ladder in found})))
+    said = f"{newest['device']}, {threads} threads, {newest['native_isa']}, torch {newest['torch']}; commit "
+    said += f"{', '.join(sorted({commit_text(row) for row in shown}))}, {newest['date'][:10]}."
+    blocks = [said]
+    for op in dict.fromkeys(ladder.op for ladder in found):
+        cells = [(f"{op}: slopes over", *slopes.HEADER[1:]), ("---",) * len(slopes.HEADER), *slopes.lines(found, op)]
+        blocks.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
+    return blocks
+
+
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +315,7 @@ def sections(results: Path, page: Path) -> dict[str, str]:
         "verified on GPUs": verified_text(checks),
         "speed on GPUs": speed_text(read_devices(results, of_gpus=True), checks, results, page),
         "speed on CPUs": cpu_speed_text(read_devices(results, of_gpus=False), results, page),
+        "scaling": scaling_text(read_rows(results / "scaling" / "rows.jsonl")),
     }
 
 

@@ -1,12 +1,13 @@
 """Times implementations of one operator against each other: paired, alternating, and only after a float64 check.
 
-A Case holds implementations of the same work on the same inputs. `run_case` checks each against the case's oracle,
+A Case holds implementations of the same work on the same inputs. `run_cases` checks each against its case's oracle,
 measures its peak memory once, and then times those that passed in rounds of random order, an untimed call of the same
 implementation directly before each timed one: what runs after another implementation can pay for that one's pages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -15,7 +16,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ class Case:
     """The same work for several implementations.
 
     floor_bytes, floor_flops   what a perfect kernel moves and computes; 0 for what does not bound the operator.
+    threads                    torch's threads while it runs, which its rows then say; None: as they are.
     """
 
     op: str
@@ -81,6 +83,7 @@ class Case:
     check: Callable[[Implementation, Any], Accuracy]
     calls_per_sample: int = 1
     floor_flops: int = 0
+    threads: int | None = None
 
     @property
     def title(self) -> str:
@@ -106,9 +109,27 @@ class Settings:
 
 def run_case(case: Case, settings: Settings) -> list[dict]:
     """One row per implementation, in the case's order; a row without a time says in `status` why."""
+    return run_cases([case], settings)
+
+
+def run_cases(cases: list[Case], settings: Settings) -> list[dict]:
+    """The rows of several cases timed in the same rounds: whatever the machine does, it does to all of them."""
+    checked = []
+    for index, case in enumerate(cases):
+        with _threads(case.threads):
+            checked.append(_checked(case, settings, begin=0.5 * index / len(cases), end=0.5 * (index + 1) / len(cases)))
+    times_us = _time_rounds([(case, calls) for case, (_, calls) in zip(cases, checked, strict=True)], settings)
+    for case, (rows, _), of_case in zip(cases, checked, times_us, strict=True):
+        _fill_times(case, rows, of_case)
+    return [row for rows, _ in checked for row in rows.values()]
+
+
+def _checked(case: Case, settings: Settings, begin: float, end: float) -> tuple[dict[str, dict], dict[str, Callable]]:
+    """By implementation: rows without times, and the calls of those that are right; `begin` and `end` are progress."""
     rows, calls = {}, {}
     for index, implementation in enumerate(case.implementations):
-        settings.on_step(f"{case.title}: checking {implementation.name}", 0.5 * index / len(case.implementations))
+        share = begin + (end - begin) * index / len(case.implementations)
+        settings.on_step(f"{case.title}: checking {implementation.name}", share)
         rows[implementation.name] = row = _empty_row(case, implementation)
         try:
             call = implementation.prepare()
@@ -123,8 +144,20 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
             calls[implementation.name] = call
         except Exception as error:  # a missing compiler or too little memory is a finding about one row, not the end
             row["status"] = _reason(error)
-    _fill_times(case, rows, _time_rounds(case, calls, settings))
-    return list(rows.values())
+    return rows, calls
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Within it torch has so many threads; None: as many as before."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
 
 
 def _empty_row(case: Case, implementation: Implementation) -> dict:
@@ -136,6 +169,7 @@ def _empty_row(case: Case, implementation: Implementation) -> dict:
         "shape": list(case.shape),
         "dtype": case.dtype,
         "inputs": case.inputs,
+        **({"threads": case.threads} if case.threads else {}),
         "time_us": None,
         "time_us_p25": None,
         "time_us_p75": None,
@@ -152,11 +186,12 @@ def _empty_row(case: Case, implementation: Implementation) -> dict:
     }
 
 
-def _time_rounds(case: Case, calls: dict[str, Callable], settings: Settings) -> dict[str, list[float]]:
-    times_us = {name: [] for name in calls}
-    max_rounds = {i.name: i.max_rounds or settings.rounds for i in case.implementations}
+def _time_rounds(cases: list[tuple[Case, dict[str, Callable]]], settings: Settings) -> list[dict[str, list[float]]]:
+    """Times of each case's calls by name; a round is one timed call of every implementation of every case."""
+    times_us: list[dict[str, list[float]]] = [{name: [] for name in calls} for _, calls in cases]
+    max_rounds = [{i.name: i.max_rounds or settings.rounds for i in case.implementations} for case, _ in cases]
+    timers = [_cuda_timer(case) if case.device.type == "cuda" else _host_timer(case) for case, _ in cases]
     start = time.perf_counter()
-    time_call = _cuda_timer(case) if case.device.type == "cuda" else _host_timer(case)
     gc.collect()
     gc.disable()
     try:
@@ -165,11 +200,13 @@ def _time_rounds(case: Case, calls: dict[str, Callable], settings: Settings) -> 
             if done >= settings.minimum_rounds and elapsed > settings.seconds:
                 break
             share = max(done / settings.rounds, min(elapsed / settings.seconds, 1.0))
-            settings.on_step(f"{case.title}: round {done + 1}", 0.5 + 0.5 * share)
-            order = [name for name in calls if done < max_rounds[name]]
+            settings.on_step(f"{cases[0][0].title}: round {done + 1}", 0.5 + 0.5 * share)
+            order = [(i, name) for i, (_, calls) in enumerate(cases) for name in calls if done < max_rounds[i][name]]
             settings.rng.shuffle(order)
-            for name in order:
-                times_us[name].append(time_call(calls[name]))
+            for i, name in order:
+                case, calls = cases[i]
+                with _threads(case.threads):
+                    times_us[i][name].append(timers[i](calls[name]))
     finally:
         gc.enable()
     return times_us

@@ -24,6 +24,8 @@ old
 <!-- end of speed on GPUs -->
 <!-- speed on CPUs: written by `python -m benchmarks.gpu.results_page` -->
 <!-- end of speed on CPUs -->
+<!-- scaling: written by `python -m benchmarks.gpu.results_page` -->
+<!-- end of scaling -->
 the end
 """
 TRAINING = Spec("training", (8192, 128256), "bf16", "flat")

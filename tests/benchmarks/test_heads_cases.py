@@ -180,7 +180,7 @@ def test_a_slow_baseline_takes_part_in_the_first_rounds_alone():
     case = cross_entropy_heads.build(Spec("forward", SHAPE, "fp32", "flat", "none"), CPU, seed=0)
     calls = {"quick": lambda: None, "slow": lambda: None}
     case.implementations = [Implementation("quick", None), Implementation("slow", None, max_rounds=2)]
-    times_us = harness._time_rounds(case, calls, Settings(rounds=5, seconds=60.0))
+    (times_us,) = harness._time_rounds([(case, calls)], Settings(rounds=5, seconds=60.0))
     assert {name: len(samples) for name, samples in times_us.items()} == {"quick": 5, "slow": 2}
 
 
