@@ -1,9 +1,10 @@
 """Log-log slopes of a ladder's rows: how fast times grow with a size, and whether faster than the work does.
 
 Along a ladder one dimension doubles from case to case, and all others stay. Time that is proportional to the n-th power
-of the size lies on a line of slope n in logarithms, which is fitted by least squares, each point weighted by its error:
-the standard error of a median, which follows from the quartiles and the number of rounds. Cases of a ladder are timed
-in the same rounds, so that quartiles hold whatever else the machine did.
+of the size lies on a line of slope n in logarithms, which is fitted by least squares. The error of a point is that of a
+median, which follows from the quartiles and the number of rounds; a ladder's points have one error, the root mean
+square of theirs, because the quartiles of a few rounds may lie together by chance. Cases of a ladder are timed in the
+same rounds, so that quartiles hold whatever else the machine did.
 
 A perfect kernel's time is bytes and multiplications, each at some rate, so its slope lies between theirs. What grows
 faster is marked: the slope of time over work, be it bytes or multiplications, exceeds zero by more than its standard
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from statistics import NormalDist, median
+from statistics import NormalDist, fmean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -79,12 +80,12 @@ class Ladder(NamedTuple):
 
 
 def _slope(rows: Sequence[dict], values: Sequence[float]) -> Slope | None:
-    """Slope of values with the relative errors of the rows' times."""
+    """Slope of values that have the relative errors of the rows' times."""
     if len(rows) < 2:
         return None
-    weights = [1 / relative_error(row) for row in rows]
+    error = math.sqrt(fmean(relative_error(row) ** 2 for row in rows))
     sizes = np.log([row["size"] for row in rows])
-    coefficients, covariance = np.polyfit(sizes, np.log(values), 1, w=weights, cov="unscaled")
+    coefficients, covariance = np.polyfit(sizes, np.log(values), 1, w=[1 / error] * len(rows), cov="unscaled")
     return Slope(float(coefficients[0]), math.sqrt(covariance[0, 0]))
 
 
