@@ -93,12 +93,20 @@ def _multiply_converted(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, bia
     inner, num_columns = b.shape
     if inner > num_columns:
         for part in _parts(inner, num_columns):
-            _multiply(a[:, part], b[part].to(a.dtype), out, accumulate or part.start > 0, None)
+            _multiply(a[:, part], _in_dtype(b[part], a.dtype), out, accumulate or part.start > 0, None)
         if bias is not None:
             out.add_(bias)
         return
     for part in _parts(num_columns, inner):
-        _multiply(a, b[:, part].to(a.dtype), out[:, part], accumulate, None if bias is None else bias[part])
+        _multiply(a, _in_dtype(b[:, part], a.dtype), out[:, part], accumulate, None if bias is None else bias[part])
+
+
+def _in_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in another dtype, in memory that waits for the next part: PyTorch's may be brought in page by page."""
+    is_transposed = matrix.stride(0) == 1
+    rows = matrix.T if is_transposed else matrix
+    copy = memory.empty(rows, rows.shape, dtype).copy_(rows)
+    return copy.T if is_transposed else copy
 
 
 def _parts(count: int, each: int) -> Iterator[slice]:

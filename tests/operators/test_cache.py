@@ -15,6 +15,7 @@ from interpreter import resident
 
 import auxkernels
 from auxkernels import Head, aux_cross_entropies, aux_cross_entropy, cache_settings, empty_cache, memory, soft_embedding
+from auxkernels.heads import products
 from auxkernels.soft_embedding.segments import segments_to_tokens
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is a cache on Linux alone")
@@ -89,6 +90,23 @@ def test_from_its_second_step_on_a_training_loop_maps_no_memory(native):
     assert counts == [(found + i, mapped) for i in range(4)]
     aux.grad = None
     empty_cache()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_16_bit_weight_that_a_product_needs_in_float32_lies_in_a_block(cache, monkeypatch, dtype):
+    """PyTorch's memory for it was brought in anew for every part of it, where parts have 16 MiB."""
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    seen, multiply = [], products._multiply
+
+    def seeing(a, b, *args):
+        seen.append(b)
+        return multiply(a, b, *args)
+
+    monkeypatch.setattr(products, "_multiply", seeing)
+    hidden = torch.randn(64, 48, dtype=dtype, requires_grad=True)
+    head = Head(hidden, torch.randn(97, 48, dtype=dtype))
+    aux_cross_entropy(head, None, torch.randint(97, (64,)), backend="native").backward()
+    assert len(seen) == 2 and all(b.dtype == torch.float32 and is_block(b) for b in seen)
 
 
 def test_no_more_waits_than_is_allowed_and_the_oldest_is_given_back_first(cache):
