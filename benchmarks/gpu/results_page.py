@@ -266,10 +266,10 @@ SCALING = f"""\
 How the time of a call grows with each of its sizes, all others fixed (`python -m benchmarks.scaling`): slopes in
 logarithms, 1 where time is proportional to the size, with standard errors. Beside them those of eager PyTorch, of the
 floor (a copy of the same bytes, or the bare matrix products), and of the bytes and multiplications that no kernel can
-do without. Where time grows faster than both by more than its spread explains (one set of tables in
-{1 / slopes.FALSE_ALARMS:.0f} has such a line by chance), the line says by how much. "Fixed" is a call too small for its
-work to matter, and its share of the ladder's smallest; "threads" how many times faster more threads are. Cells have a
-value for each number of threads."""
+do without. Where time grows faster than both by more than its spread explains, the line says by how much; by chance
+alone one set of tables in {1 / slopes.FALSE_ALARMS:.0f} has such a line. "Fixed" is a call too small for its work to
+matter, and its share of the ladder's smallest; "threads" how many times faster more threads are. Cells have a value for
+each number of threads."""
 
 
 def scaling_text(rows: list[dict]) -> str:
