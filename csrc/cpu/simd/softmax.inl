@@ -62,10 +62,14 @@ static C dot(const C* __restrict__ a, const C* b, int64_t n) {
   C total = 0;
   for (int64_t start = 0; start < n; start += kStep) {  // few lanes sum few numbers each
     const int64_t end = start + kStep < n ? start + kStep : n;
-    C sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += a[i] == 0 ? 0 : a[i] * b[i];
-    total += sum;
+    alignas(64) C sum[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) sum[l] += a[i + l] == 0 ? 0 : a[i + l] * b[i + l];
+    }
+    for (int l = 0; i < end; ++i, ++l) sum[l] += a[i] == 0 ? 0 : a[i] * b[i];
+    total += sum_of_lanes(sum);
   }
   return total;
 }
@@ -121,22 +125,26 @@ static C largest_of(const T* __restrict__ x, int64_t n) {
   return m;
 }
 
-// In pairs: the lanes of a loop's reduction are added one after the other, which takes longer than all else of a
-// short row.
+// the sum of a short row
 template <int W, class C>
 static AUXK_INLINE C sum_in_pairs(const C* __restrict__ v) {
-  alignas(64) C lanes[16];
+  alignas(64) C lanes[kLanes];
 #pragma omp simd
-  for (int i = 0; i < 16; ++i) lanes[i] = v[i];
-  for (int start = 16; start < W; start += 16) {
+  for (int i = 0; i < kLanes; ++i) lanes[i] = v[i];
+  for (int start = kLanes; start < W; start += kLanes) add_lanes(v + start, lanes);
+  return sum_of_lanes(lanes);
+}
+
+// The lanes of e = exp((x - m) factor - log_denom), and of what they add to the sum
+template <class C, class T, bool kDot>
+static AUXK_INLINE void exp_row_lanes(const T* __restrict__ x, C m, C factor, C log_denom, const C* __restrict__ g,
+                                      C* __restrict__ e, C* __restrict__ sum) {
 #pragma omp simd
-    for (int i = 0; i < 16; ++i) lanes[i] += v[start + i];
+  for (int l = 0; l < kLanes; ++l) {
+    const C p = exp_of((static_cast<C>(widen(x[l])) - m) * factor - log_denom);
+    e[l] = p;
+    sum[l] += kDot ? (p == 0 ? 0 : p * g[l]) : p;
   }
-#pragma omp simd
-  for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
-#pragma omp simd
-  for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
-  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 // e = exp((x - m) factor - log_denom); returns the sum of e, or with kDot that of e g, where e = 0 counts nothing
@@ -148,14 +156,20 @@ static double exp_row(const T* __restrict__ x, C m, C factor, C log_denom, const
     const int64_t end = start + kStep < n ? start + kStep : n;
     if (next_x != nullptr) prefetch_range(next_x, start * sizeof(T), end * sizeof(T));
     if (next_g != nullptr) prefetch_range(next_g, start * sizeof(C), end * sizeof(C));
-    C sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) {
-      const C p = exp_of((static_cast<C>(widen(x[i])) - m) * factor - log_denom);
-      e[i] = p;
-      sum += kDot ? (p == 0 ? 0 : p * g[i]) : p;
+    alignas(64) C sum[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes)
+      exp_row_lanes<C, T, kDot>(x + i, m, factor, log_denom, kDot ? g + i : nullptr, e + i, sum);
+    if (i < end) {
+      alignas(64) C rest_x[kLanes], rest_g[kLanes], rest_e[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        rest_x[l] = i + l < end ? static_cast<C>(widen(x[i + l])) : -std::numeric_limits<C>::infinity();
+        if (kDot) rest_g[l] = i + l < end ? g[i + l] : 0;
+      }
+      exp_row_lanes<C, C, kDot>(rest_x, m, factor, log_denom, rest_g, rest_e, sum);
+      for (int64_t l = 0; i + l < end; ++l) e[i + l] = rest_e[l];
     }
-    total += static_cast<double>(sum);
+    total += static_cast<double>(sum_of_lanes(sum));
   }
   return total;
 }
