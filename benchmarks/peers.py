@@ -19,7 +19,6 @@ from benchmarks.files import ROOT, with_section, write_atomically
 
 PAGE = ROOT / "docs/performance.md"
 INDEX = "https://pypi.org/pypi/{}/json"
-READ = "2026-11-30"
 YES, NO = "yes", "no"
 
 
@@ -28,6 +27,7 @@ class Peer:
     """A package's cross-entropy or log-probability of a large vocabulary.
 
     distribution, version   as on the package index
+    read                    the day
     files                   in which the rest was read
     sums_two                whether two sources of logits are added inside
     frozen_is_free          whether a frozen side costs no gradient
@@ -38,6 +38,7 @@ class Peer:
 
     distribution: str
     version: str
+    read: str
     files: tuple[str, ...]
     sums_two: str
     frozen_is_free: str
@@ -50,11 +51,16 @@ class Peer:
 PEERS = (
     Peer(
         "torch",
-        "2.13.0",
-        ("torch/nn/functional.py", "torch/distributed/tensor/parallel/loss.py"),
+        "2.15.0",
+        "2026-12-01",
+        (
+            "torch/nn/functional.py",
+            "torch/nn/modules/linear_cross_entropy.py",
+            "torch/distributed/tensor/parallel/loss.py",
+        ),
         NO,
         YES,
-        "`linear_cross_entropy`, in chunks of rows where `options` ask for it",
+        "`linear_cross_entropy`, in chunks of rows where `options` ask for it, unless labels are smoothed",
         YES,
         "`loss_parallel`, of stored logits",
         "none",
@@ -62,6 +68,7 @@ PEERS = (
     Peer(
         "trl",
         "1.16.0",
+        "2026-11-30",
         ("trl/kernels/chunked_divergence.py", "trl/kernels/chunked_logprob.py"),
         "two heads of different widths side by side, for divergences of one from the other",
         YES,
@@ -73,6 +80,7 @@ PEERS = (
     Peer(
         "liger-kernel",
         "0.8.5",
+        "2026-11-30",
         (
             "liger_kernel/ops/fused_linear_scaled_cross_entropy.py",
             "liger_kernel/ops/fused_ce_tvd.py",
@@ -88,6 +96,7 @@ PEERS = (
     Peer(
         "quack-kernels",
         "0.6.5",
+        "2026-11-30",
         ("quack/linear_cross_entropy.py",),
         NO,
         YES,
@@ -99,6 +108,7 @@ PEERS = (
     Peer(
         "cut-cross-entropy",
         "25.1.1",
+        "2026-11-30",
         ("cut_cross_entropy/cce.py", "cut_cross_entropy/cce_backward.py", "cut_cross_entropy/torch_compile.py"),
         NO,
         YES,
@@ -110,6 +120,7 @@ PEERS = (
     Peer(
         "verl",
         "0.9.1",
+        "2026-11-30",
         ("verl/utils/kernel/linear_cross_entropy.py", "verl/utils/kernel/kernels.py"),
         NO,
         "both gradients are computed",
@@ -156,15 +167,17 @@ def section() -> str:
         ]
     )
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
-    files = "\n".join(f"* {peer.distribution}: {', '.join(f'`{file}`' for file in peer.files)}" for peer in PEERS)
-    return f"""What other public packages' losses of large vocabularies do, read in their sources on {READ}. Written by
+    files = "\n".join(
+        f"* {peer.distribution} ({peer.read}): {', '.join(f'`{file}`' for file in peer.files)}" for peer in PEERS
+    )
+    return f"""What other public packages' losses of large vocabularies do, read in their sources. Written by
 `python -m benchmarks.peers --write`; a weekly job lists the peers that have been released anew since
 (`python -m benchmarks.peers --check`). How fast they are beside this package, where they run on the same machine, is
 [above](#speed).
 
 {table}
 
-It was read in
+It was read, on the days that stand there, in
 
 {files}"""
 
