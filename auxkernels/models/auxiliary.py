@@ -15,6 +15,7 @@ from . import adapters, base_pointer, saving
 from . import auxiliary_inputs as reading
 from .auxiliary_generation import GenerationWithPairs
 from .base_states import Layers, given_states
+from .cache_argument import takes_cache
 from .causal_lm import check_frozen, check_trunk, has_cache, is_dead, is_stateful, keeps_state, trunk_index
 from .composite_generation import inherited
 from .config_fields import describe_as
@@ -284,6 +285,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
     # -- forward -------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -378,7 +380,7 @@ class AuxiliaryForCausalLM(GenerationWithPairs, OnFrozenBase, PreTrainedModel, G
             **inputs,
             attention_mask=behind.attention_mask,
             position_ids=behind.position_ids,
-            past_key_values=None if text.cache is None else text.cache.aux,
+            cache=None if text.cache is None else text.cache.aux,
             use_cache=bool(use_cache),
             **kwargs,
         )

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from .cache_argument import CACHE
 from .heads import OutputHead
 from .modalities import input_names
 from .modules import backbone, features, run
@@ -38,15 +39,18 @@ def keeps_state(model: PreTrainedModel) -> bool:
 
 # -- caches ------------------------------------------------------------------------------------------------------------
 
+# an argument of that name, which is not what `DynamicCache` is: with a prompt in it, or one that is not returned
+_OTHER_CACHES = ("cpmant", "flaubert", "xlm")
+
 
 def has_cache(model: PreTrainedModel) -> bool:
-    """Whether a model reads on from a `DynamicCache` (past_key_values) that tells how many tokens it holds.
+    """Whether a model reads on from a `DynamicCache` that tells how many tokens it holds.
 
     Some have none (OpenAI-GPT, XLM), some one of their own (RWKV, XLNet, Reformer), and one that holds recurrent states
     alone (Mamba) does not tell; CPM-Ant's holds a prompt of its own too. Composites of such models read all tokens
     again at each step.
     """
-    if model.config.model_type == "cpmant" or "past_key_values" not in input_names(model):
+    if model.config.model_type in _OTHER_CACHES or CACHE not in input_names(model):
         return False
     layers = DynamicCache(config=model.config).layers
     tells = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)

@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from .cache_argument import CACHE, renamed_cache
 from .caches import is_dynamic, is_static
 from .modalities import has_more_than_text, input_names
 from .paired_cache import check_takes
@@ -68,6 +69,9 @@ class GenerationOfComposites(GenerationBySampling):
         GenerationMode.BEAM_SAMPLE,
         GenerationMode.ASSISTED_GENERATION,
     ]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().generate(*args, **renamed_cache(kwargs, CACHE))
 
     def _validate_generation_mode(
         self,
@@ -133,7 +137,7 @@ class GenerationOfComposites(GenerationBySampling):
         max_cache_length: int,
     ) -> None:
         """The cache that a call asks for; ValueError where a model has none of that kind, or drafts need another."""
-        cache, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        cache, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if not self._has_cache and is_dynamic(kind):
             generation_config.use_cache = model_kwargs["use_cache"] = False  # or one token alone would be read
             return None
@@ -143,7 +147,7 @@ class GenerationOfComposites(GenerationBySampling):
                 options["max_cache_len"] = max(max_cache_length, generation_config.max_cache_len or 0)
             elif kind == "quantized":
                 options["cache_config"] = generation_config.cache_config
-            cache = model_kwargs["past_key_values"] = self._cache_of_kind(kind, model_kwargs, **options)
+            cache = model_kwargs[CACHE] = self._cache_of_kind(kind, model_kwargs, **options)
         else:
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -162,7 +166,7 @@ class GenerationOfComposites(GenerationBySampling):
         return None if self._leader_name is None else getattr(self, self._leader_name)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        known = () if self._leader is None else input_names(self._leader)
+        known = {CACHE} if self._leader is None else {CACHE, *input_names(self._leader)}
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
@@ -193,23 +197,24 @@ class GenerationOfComposites(GenerationBySampling):
         updated: Any = super() if self._leader is None else self._leader
         return updated._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' own; what enters beside the tokens, and their positions, as the model has it that reads it.
 
         `text_position_ids` are the positions for a model that reads text alone, where they are known.
         """
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, past_key_values=past_key_values, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if CACHE in inputs:  # by the name that `forward` has for it, also a subclass's
+            inputs["past_key_values"] = inputs.pop(CACHE)
         positions = inputs.get("position_ids")
         if self._has_text_positions and positions is not None and positions.dim() == 2:
             inputs["text_position_ids"] = positions
         if self._leader is None or self._leader_name is None:
             return inputs
-        cache = getattr(past_key_values, self._leader_name, past_key_values)  # of a pair
         known = {name: value for name, value in kwargs.items() if name not in self._own_arguments}
-        of_leader = self._leader.prepare_inputs_for_generation(input_ids, *args, past_key_values=cache, **known)
+        known[CACHE] = getattr(known.get(CACHE), self._leader_name, known.get(CACHE))  # of a pair
+        of_leader = self._leader.prepare_inputs_for_generation(input_ids, *args, **known)
         own = ("past_key_values", "text_position_ids", "token_choice", *self._own_arguments)
+        of_leader.pop(CACHE, None)
         return of_leader | {name: inputs[name] for name in own if name in inputs}
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

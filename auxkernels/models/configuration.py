@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from .. import checks
+from .cache_argument import CACHE_NAMES
 from .config_fields import describe_as
 
 VOCAB_POLICIES = ("strict", "pad")
@@ -70,7 +71,7 @@ class AuxiliaryConfig(PretrainedConfig):
     auto_map: ClassVar[dict[str, Any]] = {}  # of remote code; TRL reads it where transformers has no such class
     sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig, "aux_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values",
+        *CACHE_NAMES,
         "hidden_states",
         "token_accuracy",
         "entropy",

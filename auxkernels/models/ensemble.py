@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 
 from . import adapters, members_saving, saving
 from .auxiliary import AuxiliaryForCausalLM
+from .cache_argument import takes_cache
 from .caches import is_dynamic
 from .causal_lm import has_cache
 from .composite_generation import GenerationOfComposites, inherited
@@ -232,6 +233,7 @@ class AuxiliaryEnsembleForCausalLM(MembersOnFrozenBase, PreTrainedModel, Generat
     # -- forward -------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig
 from . import adapters, base_pointer
 from . import auxiliary_inputs as reading
 from .base_states import BaseStates, Layers
+from .cache_argument import CACHE
 from .causal_lm import are_packed, router_loss, wants_router_logits
 from .composite_generation import GenerationOfComposites
 from .heads import kept_positions
@@ -133,8 +134,8 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            self._check_cache(model_kwargs["past_key_values"])
+        if model_kwargs.get(CACHE) is not None:
+            self._check_cache(model_kwargs[CACHE])
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _cache_of(self, call: Call, has_target: bool) -> tuple[Cache | None, bool]:
@@ -198,8 +199,8 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
             logits = total.at(kept_positions(call.logits_to_keep)).logits(self.config.vocab_size, base_floor)
         return AuxiliaryCausalLMOutput(
             logits=logits,
-            past_key_values=cache if use_cache else None,
             hidden_states=ran.states if call.output_hidden_states and isinstance(ran.states, tuple) else None,
+            **{CACHE: cache if use_cache else None},
             **numbers,
         )
 
@@ -293,7 +294,7 @@ class OnFrozenBase(adapters.PartsWithAdapters, OwnTokenStatistics, GenerationOfC
                 input_ids=text.input_ids,
                 attention_mask=text.attention_mask,
                 position_ids=text.position_ids,
-                past_key_values=None if text.cache is None else text.cache.base,
+                cache=None if text.cache is None else text.cache.base,
                 use_cache=use_cache,
                 output_hidden_states=wants_states,
                 **kwargs,

@@ -15,6 +15,7 @@ from . import auxiliary_inputs as reading
 from . import members_saving, saving, sums
 from .auxiliary import AuxiliaryForCausalLM
 from .base_states import given_states
+from .cache_argument import CACHE_NAMES
 from .ensemble_config import check_known, check_names
 from .frozen_base import Call, Given
 from .group_config import AuxiliaryGroupConfig
@@ -24,7 +25,7 @@ from .sums import AuxiliaryCausalLMOutput, Sum, with_router_loss
 _INSTEAD = "a group has losses alone: call a member, or join them as an AuxiliaryEnsembleForCausalLM"
 # arguments of a single auxiliary that ask for what a group does not have, and values that do not ask for it
 _OF_LOGITS: dict[str, tuple[Any, ...]] = {
-    "past_key_values": (None,),
+    **dict.fromkeys(CACHE_NAMES, (None,)),
     "use_cache": (None, False),
     "logits_to_keep": (None, 0),
     "skip_logits": (None, True),

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
+from .cache_argument import CACHE
 from .token_statistics import is_fused, original_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ def _is_more_than_body_and_layer(model: PreTrainedModel) -> bool:
 
 
 def run(model: nn.Module, **inputs: Any) -> ModelOutput:
-    """The outputs of a model without its head or, where that would pass something by, of the whole model."""
+    """The outputs of a model without its head or, where that would pass something by, of the whole model.
+
+    inputs   of its forward; a cache is passed on by transformers' name for it
+    """
+    if "cache" in inputs:
+        inputs[CACHE] = inputs.pop("cache")
     return model(**inputs) if is_called_whole(model) else backbone(model)(**inputs)
 
 

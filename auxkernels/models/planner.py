@@ -17,6 +17,7 @@ from ..cross_entropy import aux_cross_entropy
 from ..sources import Logits
 from . import adapters, saving
 from . import planner_loading as loading
+from .cache_argument import CACHE, takes_cache
 from .caches import new_cache
 from .causal_lm import (
     are_packed,
@@ -210,6 +211,7 @@ class PlannerForCausalLM(
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -285,7 +287,7 @@ class PlannerForCausalLM(
             is_asked = not self.training and labels is None and shift_labels is None
             use_cache = None if is_asked and not are_packed(attention_mask, position_ids) else False
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        kwargs |= {"cache": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         has_loss = labels is not None or shift_labels is not None
         kwargs["output_router_logits"] = self._is_balanced(has_loss, kwargs.pop("output_router_logits", None))
         outputs = self._lm_outputs(rows, token_segments, kwargs)
@@ -310,9 +312,9 @@ class PlannerForCausalLM(
         output = PlannerCausalLMOutput(
             loss=loss,
             logits=None if skip_logits else self._logits(hidden, logits_to_keep),
-            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            **{CACHE: outputs.get(CACHE)},
             **statistics,
         )
         return output.to_tuple() if return_dict is False else output

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from .. import checks
+from .cache_argument import CACHE_NAMES
 from .config_fields import describe_as
 from .places import check_place
 
@@ -56,7 +57,7 @@ class PlannerConfig(PretrainedConfig):
     auto_map: ClassVar[dict[str, Any]] = {}  # of remote code; TRL reads it where transformers has no such class
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values",
+        *CACHE_NAMES,
         "hidden_states",
         "attentions",
         "label_entropy",

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from ..cross_entropy import LogitStats, aux_cross_entropies, aux_cross_entropy
 from ..sources import Logits, Source, row_scale
 from .auxiliary_inputs import IGNORE_INDEX
+from .cache_argument import CACHE
 from .heads import CalledHead, OutputHead, ParallelHead, detached, output_head
 from .small import check_hidden_states, low_rank_head
 
@@ -30,7 +31,7 @@ class AuxiliaryCausalLMOutput(ModelOutput):
 
     loss            cross-entropy of the summed logits, nats; has a gradient
     logits          [batch, kept, V], V the base's width; None where they were skipped
-    past_key_values `PairedCache`, with use_cache
+    past_key_values `PairedCache`, with use_cache; the field is called `cache` where transformers calls it so
     hidden_states   the base's, with output_hidden_states
     base_loss       cross-entropy of the base alone, with the loss's divisor: base_loss - loss is what was gained, but
                     not in training with config.label_smoothing, which smooths the loss alone, nor with router_loss.
@@ -44,7 +45,10 @@ class AuxiliaryCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    if CACHE == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     base_loss: Tensor | None = None
     token_accuracy: Tensor | None = None

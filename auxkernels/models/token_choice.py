@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..sampling import sample_logits
 from ..sources import Logits
+from .cache_argument import CACHE
 from .mixins import Model
 
 if TYPE_CHECKING:
@@ -152,8 +153,7 @@ class GenerationBySampling(Model):
             streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
-        cache = model_kwargs.get("past_key_values")
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: model_kwargs.get(CACHE)})
 
 
 def _check_chosen(tokens: Tensor, unfinished: Tensor | None, position: int) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 
 from tiny import PAIRS, tiny_config, tiny_model, tiny_pair  # noqa: E402
+from transformers_adapters import add_adapter  # noqa: E402
 
 from auxkernels.models import AuxiliaryConfig, AuxiliaryForCausalLM  # noqa: E402
 from auxkernels.models.saving import fingerprint, is_same_base  # noqa: E402
@@ -279,7 +280,7 @@ def test_adapters_are_refused_and_the_old_folder_stays(base_folder, tmp_path, ho
     model.save_pretrained(folder)
     before = files_of(folder)
     config = peft.LoraConfig(r=2, target_modules=r"aux\..*c_attn", fan_in_fan_out=True, init_lora_weights=False)
-    wrapped = peft.get_peft_model(model, config) if how == "get_peft_model" else model.add_adapter(config)
+    wrapped = peft.get_peft_model(model, config) if how == "get_peft_model" else add_adapter(model, config)
     with pytest.raises(ValueError, match="save the PeftModel, or merge_and_unload first"):
         model.save_pretrained(folder)
     assert files_of(folder) == before

@@ -11,6 +11,7 @@ import peft
 import transformers
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, tiny_model
+from transformers_adapters import add_adapter
 
 from auxkernels.models import AuxiliaryForCausalLM, PlannerForCausalLM
 
@@ -36,7 +37,7 @@ def with_adapters(base, way: str, **options):
     if way == "assigned":
         model.aux = peft.get_peft_model(model.aux, peft.LoraConfig(**{**ADDED, **options}))
     else:
-        model.aux.add_adapter(peft.LoraConfig(**{**ADDED, **options}))
+        add_adapter(model.aux, peft.LoraConfig(**{**ADDED, **options}))
     return model
 
 
@@ -183,7 +184,7 @@ def test_adapters_come_back_beside_matrices_that_nothing_reads(base_folder, tmp_
 
 def test_several_adapters_come_back_with_the_one_in_use(base_folder, tmp_path, tokens):
     model = with_adapters(base_folder, "assigned").eval()
-    model.aux.add_adapter(peft.LoraConfig(**{**ADDED, "target_modules": ["k_proj"]}), adapter_name="other")
+    add_adapter(model.aux, peft.LoraConfig(**{**ADDED, "target_modules": ["k_proj"]}), adapter_name="other")
     model.aux.set_adapter("other")
     model.save_pretrained(tmp_path / "saved")
     loaded = AuxiliaryForCausalLM.from_pretrained(tmp_path / "saved")

@@ -12,6 +12,7 @@ from network import assert_same_in_16_bits, assert_same_network
 from planner_models import FEATURES, NUM_LABELS, TinyPlanner, tiny_lm, tiny_model, tokens
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers_adapters import add_adapter
 
 from auxkernels.models.labels import collate_segments
 from auxkernels.models.planner_training import UnfreezePlanner
@@ -154,7 +155,7 @@ def test_adapters_of_the_language_model_train_beside_the_planner():
     peft = pytest.importorskip("peft")
     lm, data = tiny_lm("llama"), examples(4)
     want = call(tiny_model(lm=copy.deepcopy(lm), planner=(planner := TinyPlanner())), data)
-    lm.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=True))
+    add_adapter(lm, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=True))
     model = tiny_model(lm=lm, planner=planner, freeze_lm=False)
     adapters = {name: weight for name, weight in lm.named_parameters() if weight.requires_grad}
     assert adapters and all("lora_" in name for name in adapters)

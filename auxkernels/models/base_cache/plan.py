@@ -205,7 +205,7 @@ class CachePlan:
         # as `AuxiliaryForCausalLM` calls its base, so that the same kernels run
         wants_states = bool(manifest.trunk_layers)
         with self._autocast(device):
-            output = run(self.base, **inputs, past_key_values=None, use_cache=False, output_hidden_states=wants_states)
+            output = run(self.base, **inputs, cache=None, use_cache=False, output_hidden_states=wants_states)
         shape, got = [*is_token.shape, manifest.hidden_size], list(features(output).shape)
         if got != shape:
             raise ValueError(f"base must give hidden states {shape}, one for each token, got {got}")
