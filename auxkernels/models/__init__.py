@@ -1,9 +1,16 @@
 """Hugging Face models around the operators: auxiliary tuning and planners. Needs transformers: `auxkernels[models]`."""
 
 try:
-    import transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError("auxkernels.models needs transformers: pip install 'auxkernels[models]'") from error
+    import transformers
+except ModuleNotFoundError as error:
+    if error.name != "transformers":  # it is there, and lacks something itself
+        raise
+    raise ImportError("auxkernels.models needs transformers 5.17 or newer: pip install 'auxkernels[models]'") from None
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+    raise ImportError(
+        f"auxkernels.models needs transformers 5.17 or newer, got {transformers.__version__}: "
+        "pip install 'auxkernels[models]'"
+    )
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
