@@ -17,6 +17,8 @@ from torch.nn import Parameter
 
 from . import native
 
+# releases that a report of a fault may depend on
+OPTIONAL = ("triton", "numpy", "transformers", "accelerate", "peft", "trl", "vllm")
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -174,8 +176,34 @@ def _describe_cuda() -> str:
     return said if torch.cuda.is_available() else f"{said}, but there is no CUDA device"
 
 
+def _releases() -> str:
+    """Those of the packages that are used where they are there; none is imported."""
+    from importlib import metadata
+
+    found = []
+    for name in OPTIONAL:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join(found)
+
+
+def _machine() -> str:
+    """Operating system, processor, and the threads that a call may use."""
+    name = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    words = [platform.system(), platform.machine(), *([] if name in ("", platform.machine()) else [name])]
+    return f"{' '.join(words)}, {torch.get_num_threads()} threads"
+
+
 def show_config() -> str:
-    """One line for each implementation: available, or why not. Touches no device beyond asking whether there is one."""
+    """What a report of a fault needs: releases, the machine, and of each implementation whether it is there or why not.
+
+    Touches no device beyond asking whether there is one.
+    """
     from . import __version__, memory
 
     cuda = f"{torch.version.cuda or torch.version.hip}" if torch.cuda.is_available() else "no device"
@@ -184,6 +212,8 @@ def show_config() -> str:
         triton = "triton is installed, but there is no CUDA or ROCm device (set TRITON_INTERPRET=1 to interpret on CPU)"
     lines = [
         f"auxkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, CUDA: {cuda}",
+        f"beside it   {_releases()}",
+        f"machine     {_machine()}",
         "reference   available (plain PyTorch)",
         f"native CPU  {native.describe()}",
         f"native CUDA {_describe_cuda()}",

@@ -4,7 +4,9 @@ Values, non-finite rows, autograd, torch.compile, processes and memory have file
 """
 
 import copy
+import importlib.metadata
 import pickle
+import platform
 import subprocess
 import sys
 
@@ -327,6 +329,13 @@ def test_auto_is_native_where_it_is_built(native):
     assert torch.equal(*results)
 
 
+def _release_of(distribution):
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def test_show_config_says_of_every_backend_whether_it_exists_or_why_not():
     first, *rest = show_config().splitlines()
     assert f"auxkernels {auxkernels.__version__}, torch {torch.__version__}" in first
@@ -337,6 +346,10 @@ def test_show_config_says_of_every_backend_whether_it_exists_or_why_not():
         if missing.get(name):
             assert f"unavailable: {missing[name]}" in lines[name]
     assert "available (plain PyTorch)" in lines["reference"]
+    assert platform.machine() in lines["machine"] and f"{torch.get_num_threads()} threads" in lines["machine"]
+    for name in ("numpy", "transformers", "vllm"):
+        release = _release_of(name)
+        assert (f"no {name}" if release is None else f"{name} {release}") in lines["beside it"]
     command = subprocess.run([sys.executable, "-m", "auxkernels"], capture_output=True, text=True, timeout=1200)
 
     def lasting(text):  # what waits in the cache is each process's own
