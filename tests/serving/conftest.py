@@ -1,7 +1,9 @@
 """vLLM, and this checkout as a plugin of it, as if it were installed: with the entry points of pyproject.toml."""
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +34,7 @@ def _as_plugin() -> None:
         line for group, named in points.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in named.items()))
     ]
     folder = Path(tempfile.mkdtemp(prefix="auxkernels-plugin-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     info = folder / "auxkernels-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: auxkernels\nVersion: 0\n")
