@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -255,7 +256,11 @@ def shifted(labels: Tensor | None) -> Tensor | None:
 
 def row_scale(scale: float | Tensor, shape: torch.Size, name: str = "aux_scale") -> float | Tensor:
     """A number or 0-d tensor as it is; one for each text, [batch], as one for each position, [batch, new]."""
-    if not isinstance(scale, Tensor) or scale.dim() == 0:
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(scale).__name__}")
+        return scale
+    if scale.dim() == 0:
         return scale
     if scale.shape != shape[:1]:
         raise ValueError(f"{name} must be a number or a tensor of shape [] or [{shape[0]}], got {list(scale.shape)}")
@@ -293,6 +298,12 @@ def check_inputs(
             "labels must be given where num_items_in_batch is: with label_smoothing_factor or compute_loss_func, "
             "Trainer takes them away and computes a loss of its own; set model.config.label_smoothing instead"
         )
+    check_labels(target, input_ids.shape)
+
+
+def check_labels(target: Tensor | None, shape: torch.Size) -> None:
+    if target is not None and target.shape != shape:
+        raise ValueError(f"labels must be {list(shape)}, as the tokens, got {list(target.shape)}")
 
 
 def _text_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device | None) -> Tensor:

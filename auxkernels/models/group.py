@@ -174,6 +174,8 @@ class AuxiliaryGroupForCausalLM(MembersOnFrozenBase, PreTrainedModel):
             targets = self._of_each("shift_labels", shift_labels)
         num_items = self._of_each("num_items_in_batch", num_items_in_batch)
         reading.check_inputs(input_ids, targets[0], num_items[0], kwargs)
+        for target in targets[1:]:
+            reading.check_labels(target, targets[0].shape)
         prefixes, masks = (
             self._of_members(name, one if isinstance(one, Mapping) or one is None else dict.fromkeys(self.members, one))
             for name, one in (("aux_input_ids", aux_input_ids), ("aux_attention_mask", aux_attention_mask))

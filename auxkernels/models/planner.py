@@ -17,6 +17,7 @@ from ..cross_entropy import aux_cross_entropy
 from ..sources import Logits
 from . import adapters, saving
 from . import planner_loading as loading
+from .auxiliary_inputs import check_labels, shifted
 from .cache_argument import CACHE, takes_cache
 from .caches import new_cache
 from .causal_lm import (
@@ -56,8 +57,6 @@ from .token_statistics import OwnTokenStatistics
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
     from typing_extensions import Self
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -265,6 +264,8 @@ class PlannerForCausalLM(
         if tokens is None:
             raise ValueError("input_ids or inputs_embeds must be given")
         shape = tokens.shape[:2]
+        target = shifted(labels) if shift_labels is None else shift_labels
+        check_labels(target, shape)
         statistics: dict[str, Tensor | None] = {}
         if plans is not None:
             planned, token_segments = plans.rows, plans.segments_of_last(shape[1])
@@ -284,22 +285,21 @@ class PlannerForCausalLM(
             use_cache = False
         elif use_cache is None and past_key_values is None and plans is None:
             # a frozen model in eval mode would make one, which checkpointed layers fill twice
-            is_asked = not self.training and labels is None and shift_labels is None
+            is_asked = not self.training and target is None
             use_cache = None if is_asked and not are_packed(attention_mask, position_ids) else False
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"cache": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-        has_loss = labels is not None or shift_labels is not None
-        kwargs["output_router_logits"] = self._is_balanced(has_loss, kwargs.pop("output_router_logits", None))
+        kwargs["output_router_logits"] = self._is_balanced(target is not None, kwargs.pop("output_router_logits", None))
         outputs = self._lm_outputs(rows, token_segments, kwargs)
         hidden = features(outputs)
         if token_statistics is not None:
             base, is_shifted = output_head(self.lm).sources(hidden), shift_labels is not None
-            target = _target(labels, shift_labels).to(hidden.device)
-            output = token_statistics(base, [], target, is_shifted, None, num_items_in_batch)
+            assert target is not None, "statistics are asked for with labels"
+            output = token_statistics(base, [], target.to(hidden.device), is_shifted, None, num_items_in_batch)
             is_balanced = bool(kwargs["output_router_logits"])
             output.aux_loss = self._unweighted_router_loss(outputs, attention_mask, is_balanced)
             return output
-        loss = self._loss(hidden, labels, shift_labels, num_items_in_batch)
+        loss = self._loss(hidden, target, num_items_in_batch)
         if kwargs["output_router_logits"]:
             statistics["router_loss"] = balance = router_loss(self.lm, outputs, attention_mask)
             loss = loss if balance is None or loss is None else loss + balance.to(loss.device)
@@ -319,21 +319,15 @@ class PlannerForCausalLM(
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        num_items_in_batch: int | Tensor | None,
-    ) -> Tensor | None:
-        if labels is None and shift_labels is None:
+    def _loss(self, hidden: Tensor, target: Tensor | None, num_items_in_batch: int | Tensor | None) -> Tensor | None:
+        if target is None:
             if num_items_in_batch is not None:
                 raise ValueError(
                     "num_items_in_batch needs labels (a Trainer with label_smoothing_factor takes them away)"
                 )
             return None
-        target = _target(labels, shift_labels).to(hidden.device)
-        loss = aux_cross_entropy(output_head(self.lm).source(hidden), None, target, normalizer=num_items_in_batch)
+        head, target = output_head(self.lm), target.to(hidden.device)
+        loss = aux_cross_entropy(head.source(hidden), None, target, normalizer=num_items_in_batch)
         assert isinstance(loss, Tensor), "statistics are not asked for"
         return loss
 
@@ -582,14 +576,6 @@ class PlannerForCausalLM(
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm.set_output_embeddings(value)
-
-
-def _target(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
-    """The target of each position, the next label."""
-    if shift_labels is not None:
-        return shift_labels
-    assert labels is not None, "one of the two is given"
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def _codebook_sizes(codebook: Tensor, num_labels: int | None, label_dim: int | None) -> tuple[int, int]:

@@ -371,12 +371,16 @@ def test_wrong_inputs_are_named(tokens):
         ({"aux_input_ids": PREFIX, "attention_mask": torch.ones(3, 1, 9, 9)}, r"attention_mask must be \[batch"),
         ({"aux_input_ids": PREFIX, "position_ids": torch.arange(9)[None] % 5, "use_cache": False}, "packed texts"),
         ({"aux_scale": torch.ones(2)}, r"aux_scale must be a number or a tensor of shape \[\] or \[3\], got \[2\]"),
+        ({"labels": tokens[:, :5]}, r"labels must be \[3, 9\], as the tokens, got \[3, 5\]"),
         ({"inputs_embeds": torch.ones(3, 9, 16)}, "input_ids must be given"),
         ({"output_attentions": True}, "output_attentions must be False"),
     ]
     for kwargs, message in cases:
         with pytest.raises(ValueError, match=message):
             model(tokens, **kwargs)
+    for scale in ("1", True, [1.0]):
+        with pytest.raises(TypeError, match="aux_scale must be a number or a tensor, got"):
+            model(tokens, aux_scale=scale)
     with pytest.raises(TypeError, match=r"past_key_values must be a PairedCache .* got DynamicCache"):
         model(tokens, past_key_values=transformers.DynamicCache())
     cache = model(tokens, aux_input_ids=PREFIX).past_key_values

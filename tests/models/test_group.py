@@ -380,6 +380,7 @@ def test_what_makes_no_group_is_refused():
         ({"skip_logits": False}, "skip_logits must not be given"),
         ({"output_hidden_states": True}, "output_hidden_states must not be given"),
         ({"labels": {"own-0": PREFIX}}, "labels must be given for each member, got none for 'low_rank-1'"),
+        ({"labels": {"own-0": PREFIX, "low_rank-1": PREFIX}}, r"labels must be \[3, 9\], as the tokens, got \[3, 4\]"),
         ({"labels": {"x": PREFIX}}, r"labels must name members \(own-0, low_rank-1\), got 'x'"),
         ({"aux_input_ids": {"x": PREFIX}}, r"aux_input_ids must name members .*, got 'x'"),
         ({"aux_attention_mask": {"own-0": PREFIX}}, "of the member 'own-0': aux_attention_mask must come with"),

@@ -199,6 +199,7 @@ def test_statistics_describe_the_label_probabilities():
         ({"label_scores": scores(), "mode": "softer"}, ValueError, "mode must be one of soft, .* got 'softer'"),
         ({"label_scores": scores(), "segment_ids": SEGMENT_IDS[:, :4]}, ValueError, "segment_ids must be int64"),
         ({"label_scores": scores(), "num_items_in_batch": 3}, ValueError, "needs labels"),
+        ({"label_scores": scores(), "labels": tokens()[:, :4]}, ValueError, r"labels must be \[2, 9\], as the tokens"),
         ({"label_ids": torch.full((6,), 7), "mode": "hard"}, IndexError, r"label_ids must be in \[0, 7\), got 7"),
         ({"label_ids": torch.tensor([0, 0, 0, -1, 0, 0]), "mode": "hard"}, IndexError, "got -1 for segment 3"),
         ({"label_ids": torch.zeros(6), "mode": "hard"}, TypeError, "label_ids must be int64"),
