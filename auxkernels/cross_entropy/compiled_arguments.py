@@ -32,7 +32,7 @@ class Arguments:
     __slots__ = ("alive", "compute", "leading", "problem", "shape")
 
     def __init__(self, problem: Problem, threads_or_stream: int, device: int = 0):
-        base, aux, target, weight, ignore_index, vocab_size = problem
+        base, aux, target, weight, ignore_index, vocab_size, target_logits = problem
         self.problem, self.shape = problem, base.values.shape[:-1]
         self.compute = problem.compute()
         self.alive: list[Tensor] = []
@@ -44,6 +44,7 @@ class Arguments:
                 target is not None and target.dtype == torch.int32,
                 ignore_index,
                 0 if weight is None else self._converted_pointer(weight),
+                0 if target_logits is None else self._converted_pointer(target_logits),
                 threads_or_stream,
                 self.compute == torch.float64,
                 device,

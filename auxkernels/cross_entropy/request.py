@@ -148,6 +148,8 @@ class Problem(NamedTuple):
     weight: Tensor | None  # [V]
     ignore_index: int
     vocab_size: int
+    # [*], compute dtype: the sum at the target, where it is known more exactly than the matrices have it; for CPU alone
+    target_logits: Tensor | None = None
 
     def shape(self) -> torch.Size:
         return self.base.values.shape[:-1]

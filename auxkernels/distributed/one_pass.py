@@ -13,6 +13,7 @@ from ..cross_entropy import autograd, ops, rows
 from ..cross_entropy.chunked import LossCall
 from ..cross_entropy.request import LossTerms, Problem, RowState, fields_in, mask_of, named_fields
 from ..cross_entropy.rows import coefficients_of
+from ..heads.columns import sums_at
 from ..sources import SourceTensors, by_source
 from . import row_state, scan
 from .scan import Part
@@ -47,6 +48,8 @@ def loss_and_gradients(
 
 class _ShardedLoss(LossCall):
     """See `loss_and_gradients`."""
+
+    exact_targets = False  # whole rows' numbers are made of sums as each process has stored them
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class _ShardedLoss(LossCall):
         def sums(of_base: bool, classes: Tensor) -> Tensor:
             matrices = [problem.base] if of_base or problem.aux is None else [problem.base, problem.aux]
             sources = [SourceTensors(m.values, scale=scan.scale_tensor(m), softcap=m.softcap) for m in matrices]
-            return scan.sums_at(sources, classes, problem.compute(), None)
+            return sums_at(sources, classes, problem.compute(), None)
 
         return scan.looked_at(scanned, sums, sent, problem.base.values.device.type == "cpu")
 

@@ -23,9 +23,9 @@ from ..cross_entropy.request import (
     named_fields,
 )
 from ..cross_entropy.rows import coefficients_of
-from ..heads.products import plan_of
+from ..heads.columns import sums_at
 from ..heads.sums import Term, sum_of
-from ..sources import Matrix, SourceTensors
+from ..sources import Matrix
 from . import row_state
 from .collectives import gathered
 from .shard import VocabShard
@@ -181,32 +181,7 @@ def of_no_columns(part: Part, shape: torch.Size, device: torch.device, sent: int
     return found
 
 
-# -- sums at single columns --------------------------------------------------------------------------------------------
-
-
-def sums_at(
-    sources: list[SourceTensors], classes: Tensor, compute: torch.dtype, autocast: torch.dtype | None
-) -> Tensor:
-    """The sum of the sources at one column of each row, [*], as nearly as it is rounded in the scan."""
-    total: Tensor | None = None
-    for source in sources:
-        if source.weight is None:
-            z = source.values.gather(-1, classes.unsqueeze(-1)).squeeze(-1).to(compute)
-        else:
-            plan = plan_of(source.values.dtype, autocast, source.values.device)
-            wide = torch.promote_types(plan.operands, torch.float32)
-            columns = plan.operand(source.weight[classes]).to(wide)
-            z = (plan.operand(source.values).to(wide) * columns).sum(-1)
-            if source.bias is not None:
-                z = z + source.bias[classes].to(wide)
-            z = z.to(plan.logits).to(compute)
-        if source.softcap is not None:
-            z = source.softcap * torch.tanh(z / source.softcap)
-        if source.scale is not None:
-            z = z * source.scale.to(compute)
-        total = z if total is None else total + z
-    assert total is not None, "there is at least one source"
-    return total
+# -- ranks -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -232,7 +207,9 @@ def _ranked(part: Part, call: ops.Call, wanted: int, bound: Tensor) -> dict[str,
     """The wanted fields, with the rank of targets that other processes hold."""
     request = ops.request_of(call)
     with torch.no_grad(), torch.autocast(request.first().device.type, enabled=False):
-        chunks = ChunkedCall(request, [], call.options.backend, bool(wanted & OF_BASE)).make_operands()
+        chunks = ChunkedCall(
+            request, [], call.options.backend, bool(wanted & OF_BASE), exact_targets=False
+        ).make_operands()
         fields = chunks.new_fields(wanted)
         for start, stop in chunks.chunks:
             problem = chunks.problem(start, stop)

@@ -53,6 +53,7 @@ struct ProblemSlot {
     kTargetIsInt32,
     kIgnoreIndex,
     kWeight,
+    kTargetLogit,
     kThreadsOrStream,  // threads on CPU, a stream's handle on CUDA devices
     kIsDouble,
     kDevice,  // CUDA
@@ -72,6 +73,7 @@ inline Problem problem_of(const ProblemArguments& a, const Source& base, const S
   p.target_is_int32 = a[Slot::kTargetIsInt32] != 0;
   p.ignore_index = a[Slot::kIgnoreIndex];
   p.weight = pointer(a[Slot::kWeight]);
+  p.target_logit = pointer(a[Slot::kTargetLogit]);
   if (p.num_rows < 0 || p.V < 1 || p.V > base.width || (aux.values != nullptr && p.V > aux.width))
     throw std::invalid_argument("V must be in [1, width of each source], got V=" + std::to_string(p.V));
   return p;

@@ -49,6 +49,9 @@ struct Problem {
   bool target_is_int32 = false;
   int64_t ignore_index = -100;
   const void* weight = nullptr;  // compute dtype, V entries; null: 1
+  // CPU: the sources' sum at the target of each row, compute dtype, where it is known more exactly than as they are
+  // stored; null: as they are stored
+  const void* target_logit = nullptr;
   int64_t num_rows = 0, V = 0;
   int threads = 1;  // CPU
 };

@@ -92,7 +92,11 @@ void py_small_loss(int64_t num_rows, int64_t V, int64_t target, bool target_is_i
                    double aux_scale_value, double aux_softcap, int64_t wanted, int64_t floats, int64_t ints,
                    int64_t grad_base, int64_t grad_aux, int64_t loss_out, bool has_normalizer, double normalizer,
                    double label_smoothing, double z_loss, bool mean) {
-  const ProblemArguments args{num_rows, V, target, target_is_int32, ignore_index, weight, threads, 0, 0};
+  ProblemArguments args{};
+  args[ProblemSlot::kNumRows] = num_rows, args[ProblemSlot::kVocabSize] = V;
+  args[ProblemSlot::kTarget] = target, args[ProblemSlot::kTargetIsInt32] = target_is_int32;
+  args[ProblemSlot::kIgnoreIndex] = ignore_index, args[ProblemSlot::kWeight] = weight;
+  args[ProblemSlot::kThreadsOrStream] = threads;
   const SourceArguments of_base{base, base_dtype, base_width, std::max(num_rows, int64_t{1}),
                                 0,    base_width, base_scale, base_scale_is_per_row};
   const SourceArguments of_aux{aux, aux_dtype, aux_width, std::max(num_rows, int64_t{1}),

@@ -19,7 +19,7 @@ struct BlockState {
   double max, base_max;  // with the target's column
   double sum, sum_times_s, sum_times_base, base_sum;
   double weighted_sum, weights;
-  double others, base_others;  // with moments: the sums without the columns at the maxima
+  double others, base_others;  // with moments: as in ScanSums
   int64_t num_above;           // columns whose sum is greater than the target's
 };
 
@@ -36,7 +36,7 @@ struct Others {
   void add(double block_max, double row_max, double factor, double block_sum, double block_others) {
     const bool has_largest = block_max == row_max;
     sum += has_largest ? block_others : factor * block_sum;
-    if (has_largest) num_largest += std::rint(block_sum - block_others);
+    if (has_largest) num_largest += std::rint(block_sum - block_others);  // how many ones are not among them
   }
   double without_largest() const { return sum + (num_largest - 1); }
 };
@@ -97,6 +97,10 @@ class Kernel {
   bool has_aux() const { return p.aux.values != nullptr; }
   bool ignored(int64_t n) const { return p.target != nullptr && target_of(p, n) == p.ignore_index; }
   int64_t target(int64_t n) const { return p.target == nullptr ? -1 : target_of(p, n); }
+  // the sum at the target, given as it is stored
+  C target_logit(int64_t n, C stored) const {
+    return p.target_logit == nullptr ? stored : static_cast<const C*>(p.target_logit)[n];
+  }
   int64_t size(int64_t k) const { return std::min(kBlock, p.V - k * kBlock); }
   const C* weights(int64_t k) const {
     return p.weight == nullptr ? nullptr : static_cast<const C*>(p.weight) + k * kBlock;
@@ -119,8 +123,10 @@ class Kernel {
   // What is read after block k, the next one or the next row's first: the share of it, in percent, that is fetched while
   // something else is done.
   Ahead ahead(const Source& source, int64_t n, int64_t k, int64_t from, int64_t to) const {
-    const bool last = k + 1 == num_blocks;
-    n += last ? 1 : 0, k = last ? 0 : k + 1;
+    if (++k == num_blocks) {
+      k = 0;
+      ++n;
+    }
     if (source.values == nullptr || n >= p.num_rows) return {};
     const int64_t bytes = size(k) * size_of(source.dtype), begin = bytes * from / 100;
     return {static_cast<const char*>(block(source, n, k).values) + begin, bytes * to / 100 - begin};
@@ -144,13 +150,16 @@ class Kernel {
     SourceBlock<C> base = block(p.base, n, k);
     base.ahead = ahead(p.base, n, k, 0, fetched);
     if (z_b == nullptr && !has_aux()) return {ops.load(base, size, s), C(0)};
-    SourceBlock<C> aux = base;
-    if (has_aux()) aux = block(p.aux, n, k), aux.ahead = ahead(p.aux, n, k, 0, fetched);
+    if (!has_aux()) {
+      const C base_max = ops.load(base, size, z_b);
+      std::copy(z_b, z_b + size, s);
+      return {base_max, base_max};
+    }
+    SourceBlock<C> aux = block(p.aux, n, k);
+    aux.ahead = ahead(p.aux, n, k, 0, fetched);
     if (z_b == nullptr) return {ops.load_sum(base, aux, size, s), C(0)};
     const C base_max = ops.load(base, size, z_b);
-    if (has_aux()) return {ops.load_add(aux, size, z_b, s), base_max};
-    std::copy(z_b, z_b + size, s);
-    return {base_max, base_max};
+    return {ops.load_add(aux, size, z_b, s), base_max};
   }
 
   // Scans one block. `s` receives exp(s - block maximum), 0 at the target's column.
@@ -164,7 +173,7 @@ class Kernel {
       state.weights = sum_of_weights(k);
     }
     if (p.target != nullptr && y >= 0 && y < size) {
-      row->target_logit = s[y];
+      row->target_logit = target_logit(n, s[y]);
       s[y] = static_cast<C>(kMinusInf);
       if (wants.base) {
         row->base_target_logit = z_b[y];
@@ -278,6 +287,7 @@ class Kernel {
   int64_t argmax(int64_t n, bool of_base, double max, double denom, const BlockState* blocks,
                  const Buffers<C>& b) const {
     constexpr int64_t kPart = 512;
+    // the first column found by first_in(sums, size), which says `size` for none, in the blocks that may have it
     const auto find = [&](const auto& may_have, const auto& first_in) -> int64_t {
       for (int64_t k = 0; k < num_blocks; ++k) {
         if (!may_have(blocks[k])) continue;
@@ -285,7 +295,10 @@ class Kernel {
         for (int64_t first = k * kBlock; first < end; first += kPart) {
           const int64_t part = std::min(kPart, end - first);
           const SourceBlock<C> base = columns(p.base, n, first);
-          of_base || !has_aux() ? ops.load(base, part, b.s) : ops.load_sum(base, columns(p.aux, n, first), part, b.s);
+          if (of_base || !has_aux())
+            ops.load(base, part, b.s);
+          else
+            ops.load_sum(base, columns(p.aux, n, first), part, b.s);
           const int64_t i = first_in(b.s, part);
           if (i < part) return first + i;
         }
@@ -358,6 +371,7 @@ class Kernel {
     load(n, k, b.s, needs_base_values ? b.z_b : nullptr);
     ops.backward(b.s, b.z_b, weights(k), g.row, size, b.ds, b.ds_b);
     if (p.target != nullptr && y >= 0 && y < size) {
+      b.s[y] = target_logit(n, b.s[y]);
       b.ds[y] = static_cast<C>(at_target(g, k, y, b, needs_base_values, &b.ds_b[y]));
     }
     const auto finish = [&](const Source& source, const C* ds, void* grad, const void* grad_scale) {

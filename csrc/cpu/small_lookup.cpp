@@ -38,8 +38,8 @@ std::unique_ptr<float[]> numbers(int64_t count) {
 // Between rows of buffers: lines of the first-level cache that are 2^n rows apart would take each other's place.
 int64_t stride_of(const SmallLookup& p) { return p.K % 128 == 0 ? p.K + 16 : p.K; }
 
-// How the rows are shared out: in blocks whose probabilities stay in the cache, one for each thread at least. Rows of 16
-// are whole tiles of the products, which give a row the same bits in any block.
+// How the rows are shared out: in blocks whose probabilities stay in the cache, one for each thread at least. A row has
+// the same bits in any block, as each of its sums is added up in one order.
 struct Blocks {
   int64_t rows;
   int threads;
@@ -120,7 +120,7 @@ struct Pieces {
   Pieces(int64_t num_labels, int threads) : panels((num_labels + kPanel - 1) / kPanel) {
     parts = std::max<int64_t>(threads / panels, 1);
   }
-  // piece `part` of n rows or columns: (first, count), whole tiles but for the last
+  // piece `part` of n rows or columns: (first, count), whole panels but for the last
   std::pair<int64_t, int64_t> of(int64_t n, int64_t part) const {
     const int64_t size = ((n + parts - 1) / parts + kPanel - 1) / kPanel * kPanel, first = std::min(part * size, n);
     return {first, std::min(size, n - first)};

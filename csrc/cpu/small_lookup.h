@@ -1,5 +1,5 @@
-// softmax(scores / temperature) @ table and its gradients in one call each: for problems so small that a library's
-// product costs more in calls than in work. Everything is contiguous; sums are float32, whatever the matrices are, and
+// softmax(scores / temperature) @ table and its gradients in one call each, for problems up to those of which a
+// library's products are worth their calls. Everything is contiguous; sums are float32, whatever the matrices are, and
 // rounded once; results below the normal numbers are 0.
 #pragma once
 

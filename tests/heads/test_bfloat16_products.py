@@ -1,9 +1,12 @@
-"""bfloat16 heads on CPU: products of bfloat16 where the processor has them, of float32 where it has not."""
+"""bfloat16 heads on CPU: products of bfloat16, or of float32 without instructions for them; targets' exact logits."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from auxkernels import Head, aux_cross_entropies, aux_cross_entropy, soft_embedding
+from auxkernels import Head, aux_cross_entropies, aux_cross_entropy, logit_stats, soft_embedding
 from auxkernels.heads import products
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -112,3 +115,93 @@ def test_lookups_of_bfloat16_tables_agree_with_float64(without, top_k):
     got = torch.autograd.grad(out, (scores, table), upstream)
     for a, b in zip((out, *got), (want, *torch.autograd.grad(want, exact, upstream.double())), strict=True):
         assert ((a.double() - b).norm() / b.norm()).item() < 2 * torch.finfo(BF16).eps
+
+
+# -- the target's logit, where products are stored in bfloat16 ---------------------------------------------------------
+
+
+@pytest.fixture
+def rounded_products(monkeypatch):
+    """As on a processor that has instructions for bfloat16."""
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+
+
+def confident_problem(num_rows=64, vocab_size=3000, widths=(256, 64)):
+    """Leaves and targets; logits of up to 55, which bfloat16 rounds by up to 1/8, lead by 25."""
+    made = torch.Generator().manual_seed(11)
+    target = torch.randint(vocab_size, (num_rows,), generator=made)
+    leaves = []
+    for width in widths:
+        weight = (torch.randn(vocab_size, width, generator=made) / width**0.5).to(BF16)
+        towards = weight.float()[target]
+        hidden = 3 * torch.randn(num_rows, width, generator=made) + 30 * towards / towards.norm(dim=1, keepdim=True)
+        leaves += [hidden.to(BF16).requires_grad_(), weight.requires_grad_()]
+    bias = torch.randn(vocab_size, generator=made).to(BF16).requires_grad_()
+    return [*leaves, bias], target
+
+
+def heads_of(leaves):
+    h, w, g, u, b = leaves
+    return Head(h, w), Head(g, u, bias=b, scale=0.5)
+
+
+class Expected(NamedTuple):
+    """In float64: rows' losses [N], and the gradients of their mean."""
+
+    nll: torch.Tensor
+    grads: list[torch.Tensor]
+
+
+def expected(leaves, target, rounds_others=False, rounds_target=False) -> Expected:
+    """Of logits whose products have been rounded to bfloat16, or have not: at the target, and at the other columns."""
+    h, w, g, u, b = (t.detach().double() for t in leaves)
+
+    def logits_of(rounds):
+        parts = h @ w.T, g @ u.T + b
+        return sum(scale * (z.to(BF16).double() if rounds else z) for scale, z in zip((1, 0.5), parts, strict=True))
+
+    at_target = F.one_hot(target, len(w)).bool()
+    s = torch.where(at_target, logits_of(rounds_target), logits_of(rounds_others))
+    rest = s.masked_fill(at_target, -torch.inf).logsumexp(1) - s[at_target]
+    ds = (s - s.logsumexp(1, keepdim=True)).exp().masked_fill(at_target, 0)
+    ds = torch.where(at_target, -ds.sum(1, keepdim=True), ds) / len(target)
+    return Expected(rest.exp().log1p(), [ds @ w, ds.T @ h, 0.5 * ds @ u, 0.5 * ds.T @ g, 0.5 * ds.sum(0)])
+
+
+def errors(got, want):
+    return [((one.double() - other).norm() / other.norm()).item() for one, other in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}, {"z_loss": 1e-12}], ids=str)
+def test_gradients_of_confident_rows_are_those_of_their_targets_exact_logit(rounded_products, options):
+    leaves, target = confident_problem()
+    loss = aux_cross_entropy(*heads_of(leaves), target, backend="native", **options)
+    grads = torch.autograd.grad(loss.sum() / (len(target) if loss.dim() else 1), leaves)
+    # the logits' gradient is rounded to bfloat16, and so is each result: by half an eps of it at most. At the other
+    # columns a product may be rounded to either neighbour, as it is summed in another order
+    want, eps = expected(leaves, target, rounds_others=True).grads, torch.finfo(BF16).eps
+    assert max(errors(grads, want)) <= eps
+    rounded = expected(leaves, target, rounds_others=True, rounds_target=True).grads
+    assert min(errors(rounded, want)) > 2 * eps, "a rounded target would pass as well"
+
+
+def test_log_probabilities_of_confident_targets_are_those_of_their_exact_logit(rounded_products):
+    leaves, target = confident_problem()
+    stats = logit_stats(*heads_of([t.detach() for t in leaves]), target, backend="native")
+    want, rounded = (expected(leaves, target, True, rounds_target).nll for rounds_target in (False, True))
+    (error,), (distance,) = errors([-stats.log_prob], [want]), errors([rounded], [want])
+    assert error < 0.1 * distance
+    assert torch.equal(stats.target_rank == 0, stats.argmax == target)  # both of the logits as they are stored
+
+
+@pytest.mark.parametrize("kept", ["all", "some"])
+def test_bad_and_ignored_targets_are_as_without_an_exact_logit(rounded_products, kept):
+    leaves, target = confident_problem(num_rows=40)
+    if kept == "some":
+        target[::3] = -100
+        leaves[0].data[0] = torch.nan
+    loss, grads = results(leaves, target)
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in grads)
+    target[5] = 3000
+    with pytest.raises(IndexError, match="3000"):
+        results(leaves, target)

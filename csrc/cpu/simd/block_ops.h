@@ -32,7 +32,8 @@ struct ScanSums {
   C sum_times_s = 0;     // sum_v exp(s_v - m) (s_v - m)
   C sum_times_base = 0;  // sum_v exp(s_v - m) (z_b,v - m_b)
   C base_sum = 0;        // sum_v exp(z_b,v - m_b)
-  // with moments, the sums without the columns at m and at m_b: beside their ones, float would lose 1e-8
+  // With moments, the sums without some ones of columns at m and at m_b, beside which float would lose 1e-8: without all
+  // where the rest is less than they are, otherwise without one. How many, the difference from the sum tells.
   C others = 0, base_others = 0;
 };
 

@@ -39,7 +39,7 @@ struct Rest {
   }
 };
 
-// Calls run(lanes of v, lanes of the columns beside them) for columns [begin, end); v may be written.
+// Calls run(lanes of v, the same columns of another array) for columns [begin, end); the lanes of v may be written.
 template <class C, class Run>
 static AUXK_INLINE void in_lanes(C* v, const C* beside, int64_t begin, int64_t end, const Run& run) {
   int64_t i = begin;
@@ -95,15 +95,15 @@ static AUXK_INLINE C transformed(C value, C scale, C softcap, C inverse_cap) {
 template <class C, class Value>
 static AUXK_INLINE C load_values(int64_t n, const Ahead& first, const Ahead& second, C* z, const Value& value) {
   C largest = -std::numeric_limits<C>::infinity();
-  in_steps<4 * kStep>(n, first, second,
-                      [&](int64_t begin, int64_t end) {  // short loops, with a maximum to be reduced in each
+  constexpr int64_t kLong = 4 * kStep;  // the loop is short, and ends with a maximum of all lanes
+  in_steps<kLong>(n, first, second, [&](int64_t begin, int64_t end) {
 #pragma omp simd reduction(max : largest)
-                        for (int64_t i = begin; i < end; ++i) {
-                          const C v = value(i);
-                          z[i] = v;
-                          largest = v > largest ? v : largest;
-                        }
-                      });
+    for (int64_t i = begin; i < end; ++i) {
+      const C v = value(i);
+      z[i] = v;
+      largest = v > largest ? v : largest;
+    }
+  });
   return largest;
 }
 

@@ -29,10 +29,9 @@ static AUXK_INLINE void scan_base_lanes(const C* __restrict__ e, C* __restrict__
   }
 }
 
-// The sum of exponentials without the ones of the largest columns. Where they are less than those ones it is made anew,
-// as float loses 1e-8 beside a one.
+// See ScanSums::others.
 template <class C>
-static C sum_without_ones(const C* __restrict__ e, C sum, int64_t n) {
+static C others_in(const C* __restrict__ e, C sum, int64_t n) {
   if (!(sum < 2)) return sum - 1;
   C others = 0;
 #pragma omp simd reduction(+ : others)
@@ -60,8 +59,8 @@ static ScanSums<C> scan_sums_as(C* __restrict__ s, C* __restrict__ z_b, C m, C m
   ScanSums<C> sums;
   sums.sum = sum_of_lanes(sum), sums.base_sum = sum_of_lanes(base_sum);
   sums.sum_times_s = sum_of_lanes(times_s), sums.sum_times_base = sum_of_lanes(times_base);
-  if (kMoments) sums.others = sum_without_ones(s, sums.sum, n);
-  if (kMoments && kBase) sums.base_others = sum_without_ones(z_b, sums.base_sum, n);
+  if (kMoments) sums.others = others_in(s, sums.sum, n);
+  if (kMoments && kBase) sums.base_others = others_in(z_b, sums.base_sum, n);
   return sums;
 }
 
