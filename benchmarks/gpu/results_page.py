@@ -181,10 +181,13 @@ def cpu_speed_text(devices: list[list[dict]], results: Path, page: Path) -> str:
 def _cpu_speed_of(rows: list[dict], results: Path, page: Path) -> str:
     cases = shown_cases(rows)
     newest = _newest_of(cases)
-    said = f"{newest['device']}, {newest['threads']} threads, {newest['native_isa']}, torch {newest['torch']}; "
+    half = newest.get("bfloat16") or "without instructions for bfloat16"
+    said = f"{newest['device']}, {newest['threads']} threads, {newest['native_isa']}, {half}, torch {newest['torch']}; "
     said += f"{_commits_of(cases)}; copy {newest['copy_gbps']:.0f} GB/s, products of float32 "
     said += f"{newest['gemm_gflops']['float32']:.0f} and of bfloat16 {newest['gemm_gflops']['bfloat16']:.0f} GFLOP/s. "
-    said += "Medians of calls with a cold cache."
+    said += "Medians of calls with a cold cache. "
+    kept = newest.get("memory") == "kept"
+    said += "**The C library keeps all memory**, for all." if kept else "Memory as it comes from the operating system."
     return "\n\n".join([said, *_tables(cases, newest, results, page)])
 
 

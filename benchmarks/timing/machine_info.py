@@ -34,7 +34,8 @@ def describe(device: torch.device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     threads = torch.get_num_threads()
     commit, is_dirty = git_commit()
-    suffix = "" if device.type == "cuda" else f" {threads} thread{'s' if threads > 1 else ''}"
+    half = None if device.type == "cuda" else bfloat16_instructions()
+    suffix = "" if device.type == "cuda" else f" {half or ''} {threads} thread{'s' if threads > 1 else ''}"
     if keeps_memory():
         suffix += " memory kept"  # rows of another setting lie in a file of their own
     return {
@@ -45,6 +46,7 @@ def describe(device: torch.device) -> dict:
         "memory": "kept" if keeps_memory() else "as it comes",
         "isa": _isa(device),
         "native_isa": _native_isa(),
+        **({} if device.type == "cuda" else {"bfloat16": half}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -57,6 +59,13 @@ def describe(device: torch.device) -> dict:
         "copy_gbps": round(copy_gbps(device), 2),
         "gemm_gflops": {name: round(gemm_gflops(device, name)) for name in ("float32", "bfloat16")},
     }
+
+
+def bfloat16_instructions() -> str | None:
+    """What this processor multiplies bfloat16 with; processors of one name differ in it, and libraries by factors."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def _cuda_versions(device: torch.device) -> dict:

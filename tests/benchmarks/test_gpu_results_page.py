@@ -58,14 +58,23 @@ def test_without_rows_nothing_is_claimed(tmp_path):
     assert "| native (CUDA C++) | sm_80, sm_90a, sm_100 | compiles without spills" in verified
 
 
-def test_rows_of_a_cpu_say_nothing_of_gpus(tmp_path):
+@pytest.mark.parametrize(
+    ("half", "memory", "says_half", "says_memory"),
+    [
+        ("AMX", "as it comes", "AMX", "Memory as it comes from the operating system."),
+        (None, "kept", "without instructions for bfloat16", "**The C library keeps all memory**, for all."),
+    ],
+)
+def test_rows_of_a_cpu_say_nothing_of_gpus(tmp_path, half, memory, says_half, says_memory):
     (row,) = case_rows("cross_entropy", TRAINING, {"auxkernels": 1.0}, 1.0)
     del row["capability"]
+    row |= {"bfloat16": half, "memory": memory}
     row |= {"threads": 2, "native_isa": "avx512", "gemm_gflops": {"float32": 300.0, "bfloat16": 1900.0}}
     row |= {"commit": "fedcba987654", "date": "2026-12-04T00:00:00+00:00"}
     assert texts(tmp_path, rows=[row])[1] == "No GPU has been measured."
     said = results_page.sections(tmp_path, tmp_path / "results.md")["speed on CPUs"]
-    assert f"{row['device']}, 2 threads, avx512, torch {row['torch']}; commit fedcba987654, 2026-12-04; copy" in said
+    machine = f"{row['device']}, 2 threads, avx512, {says_half}, torch {row['torch']}"
+    assert f"{machine}; commit fedcba987654, 2026-12-04; copy" in said and says_memory in said
     assert "products of float32 300 and of bfloat16 1900 GFLOP/s." in said
     assert "| training 8192 x 128256 bf16 flat | 100 % |" in said
 

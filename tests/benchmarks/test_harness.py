@@ -277,6 +277,9 @@ def test_a_benchmark_with_memory_kept_is_a_process_of_its_own_and_its_rows_a_fil
         monkeypatch.setenv(name, environment[name])
     kept = machine_info.describe(CPU)
     assert kept["memory"] == "kept" and kept["device_slug"] == plain["device_slug"] + "-memory-kept"
+    monkeypatch.setattr(machine_info, "bfloat16_instructions", lambda: "AMX")
+    other = machine_info.describe(CPU)
+    assert other["bfloat16"] == "AMX" and "-amx-" in other["device_slug"]
     assert command.main(["--keep-memory", "--op", "cross_entropy", "--pass", "lora"]) == 2, (
         "no case, and no other process"
     )
