@@ -149,7 +149,7 @@ def test_rows_that_are_numbered_by_no_inner_dimension_are_refused():
     code = """
 try:
     base, aux = ([1, 0, 3, 0, 0, 3, 0, 0], [1.0, 0.0]), ([0, 0, 0, 1, 0, 0, 0, 0], [1.0, 0.0])
-    cpu().scan([1, 3, 0, 0, -100, 0, 1, 0, 0], *base, *aux, [0] * (len(cpu().field_names()) + 6))
+    cpu().scan([1, 3, 0, 0, -100, 0, 0, 1, 0, 0], *base, *aux, [0] * (len(cpu().field_names()) + 6))
 except ValueError as error:
     print(error)
 """

@@ -44,7 +44,7 @@ def check_loss(module, name):
     count = NUM_ROWS * V
     base, aux = ((number * count)(*logits(factor)) for factor in (17, 29))
     target, grad, value = (ctypes.c_int64 * NUM_ROWS)(*range(NUM_ROWS)), (number * count)(), number()
-    rows = (NUM_ROWS, V, ctypes.addressof(target), False, -100, 0, 2, name == "float64", 0)
+    rows = (NUM_ROWS, V, ctypes.addressof(target), False, -100, 0, 0, 2, name == "float64", 0)
     sources = source(base, code), NO_NUMBERS, source(aux, code), NO_NUMBERS
     fields = len(module.field_names())
     outputs = [0] * (fields + 6)
