@@ -58,7 +58,7 @@ class ChunkedCall:
     num_columns      what the chunks are cut for, where that is not how many columns the request has
     exact_targets    whether the row kernels get the sum at the target as a float32 product has it, where products are
                      stored in 16 bits. A confident row's gradients are as wrong as that sum: with logits of 20, which
-                     bfloat16 rounds by up to 0.06, by 3 %. The other columns' errors cancel out
+                     bfloat16 rounds by up to 0.06, by 6 %. The other columns' errors mostly cancel
 
     `make_operands` is still to be called: beside others that share its base, or alone.
     """

@@ -30,7 +30,7 @@ def sums_at(
             columns = plan.operand(source.weight[classes]).to(wide)
             z = (plan.operand(source.values).to(wide) * columns).sum(-1)
             if source.bias is not None:
-                z = z + source.bias[classes].to(wide)
+                z = z + plan.operand(source.bias[classes]).to(wide)
             z = z.to(compute) if is_exact else z.to(plan.logits).to(compute)
         if source.softcap is not None:
             z = source.softcap * torch.tanh(z / source.softcap)
