@@ -155,10 +155,13 @@ class _PlainLookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
-        if len(saved) == 2 and dispatch.is_eager() and not torch.is_grad_enabled():
-            scores, table = saved
-            if is_plain_on_cpu(grad) and is_plain_on_cpu(scores) and is_plain_on_cpu(table):
-                return None, *native_plain.small_backward(scores, table, ctx.temperature, grad, *needs)
+        if dispatch.is_eager() and not torch.is_grad_enabled() and is_plain_on_cpu(grad):
+            scores, table, *state = saved
+            if is_plain_on_cpu(scores) and is_plain_on_cpu(table):
+                if not state:
+                    return None, *native_plain.small_backward(scores, table, ctx.temperature, grad, *needs)
+                if is_plain_on_cpu(state[0]) and not torch.is_autocast_enabled("cpu"):
+                    return None, *native_plain.backward(scores, table, state[0], ctx.temperature, grad, *needs)
         grad = grad.resolve_neg()
         if not dispatch.is_direct((*saved, grad), "native"):
             grads = _traced_gradients(saved, ctx.temperature, grad, needs)

@@ -197,27 +197,23 @@ def select_backward(
 # -- the same for rows of nothing but contiguous scores, from row `start` on, with less around it ----------------------
 
 
-_OTHER_FIELDS = (0,) * (len(ROW_FIELDS) - 2)  # after max and log_denom, which are the first
-
-
-def _plain_leading(scores: Tensor, start: int, num_rows: int, temperature: float) -> tuple[Any, ...]:
-    num_labels = scores.shape[-1]
-    address = scores.data_ptr() + start * num_labels * scores.element_size()
-    return _leading(address, scores.dtype, num_labels, (num_rows, num_labels), start, temperature)
-
-
-def _plain_fields(state: Tensor | None, start: int) -> tuple[int, ...]:
+def _plain_leading(
+    scores: Tensor, start: int, num_rows: int, temperature: float, state: Tensor | None
+) -> tuple[Any, ...]:
     """state [2, all rows] float32: max and log_denom."""
-    if state is None:
-        return (0,) * len(ROW_FIELDS)
-    address = state.data_ptr() + 4 * start
-    return address, address + 4 * state.shape[1], *_OTHER_FIELDS
+    num_labels = scores.shape[-1]
+    max = log_denom = 0
+    if state is not None:
+        max = state.data_ptr()
+        log_denom = max + 4 * state.shape[1]
+    rows = scores.data_ptr(), DTYPE_CODES[scores.dtype], num_rows, num_labels, start
+    return *rows, temperature, torch.get_num_threads(), max, log_denom
 
 
 def plain_softmax(scores: Tensor, start: int, temperature: float, state: Tensor | None, probabilities: Tensor) -> None:
     """softmax, whose rows are those of `probabilities`."""
-    leading = _plain_leading(scores, start, len(probabilities), temperature)
-    cpu().soft_rows(*leading, _plain_fields(state, start), _matrix(probabilities))
+    leading = _plain_leading(scores, start, probabilities.shape[0], temperature, state)
+    cpu().plain_softmax(*leading, probabilities.data_ptr(), DTYPE_CODES[probabilities.dtype], probabilities.stride(0))
 
 
 def plain_softmax_backward(
@@ -230,15 +226,16 @@ def plain_softmax_backward(
     probabilities: Tensor | None,
     num_rows: int,
 ) -> None:
-    """softmax_backward; grad_scores is that of all rows."""
-    of_scores = _NO_MATRIX
-    if grad_scores is not None:
-        num_labels = scores.shape[-1]
-        address = grad_scores.data_ptr() + start * num_labels * grad_scores.element_size()
-        of_scores = address, DTYPE_CODES[grad_scores.dtype], num_labels  # MatrixSlot
-    leading = _plain_leading(scores, start, num_rows, temperature)
-    matrices = (_matrix(grad_probabilities), _NO_UPSTREAM, of_scores, 0, _matrix(probabilities))
-    cpu().soft_backward(*leading, _plain_fields(state, start), *matrices)
+    """softmax_backward, all contiguous; grad_scores is that of all rows."""
+    given = 0, 0  # the gradient of the probabilities, and its dtype
+    if grad_probabilities is not None:
+        given = grad_probabilities.data_ptr(), DTYPE_CODES[grad_probabilities.dtype]
+    made = 0, 0
+    if probabilities is not None:
+        made = probabilities.data_ptr(), DTYPE_CODES[probabilities.dtype]
+    of_scores = 0 if grad_scores is None else grad_scores.data_ptr()
+    leading = _plain_leading(scores, start, num_rows, temperature, state)
+    cpu().plain_softmax_backward(*leading, *given, of_scores, *made)
 
 
 def _small_leading(scores: Tensor, table: Tensor, temperature: float) -> tuple[Any, ...]:

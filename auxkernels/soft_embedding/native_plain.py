@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from .. import dispatch, memory
 from ..dispatch import is_plain_on_cpu
 from ..heads.operands import padded_matrix
-from ..heads.products import Plan, WeightGradient, has_bfloat16, multiply, plan_of
+from ..heads.products import CPU_COLUMNS, Plan, WeightGradient, has_bfloat16, multiply, plan_of
 from ..heads.rows import chunks_of, settings
 from . import chunked
 from . import native as kernels
@@ -24,10 +24,11 @@ from . import native as kernels
 FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
 # multiplications and labels up to which one compiled call beats calls of a library's products, but for bfloat16 where
 # the processor multiplies it; forward, if the rows are enough for whole tiles and the second-level cache has the table
-SMALL, SMALL_FORWARD, SMALL_LABELS, SMALL_BFLOAT16 = 1 << 26, 1 << 28, 1 << 11, 1 << 18
-SMALL_FORWARD_ROWS, SMALL_FORWARD_TABLE = 32, 1 << 18
+SMALL, SMALL_FORWARD, SMALL_LABELS, SMALL_BFLOAT16 = 1 << 25, 1 << 28, 1 << 11, 1 << 22
+SMALL_FORWARD_ROWS, SMALL_FORWARD_TABLE, SMALL_FORWARD_WIDTH = 32, 1 << 18, 512
 # with other vectors than those of AVX-512 a library's products are ahead of ours sooner
 SMALL_OTHERWISE, SMALL_FORWARD_OTHERWISE = 1 << 22, 1 << 24
+BLOCK = 32  # labels that a bfloat16 product reads at once (`padded_matrix`)
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLES = (torch.float32, torch.bfloat16)  # those whose products torch has for CPU, and fast
 
@@ -70,10 +71,25 @@ def _is_small(num_products: int, table: Tensor) -> bool:
 
 def _is_small_forward(scores: Tensor, table: Tensor) -> bool:
     """Whether it is so forward, of a call that is not small."""
-    if not scores.dtype == table.dtype == torch.float32 or table.numel() > SMALL_FORWARD_TABLE:
+    if not scores.dtype == table.dtype == torch.float32:
+        return False
+    if table.numel() > SMALL_FORWARD_TABLE or table.shape[1] > SMALL_FORWARD_WIDTH:
         return False
     num_numbers, limit = scores.numel(), SMALL_FORWARD if kernels.has_avx512() else SMALL_FORWARD_OTHERWISE
     return num_numbers >= SMALL_FORWARD_ROWS * table.shape[0] and num_numbers * table.shape[1] <= limit
+
+
+def _is_whole(scores: Tensor, table: Tensor, num_bytes: int, most_bytes: int) -> bool:
+    """Whether the matrices of a call, num_bytes in all, are one chunk, and enter products as they are: what is asked of
+    other calls is Python that takes as long as a product of 64 x 256 x 256."""
+    dtype = table.dtype
+    if num_bytes > most_bytes or scores.dtype != dtype:
+        return False
+    if dtype == torch.float32:
+        return True
+    num_labels = table.shape[0]
+    is_one_product = num_labels <= CPU_COLUMNS and num_labels % BLOCK == 0
+    return dtype == torch.bfloat16 and has_bfloat16() and is_one_product
 
 
 def _chunks(
@@ -135,6 +151,12 @@ def forward(scores: Tensor, table: Tensor, temperature: float, state: Tensor | N
     if _is_small_forward(scores, table):
         kernels.small_lookup(scores, table, temperature, state, mixture)
         return mixture
+    if _is_whole(scores, table, scores.nbytes, FORWARD_BYTES):
+        probabilities = torch.empty_like(scores).view(-1, table.shape[0])
+        kernels.plain_softmax(scores, 0, temperature, state, probabilities)
+        flat = mixture if mixture.dim() == 2 else mixture.detach().view(-1, width)
+        torch.mm(probabilities, table, out=flat)  # nothing here is recorded: autograd's function does that
+        return mixture
     plan = plan_of(table.dtype, None, table.device)
     chunks, most = _chunks(scores, table, plan, 1, FORWARD_BYTES)
     probabilities, flat = _matrix(table, plan, most), mixture.detach().view(-1, width)
@@ -171,7 +193,11 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients that are wanted of scores and table, `plain`, from what `forward` wrote into `state`."""
     num_labels, width = table.shape
-    grad_scores = memory.empty(scores, scores.shape) if needs_scores else None
+    grad_scores = _in_large_memory(torch.empty_like(scores)) if needs_scores else None
+    if _is_whole(scores, table, 2 * scores.nbytes, BACKWARD_BYTES):
+        probabilities = _in_large_memory(torch.empty_like(scores)).view(-1, num_labels) if needs_table else None
+        grad = grad if grad.dim() == 2 else grad.reshape(-1, width)
+        return _whole_backward(scores, table, state, temperature, grad, grad_scores, None, probabilities)
     plan = plan_of(table.dtype, None, table.device)
     chunks, most = _chunks(scores, table, plan, 2, BACKWARD_BYTES)
     grad = grad.reshape(-1, width)
@@ -211,9 +237,12 @@ def _whole_backward(
     probabilities: Tensor | None,
 ) -> list[Tensor | None]:
     """`backward` in one chunk, whose products are of the table's dtype; with less Python."""
-    num_rows, g = len(grad), None
+    num_rows, num_labels, g = grad.shape[0], table.shape[0], None
     if grad_scores is not None:
-        g = grad_scores.view(num_rows, -1) if of_probabilities is None else of_probabilities
-        torch.mm(grad, table.T, out=g) if table.dtype == torch.float32 else multiply(grad, table.T, g)
+        g = of_probabilities
+        if g is None:
+            g = grad_scores if grad_scores.dim() == 2 else grad_scores.view(num_rows, num_labels)
+        is_one_product = table.dtype == torch.float32 or num_labels <= CPU_COLUMNS
+        torch.mm(grad, table.T, out=g) if is_one_product else multiply(grad, table.T, g)
     kernels.plain_softmax_backward(scores, 0, temperature, state, g, grad_scores, probabilities, num_rows)
     return [grad_scores, None if probabilities is None else torch.mm(probabilities.T, grad)]

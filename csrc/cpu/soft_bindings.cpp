@@ -227,6 +227,52 @@ void py_scatter(const TablesArguments& tables_args, const SelectionArguments& se
   (in_double ? scatter_labels<double> : scatter_labels<float>)(tables, selection, num_rows, rows, std::max(threads, 1));
 }
 
+// contiguous scores and their dtype, N rows from row `start` on, K, temperature, threads, and the addresses of all rows'
+// max and log_denom (0: not wanted): most of what a problem can have these have not
+struct PlainRows {
+  SoftProblem problem;
+  SoftFields fields;
+};
+PlainRows plain_of(int64_t scores, int64_t dtype, int64_t N, int64_t K, int64_t start, double temperature, int threads,
+                   int64_t max, int64_t log_denom) {
+  if (N < 0 || K < 1) throw py::value_error("there must be at least one label, got K=" + std::to_string(K));
+  if (dtype > 2) throw py::value_error("plain rows have no float64");
+  PlainRows rows;
+  SoftProblem& p = rows.problem;
+  p.scores.dtype = dtype_of(dtype);
+  p.scores.values = pointer(scores + start * K * size_of(p.scores.dtype));
+  p.scores.num_inner = std::max<int64_t>(N, 1), p.scores.stride_outer = 0;
+  p.scores.stride_inner = p.scores.width = p.K = K;
+  p.num_rows = N, p.first_row = start, p.temperature_value = temperature, p.threads = std::max(threads, 1);
+  if (max != 0) {
+    rows.fields.max = static_cast<float*>(pointer(max)) + start;
+    rows.fields.log_denom = static_cast<float*>(pointer(log_denom)) + start;
+  }
+  return rows;
+}
+
+void py_plain(int64_t scores, int64_t dtype, int64_t N, int64_t K, int64_t start, double temperature, int threads,
+              int64_t max, int64_t log_denom, int64_t probabilities, int64_t probabilities_dtype,
+              int64_t probabilities_stride) {
+  const PlainRows rows = plain_of(scores, dtype, N, K, start, temperature, threads, max, log_denom);
+  const Matrix out = matrix_of({probabilities, probabilities_dtype, probabilities_stride});
+  py::gil_scoped_release release;
+  soft_rows<float>(rows.problem, rows.fields, out);
+}
+
+// grad_probabilities of these rows and grad_scores of all, with their dtypes; the rows of each are contiguous
+void py_plain_backward(int64_t scores, int64_t dtype, int64_t N, int64_t K, int64_t start, double temperature,
+                       int threads, int64_t max, int64_t log_denom, int64_t grad_probabilities, int64_t grad_dtype,
+                       int64_t grad_scores, int64_t probabilities, int64_t probabilities_dtype) {
+  const PlainRows rows = plain_of(scores, dtype, N, K, start, temperature, threads, max, log_denom);
+  const Matrix grad = matrix_of({grad_probabilities, grad_dtype, K});
+  const int64_t offset = grad_scores == 0 ? 0 : start * K * size_of(rows.problem.scores.dtype);
+  const Matrix of_scores = matrix_of({grad_scores + offset, dtype, K});
+  const Matrix out = matrix_of({probabilities, probabilities_dtype, K});
+  py::gil_scoped_release release;
+  soft_backward<float>(rows.problem, rows.fields, grad, SoftUpstream{}, of_scores, nullptr, out);
+}
+
 // scores, table, their dtypes, N, K, D, temperature, threads, then max and log_denom (N numbers each, one after the
 // other; 0: not wanted)
 SmallLookup small_of(int64_t scores, int64_t table, int64_t scores_dtype, int64_t table_dtype, int64_t N, int64_t K,
@@ -269,6 +315,8 @@ void bind_soft_embedding(py::module_& m) {
   m.def("gather_labels", &py_gather);
   m.def("gather_products", &py_products);
   m.def("scatter_labels", &py_scatter);
+  m.def("plain_softmax", &py_plain);
+  m.def("plain_softmax_backward", &py_plain_backward);
   m.def("small_lookup", &py_small);
   m.def("small_lookup_backward", &py_small_backward);
 }

@@ -191,7 +191,8 @@ def test_every_instruction_set(instruction_set, scores_dtype, table_dtype):
 @pytest.mark.parametrize("num_labels", [5, 16, 33, 64])
 def test_short_rows_of_large_calls(taken, instruction_set, monkeypatch, num_labels, scores_dtype, table_dtype):
     """With row state, a library's products, and the gradient of the probabilities where that of the scores goes."""
-    monkeypatch.setattr(native_plain, "SMALL", 1 << 20)
+    for name in ("SMALL", "SMALL_BFLOAT16"):
+        monkeypatch.setattr(native_plain, name, 1 << 20)
     width = native_plain.SMALL // (9000 * num_labels) + 1
     scores = logits(9000, num_labels, dtype=scores_dtype, requires_grad=True)
     with torch.no_grad():

@@ -221,107 +221,112 @@ static void logarithms(double* d, int64_t n) {
 constexpr int64_t kShort = 64;
 
 // v = the row, padded to W
-template <int W, class C, class T>
-static AUXK_INLINE void load_short(const T* __restrict__ x, int64_t K, C padding, C* __restrict__ v) {
+template <int W, class T>
+static AUXK_INLINE void load_short_as(const T* __restrict__ x, int64_t K, float padding, float* __restrict__ v) {
   if (K == W) {
 #pragma omp simd
-    for (int i = 0; i < W; ++i) v[i] = static_cast<C>(widen(x[i]));
+    for (int i = 0; i < W; ++i) v[i] = static_cast<float>(widen(x[i]));
   } else {
-    for (int64_t i = 0; i < K; ++i) v[i] = static_cast<C>(widen(x[i]));
+    for (int64_t i = 0; i < K; ++i) v[i] = static_cast<float>(widen(x[i]));
     for (int64_t i = K; i < W; ++i) v[i] = padding;
   }
 }
-
-template <int W, class C>
-static AUXK_INLINE void store_short(const C* __restrict__ v, C factor, int64_t K, C* __restrict__ out) {
-  if (K == W) {
-#pragma omp simd
-    for (int i = 0; i < W; ++i) out[i] = v[i] * factor;
-  } else {
-    for (int64_t i = 0; i < K; ++i) out[i] = v[i] * factor;
-  }
+template <int W>
+static AUXK_INLINE void load_short(const Matrix& m, int64_t n, int64_t K, float padding, float* v) {
+  AUXK_DISPATCH(m.dtype, T, { load_short_as<W>(row_of<T>(m, n), K, padding, v); })
 }
 
-template <class C, class T, int W>
-static void softmax_short_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last) {
+// the row = factor v
+template <int W, class T>
+static AUXK_INLINE void store_short_as(const float* __restrict__ v, float factor, int64_t K, T* __restrict__ out) {
+  if (K == W) {
+#pragma omp simd
+    for (int i = 0; i < W; ++i) narrow(v[i] * factor, out[i]);
+  } else {
+    for (int64_t i = 0; i < K; ++i) narrow(v[i] * factor, out[i]);
+  }
+}
+template <int W>
+static AUXK_INLINE void store_short(const float* v, float factor, int64_t K, const Matrix& m, int64_t n) {
+  AUXK_DISPATCH(m.dtype, T, { store_short_as<W>(v, factor, K, row_of<T>(m, n)); })
+}
+
+template <int W>
+static void softmax_short_as(const SoftmaxRows<float>& rows, int64_t first, int64_t last) {
   const int K = static_cast<int>(rows.K);
   for (int64_t n = first; n < last; ++n) {
-    alignas(64) C v[W];
-    load_short<W, C, T>(row_of<T>(rows.scores, n), K, -std::numeric_limits<C>::infinity(), v);
-    C largest = -std::numeric_limits<C>::infinity();
+    alignas(64) float v[W];
+    load_short<W>(rows.scores, n, K, -std::numeric_limits<float>::infinity(), v);
+    float largest = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : largest)
     for (int i = 0; i < W; ++i) largest = v[i] > largest ? v[i] : largest;
-    const C m = finite_or_zero(largest), factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+    const float m = finite_or_zero(largest), factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
 #pragma omp simd
     for (int i = 0; i < W; ++i) {
-      const C e = exp_of((v[i] - m) * factor);
+      const float e = exp_of((v[i] - m) * factor);
       v[i] = i < K ? e : 0;
     }
-    const C denom = sum_in_pairs<W>(v);
+    const float denom = sum_in_pairs<W>(v);
     const bool is_empty = denom == 0;  // and otherwise as in softmax_rows_as
-    if (rows.max != nullptr) rows.max[n] = denom == denom ? largest : std::numeric_limits<C>::quiet_NaN();
-    if (rows.log_denom != nullptr) rows.log_denom[n] = is_empty ? C(1) : denom;
-    store_short<W>(v, is_empty ? C(0) : 1 / denom, K, row_of<C>(rows.probabilities, n));
+    if (rows.max != nullptr) rows.max[n] = denom == denom ? largest : std::numeric_limits<float>::quiet_NaN();
+    if (rows.log_denom != nullptr) rows.log_denom[n] = is_empty ? 1.0f : denom;
+    if (rows.probabilities.values != nullptr) store_short<W>(v, is_empty ? 0.0f : 1 / denom, K, rows.probabilities, n);
   }
   if (rows.log_denom != nullptr) logarithms(rows.log_denom + first, last - first);
 }
 
-template <class C, class T, int W>
-static void softmax_short_backward_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last) {
+template <int W>
+static void softmax_short_backward_as(const SoftmaxRows<float>& rows, int64_t first, int64_t last) {
   const int K = static_cast<int>(rows.K);
   const Matrix& out = rows.probabilities;
   for (int64_t n = first; n < last; ++n) {
-    const C largest = rows.max[n], log_denom = rows.log_denom[n];
-    const bool is_empty = largest == -std::numeric_limits<C>::infinity();
+    const float largest = rows.max[n], log_denom = rows.log_denom[n];
+    const bool is_empty = largest == -std::numeric_limits<float>::infinity();
     if (is_empty || largest != largest) {
-      const C value = is_empty ? C(0) : std::numeric_limits<C>::quiet_NaN();
+      const float value = is_empty ? 0.0f : std::numeric_limits<float>::quiet_NaN();
       fill_row(out, n, value, K);
       fill_row(rows.grad_scores, n, value, K);
       continue;
     }
-    alignas(64) C p[W], g[W];
-    load_short<W, C, T>(row_of<T>(rows.scores, n), K, C(0), p);
-    load_short<W, C, C>(row_of<C>(rows.grad_probabilities, n), K, C(0), g);
-    const C factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
-    alignas(64) C products[W];
+    alignas(64) float p[W], g[W];
+    load_short<W>(rows.scores, n, K, 0.0f, p);
+    load_short<W>(rows.grad_probabilities, n, K, 0.0f, g);
+    const float factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+    alignas(64) float products[W];
 #pragma omp simd
     for (int i = 0; i < W; ++i) {
-      const C e = exp_of((p[i] - largest) * factor - log_denom);
+      const float e = exp_of((p[i] - largest) * factor - log_denom);
       p[i] = i < K ? e : 0;
       products[i] = p[i] == 0 ? 0 : p[i] * g[i];
     }
-    const C mean = sum_in_pairs<W>(products);
-    const C slope = mean == mean ? factor : std::numeric_limits<C>::quiet_NaN();  // as in softmax_rows_backward_as
+    const float mean = sum_in_pairs<W>(products);
+    // as in softmax_rows_backward_as
+    const float slope = mean == mean ? factor : std::numeric_limits<float>::quiet_NaN();
 #pragma omp simd
     for (int i = 0; i < W; ++i) g[i] = p[i] == 0 ? 0 : p[i] * (g[i] - mean) * slope;
-    store_short<W>(g, C(1), K, row_of<C>(rows.grad_scores, n));
-    if (out.values != nullptr) store_short<W>(p, C(1), K, row_of<C>(out, n));
+    store_short<W>(g, 1.0f, K, rows.grad_scores, n);
+    if (out.values != nullptr) store_short<W>(p, 1.0f, K, out, n);
   }
 }
 
-template <class T>
-static void softmax_short(const SoftmaxRows<float>& rows, int64_t first, int64_t last, bool is_backward) {
+// Whether the rows are such: they are done then. In float64 there is no form of them.
+static bool are_short(const SoftmaxRows<float>& rows, int64_t first, int64_t last, bool is_backward) {
+  if (rows.K > kShort || (is_backward && rows.grad_scores.values == nullptr)) return false;
   const auto run = [&](auto forward, auto backward) { (is_backward ? backward : forward)(rows, first, last); };
   switch ((rows.K + 15) / 16) {
     case 1:
-      return run(softmax_short_as<float, T, 16>, softmax_short_backward_as<float, T, 16>);
+      run(softmax_short_as<16>, softmax_short_backward_as<16>);
+      return true;
     case 2:
-      return run(softmax_short_as<float, T, 32>, softmax_short_backward_as<float, T, 32>);
+      run(softmax_short_as<32>, softmax_short_backward_as<32>);
+      return true;
     case 3:
-      return run(softmax_short_as<float, T, 48>, softmax_short_backward_as<float, T, 48>);
+      run(softmax_short_as<48>, softmax_short_backward_as<48>);
+      return true;
     default:
-      return run(softmax_short_as<float, T, 64>, softmax_short_backward_as<float, T, 64>);
+      run(softmax_short_as<64>, softmax_short_backward_as<64>);
+      return true;
   }
-}
-
-// Whether the rows are such, and their results float32: they are done then. Of each other number type there is no form.
-static bool are_short(const SoftmaxRows<float>& rows, int64_t first, int64_t last, bool is_backward) {
-  const DType dtype = rows.scores.dtype;
-  if (rows.K > kShort || (dtype != DType::kFloat32 && dtype != DType::kBFloat16)) return false;
-  if (is_backward && !(is_own<float>(rows.grad_probabilities) && is_own<float>(rows.grad_scores))) return false;
-  if (!is_own<float>(rows.probabilities) && !(is_backward && rows.probabilities.values == nullptr)) return false;
-  (dtype == DType::kFloat32 ? softmax_short<float> : softmax_short<bfloat16>)(rows, first, last, is_backward);
-  return true;
 }
 static bool are_short(const SoftmaxRows<double>&, int64_t, int64_t, bool) { return false; }
 
