@@ -24,7 +24,7 @@ from . import native as kernels
 FORWARD_BYTES, BACKWARD_BYTES = chunked.CPU_BYTES, 16 << 20
 # multiplications and labels up to which one compiled call beats calls of a library's products, but for bfloat16 where
 # the processor multiplies it; forward, if the rows are enough for whole tiles and the second-level cache has the table
-SMALL, SMALL_FORWARD, SMALL_LABELS, SMALL_BFLOAT16 = 1 << 25, 1 << 28, 1 << 11, 1 << 22
+SMALL, SMALL_FORWARD, SMALL_LABELS, SMALL_BFLOAT16 = 1 << 24, 1 << 28, 1 << 11, 1 << 21
 SMALL_FORWARD_ROWS, SMALL_FORWARD_TABLE, SMALL_FORWARD_WIDTH = 32, 1 << 18, 512
 # with other vectors than those of AVX-512 a library's products are ahead of ours sooner
 SMALL_OTHERWISE, SMALL_FORWARD_OTHERWISE = 1 << 22, 1 << 24
