@@ -136,37 +136,37 @@ static AUXK_INLINE C sum_in_pairs(const C* __restrict__ v) {
 }
 
 // The lanes of e = exp((x - m) factor - log_denom), and of what they add to the sum
-template <class C, class T, bool kDot>
-static AUXK_INLINE void exp_row_lanes(const T* __restrict__ x, C m, C factor, C log_denom, const C* __restrict__ g,
+template <class C, class T, class G, bool kDot>
+static AUXK_INLINE void exp_row_lanes(const T* __restrict__ x, C m, C factor, C log_denom, const G* __restrict__ g,
                                       C* __restrict__ e, C* __restrict__ sum) {
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
     const C p = exp_of((static_cast<C>(widen(x[l])) - m) * factor - log_denom);
     e[l] = p;
-    sum[l] += kDot ? (p == 0 ? 0 : p * g[l]) : p;
+    sum[l] += kDot ? (p == 0 ? 0 : p * static_cast<C>(widen(g[l]))) : p;
   }
 }
 
 // e = exp((x - m) factor - log_denom); returns the sum of e, or with kDot that of e g, where e = 0 counts nothing
-template <class C, class T, bool kDot>
-static double exp_row(const T* __restrict__ x, C m, C factor, C log_denom, const C* __restrict__ g, int64_t n,
+template <class C, class T, class G, bool kDot>
+static double exp_row(const T* __restrict__ x, C m, C factor, C log_denom, const G* __restrict__ g, int64_t n,
                       C* __restrict__ e, const char* next_x, const char* next_g) {
   double total = 0;
   for (int64_t start = 0; start < n; start += kStep) {
     const int64_t end = start + kStep < n ? start + kStep : n;
     if (next_x != nullptr) prefetch_range(next_x, start * sizeof(T), end * sizeof(T));
-    if (next_g != nullptr) prefetch_range(next_g, start * sizeof(C), end * sizeof(C));
+    if (next_g != nullptr) prefetch_range(next_g, start * sizeof(G), end * sizeof(G));
     alignas(64) C sum[kLanes] = {};
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes)
-      exp_row_lanes<C, T, kDot>(x + i, m, factor, log_denom, kDot ? g + i : nullptr, e + i, sum);
+      exp_row_lanes<C, T, G, kDot>(x + i, m, factor, log_denom, kDot ? g + i : nullptr, e + i, sum);
     if (i < end) {
       alignas(64) C rest_x[kLanes], rest_g[kLanes], rest_e[kLanes];
       for (int64_t l = 0; l < kLanes; ++l) {
         rest_x[l] = i + l < end ? static_cast<C>(widen(x[i + l])) : -std::numeric_limits<C>::infinity();
-        if (kDot) rest_g[l] = i + l < end ? g[i + l] : 0;
+        if (kDot) rest_g[l] = i + l < end ? static_cast<C>(widen(g[i + l])) : 0;
       }
-      exp_row_lanes<C, C, kDot>(rest_x, m, factor, log_denom, rest_g, rest_e, sum);
+      exp_row_lanes<C, C, C, kDot>(rest_x, m, factor, log_denom, rest_g, rest_e, sum);
       for (int64_t l = 0; i + l < end; ++l) e[i + l] = rest_e[l];
     }
     total += static_cast<double>(sum_of_lanes(sum));
@@ -181,15 +181,26 @@ static AUXK_INLINE void store_row(const C* __restrict__ e, C factor, const Matri
 }
 
 // row n of m = factor p (g - mean), 0 where p is; it may be g
-template <class C, class T>
-static void store_centered_as(const C* __restrict__ p, const C* g, C mean, C factor, int64_t K, T* out) {
+template <class C, class G, class T>
+static void store_centered_as(const C* __restrict__ p, const G* g, C mean, C factor, int64_t K, T* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < K; ++i) narrow(p[i] == 0 ? 0 : p[i] * (g[i] - mean) * factor, out[i]);
+  for (int64_t i = 0; i < K; ++i) narrow(p[i] == 0 ? 0 : p[i] * (static_cast<C>(widen(g[i])) - mean) * factor, out[i]);
 }
-template <class C>
-static AUXK_INLINE void store_centered(const C* p, const C* g, C mean, C factor, const Matrix& m, int64_t n,
+template <class C, class G>
+static AUXK_INLINE void store_centered(const C* p, const G* g, C mean, C factor, const Matrix& m, int64_t n,
                                        int64_t K) {
   AUXK_DISPATCH(m.dtype, T, { store_centered_as(p, g, mean, factor, K, row_of<T>(m, n)); })
+}
+
+// the same, and a row of p
+template <class C, class G, class T>
+static void store_centered_and_p_as(const C* __restrict__ p, const G* g, C mean, C factor, int64_t K, T* out,
+                                    T* __restrict__ out_p) {
+#pragma omp simd
+  for (int64_t i = 0; i < K; ++i) {
+    narrow(p[i] == 0 ? 0 : p[i] * (static_cast<C>(widen(g[i])) - mean) * factor, out[i]);
+    narrow(p[i], out_p[i]);
+  }
 }
 
 template <class C>
@@ -340,7 +351,7 @@ static void softmax_rows_as(const SoftmaxRows<C>& rows, int64_t first, int64_t l
     const C largest = largest_of<C>(x, K), factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
     const C* none = nullptr;
     const char* next = row_after(rows.scores, n, rows.num_rows, K);
-    const double denom = exp_row<C, T, false>(x, finite_or_zero(largest), factor, C(0), none, K, e, next, nullptr);
+    const double denom = exp_row<C, T, C, false>(x, finite_or_zero(largest), factor, C(0), none, K, e, next, nullptr);
     // the largest gives 1, so that only a row of -inf sums to 0; a NaN among the scores, or +inf, is one in the sum
     const bool is_empty = denom == 0;
     if (rows.max != nullptr) rows.max[n] = denom == denom ? largest : std::numeric_limits<C>::quiet_NaN();
@@ -361,6 +372,28 @@ static void softmax_rows(const SoftmaxRows<C>& rows, int64_t first, int64_t last
   AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_as<C, T>(rows, first, last, scratch); })
 }
 
+// Row n, from its scores x and the gradient g of its probabilities; p: where these go, or room for them
+template <class C, class T, class G>
+static AUXK_INLINE void softmax_row_backward(const SoftmaxRows<C>& rows, int64_t n, const T* x, const G* g, C* p) {
+  const int64_t K = rows.K;
+  const Matrix &out = rows.probabilities, &grad = rows.grad_scores;
+  const C factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+  const char* next = row_after(rows.scores, n, rows.num_rows, K);
+  const char* next_g = row_after(rows.grad_probabilities, n, rows.num_rows, K);
+  const double mean = exp_row<C, T, G, true>(x, rows.max[n], factor, rows.log_denom[n], g, K, p, next, next_g);
+  // a NaN is one in every number, or rounding to 16 bits might lose it
+  const C slope = mean == mean ? factor : std::numeric_limits<C>::quiet_NaN();
+  const bool stores_p = out.values != nullptr && !is_own<C>(out);
+  if (stores_p && out.dtype == grad.dtype) {
+    AUXK_DISPATCH(out.dtype, O, {
+      store_centered_and_p_as(p, g, static_cast<C>(mean), slope, K, row_of<O>(grad, n), row_of<O>(out, n));
+    })
+    return;
+  }
+  store_centered(p, g, static_cast<C>(mean), slope, grad, n, K);
+  if (stores_p) store_row(p, C(1), out, n, K);
+}
+
 template <class C, class T>
 static void softmax_rows_backward_as(const SoftmaxRows<C>& rows, int64_t first, int64_t last, C* scratch) {
   const int64_t K = rows.K;
@@ -375,24 +408,21 @@ static void softmax_rows_backward_as(const SoftmaxRows<C>& rows, int64_t first, 
       continue;
     }
     const T* x = row_of<T>(rows.scores, n);
-    const C factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
     C* p = is_own<C>(out) ? row_of<C>(out, n) : scratch;
-    const C* g = is_own<C>(grad) ? row_of<C>(grad, n) : scratch == nullptr ? nullptr : scratch + K;
-    const char* next = row_after(rows.scores, n, rows.num_rows, K);
-    const char* next_g = is_own<C>(grad) ? row_after(grad, n, rows.num_rows, K) : nullptr;
     if (rows.grad_scores.values == nullptr) {
-      exp_row<C, T, false>(x, largest, factor, log_denom, g, K, p, next, next_g);
+      const C factor = rows.factors == nullptr ? rows.factor : rows.factors[n];
+      const char* next = row_after(rows.scores, n, rows.num_rows, K);
+      exp_row<C, T, C, false>(x, largest, factor, log_denom, nullptr, K, p, next, nullptr);
+      if (out.values != nullptr && !is_own<C>(out)) store_row(p, C(1), out, n, K);
+    } else if (grad.dtype == rows.scores.dtype) {
+      softmax_row_backward(rows, n, x, row_of<T>(grad, n), p);
+    } else if (is_own<C>(grad)) {
+      softmax_row_backward(rows, n, x, row_of<C>(grad, n), p);
     } else {
-      if (!is_own<C>(grad)) {
-        const char* place = static_cast<const char*>(grad.values) + n * grad.stride * size_of(grad.dtype);
-        load<C>({place, grad.dtype, C(1), C(0)}, K, scratch + K);
-      }
-      const double mean = exp_row<C, T, true>(x, largest, factor, log_denom, g, K, p, next, next_g);
-      // a NaN is one in every number, or rounding to 16 bits might lose it
-      const C slope = mean == mean ? factor : std::numeric_limits<C>::quiet_NaN();
-      store_centered(p, g, static_cast<C>(mean), slope, rows.grad_scores, n, K);
+      const char* place = static_cast<const char*>(grad.values) + n * grad.stride * size_of(grad.dtype);
+      load<C>({place, grad.dtype, C(1), C(0)}, K, scratch + K);
+      softmax_row_backward(rows, n, x, scratch + K, p);
     }
-    if (out.values != nullptr && !is_own<C>(out)) store_row(p, C(1), out, n, K);
   }
 }
 
