@@ -138,7 +138,7 @@ def small_forward(scores: Tensor, table: Tensor, temperature: float) -> Tensor |
     if not _is_small(num_products, table):
         return None
     mixture = _new_mixture(scores, table, width)
-    if num_products > SMALL_BFLOAT16:
+    if num_products >= memory.LARGE // 4:  # a mixture has no more numbers than there are products
         mixture = _in_large_memory(mixture)
     kernels.small_lookup(scores, table, temperature, None, mixture)
     return mixture

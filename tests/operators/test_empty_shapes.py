@@ -128,6 +128,9 @@ for (N, K, D), threads in itertools.product(EMPTY, (0, 1, 4)):
         grads = [torch.empty_like(scores), torch.empty_like(table)]
         small = (scores.data_ptr(), table.data_ptr(), *[DTYPE_CODES[dtype]] * 2, N, K, D, 0.5, threads)
         attempt(cpu().small_lookup, *small, state.data_ptr(), mixture.data_ptr())
+        rows_of_all = scores, 0, 0.5, state
+        attempt(kernels.plain_softmax, *rows_of_all, grads[0])
+        attempt(kernels.plain_softmax_backward, *rows_of_all, scores.clone(), grads[0], scores.clone(), N)
         addresses = (mixture.data_ptr(), *(grad.data_ptr() for grad in grads))
         attempt(cpu().small_lookup_backward, *small, *addresses)
     of_loss, value = cross_entropy.cpu().small_loss, torch.zeros(())

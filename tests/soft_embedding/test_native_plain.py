@@ -75,6 +75,29 @@ def test_dtypes_mix(taken, monkeypatch, shape, scores_dtype, table_dtype):
     check_lookup(got, scores, table, 0.7, upstream)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 35, 96, 40), (3, 100, 1024, 24)], ids=str)
+def test_one_chunk_by_a_librarys_products(taken, monkeypatch, shape, dtype):
+    """Whatever this processor multiplies; and each gradient alone has the same bits."""
+    monkeypatch.setattr(native_plain, "has_bfloat16", lambda: True)
+    for name in ("SMALL", "SMALL_FORWARD", "SMALL_BFLOAT16"):
+        monkeypatch.setattr(native_plain, name, 0)
+    *leading, num_labels, width = shape
+    scores = logits(*leading, num_labels, dtype=dtype, requires_grad=True)
+    table = logits(num_labels, width, dtype=dtype, requires_grad=True)
+    upstream = logits(*leading, width, dtype=dtype)
+    assert native_plain._is_whole(scores, table, 2 * scores.nbytes, native_plain.FORWARD_BYTES)
+    mixture = soft_embedding(scores, table, temperature=0.7)
+    got = (mixture, *grad(mixture, (scores, table), upstream))
+    check_lookup(got, scores, table, 0.7, upstream)
+    for i, leaf in enumerate((scores, table)):
+        alone = [t.detach() for t in (scores, table)]
+        alone[i] = leaf
+        (of_leaf,) = grad(soft_embedding(*alone, temperature=0.7), leaf, upstream)
+        assert torch.equal(of_leaf, got[1 + i])
+    assert len(taken) == 3
+
+
 @pytest.mark.parametrize("shape", [(6, 5, 4), (70, 1025, 40), (300, 8192, 9)], ids=str)
 def test_rows_without_a_finite_score(taken, shape):
     """All -inf: zeros and no gradient. A NaN or +inf makes its own row NaN and no other."""
@@ -324,6 +347,8 @@ def test_the_compiled_functions_refuse_sizes_of_nothing():
 def test_the_compiled_functions_have_no_float64():
     with pytest.raises(ValueError, match="float64"):
         cpu().small_lookup(0, 0, 3, 0, 1, 1, 1, 1.0, 1, 0, 0)
+    with pytest.raises(ValueError, match="float64"):
+        cpu().plain_softmax(0, 3, 1, 1, 0, 1.0, 1, 0, 0, 0, 0, 1)
 
 
 def test_backward_under_autocast_and_create_graph():
