@@ -7,7 +7,7 @@ checked by the operator (chunked.py), which works on chunks of rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -44,44 +44,6 @@ def _matrix(tensor: Tensor | None) -> tuple[int, int, int]:
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride(0)  # MatrixSlot
 
 
-def _leading(
-    scores: int,
-    dtype: torch.dtype,
-    row_stride: int,
-    shape: Sequence[int],
-    first_row: int,
-    temperature: float,
-    *,
-    temperature_pointer: int = 0,
-    temperature_stride: int = 0,
-    gumbel: float = 0.0,
-    seed: int = 0,
-    mask: int = 0,
-    mask_stride: int = 0,
-    is_double: bool = False,
-) -> tuple[tuple[int, ...], tuple[float, float]]:
-    """The leading arguments of a compiled function, of rows at the address `scores`; those by name may be left out."""
-    return (
-        (  # SoftProblemSlot
-            scores,
-            DTYPE_CODES[dtype],
-            max(shape[0], 1),
-            0,
-            row_stride,
-            *shape,
-            first_row,
-            temperature_pointer,
-            temperature_stride,
-            seed,
-            mask,
-            mask_stride,
-            torch.get_num_threads(),
-            is_double,
-        ),
-        (temperature, gumbel),  # SoftProblemNumber
-    )
-
-
 class _Problem:
     """The leading arguments of a compiled function, and the tensors that must outlive it."""
 
@@ -98,20 +60,25 @@ class _Problem:
         if mask is not None:
             mask = self.contiguous(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
             mask_stride = mask.stride(0) if mask.dim() == 2 else 0
-        self.leading = _leading(
-            scores.data_ptr(),
-            scores.dtype,
-            scores.stride(0),
-            scores.shape,
-            rows.first_row,
-            temperature_value,
-            temperature_pointer=temperature_pointer,
-            temperature_stride=temperature_stride,
-            gumbel=0.0 if rows.gumbel is None else float(rows.gumbel),
-            seed=0 if rows.seed is None else int(rows.seed),
-            mask=_address(mask),
-            mask_stride=mask_stride,
-            is_double=rows.compute == torch.float64,
+        self.leading = (
+            (  # SoftProblemSlot
+                scores.data_ptr(),
+                DTYPE_CODES[scores.dtype],
+                max(scores.shape[0], 1),
+                0,
+                scores.stride(0),
+                *scores.shape,
+                rows.first_row,
+                temperature_pointer,
+                temperature_stride,
+                0 if rows.seed is None else int(rows.seed),
+                _address(mask),
+                mask_stride,
+                torch.get_num_threads(),
+                rows.compute == torch.float64,
+            ),
+            # SoftProblemNumber
+            (temperature_value, 0.0 if rows.gumbel is None else float(rows.gumbel)),
         )
 
     def contiguous(self, tensor: Tensor) -> Tensor:
