@@ -372,7 +372,8 @@ static void softmax_rows(const SoftmaxRows<C>& rows, int64_t first, int64_t last
   AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_as<C, T>(rows, first, last, scratch); })
 }
 
-// Row n, from its scores x and the gradient g of its probabilities; p: where these go, or room for them
+// Row n, from its scores x and the gradient g of its probabilities; p: where these go, or room for them. What saves a pass
+// over mixed dtypes is for float alone: every combination is code of its own.
 template <class C, class T, class G>
 static AUXK_INLINE void softmax_row_backward(const SoftmaxRows<C>& rows, int64_t n, const T* x, const G* g, C* p) {
   const int64_t K = rows.K;
@@ -384,11 +385,13 @@ static AUXK_INLINE void softmax_row_backward(const SoftmaxRows<C>& rows, int64_t
   // a NaN is one in every number, or rounding to 16 bits might lose it
   const C slope = mean == mean ? factor : std::numeric_limits<C>::quiet_NaN();
   const bool stores_p = out.values != nullptr && !is_own<C>(out);
-  if (stores_p && out.dtype == grad.dtype) {
-    AUXK_DISPATCH(out.dtype, O, {
-      store_centered_and_p_as(p, g, static_cast<C>(mean), slope, K, row_of<O>(grad, n), row_of<O>(out, n));
-    })
-    return;
+  if constexpr (sizeof(C) == 4) {
+    if (stores_p && out.dtype == grad.dtype) {
+      AUXK_DISPATCH(out.dtype, O, {
+        store_centered_and_p_as(p, g, static_cast<C>(mean), slope, K, row_of<O>(grad, n), row_of<O>(out, n));
+      })
+      return;
+    }
   }
   store_centered(p, g, static_cast<C>(mean), slope, grad, n, K);
   if (stores_p) store_row(p, C(1), out, n, K);
@@ -414,15 +417,22 @@ static void softmax_rows_backward_as(const SoftmaxRows<C>& rows, int64_t first, 
       const char* next = row_after(rows.scores, n, rows.num_rows, K);
       exp_row<C, T, C, false>(x, largest, factor, log_denom, nullptr, K, p, next, nullptr);
       if (out.values != nullptr && !is_own<C>(out)) store_row(p, C(1), out, n, K);
-    } else if (grad.dtype == rows.scores.dtype) {
-      softmax_row_backward(rows, n, x, row_of<T>(grad, n), p);
-    } else if (is_own<C>(grad)) {
-      softmax_row_backward(rows, n, x, row_of<C>(grad, n), p);
+      continue;
+    }
+    if constexpr (sizeof(C) == 4 && sizeof(T) == 2) {
+      if (grad.dtype == rows.scores.dtype) {
+        softmax_row_backward(rows, n, x, row_of<T>(grad, n), p);
+        continue;
+      }
+    }
+    const C* g = scratch + K;
+    if (is_own<C>(grad)) {
+      g = row_of<C>(grad, n);
     } else {
       const char* place = static_cast<const char*>(grad.values) + n * grad.stride * size_of(grad.dtype);
       load<C>({place, grad.dtype, C(1), C(0)}, K, scratch + K);
-      softmax_row_backward(rows, n, x, scratch + K, p);
     }
+    softmax_row_backward(rows, n, x, g, p);
   }
 }
 
