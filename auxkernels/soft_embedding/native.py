@@ -30,7 +30,7 @@ def cpu() -> ModuleType:
 
 @functools.cache
 def has_avx512() -> bool:
-    return cpu().instruction_set() == "avx512"
+    return cpu().instruction_set().startswith("avx512")
 
 
 def _address(tensor: Tensor | None) -> int:

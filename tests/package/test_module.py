@@ -66,16 +66,18 @@ def test_the_module_works_on_a_lesser_processor(processor, names):
 
 
 # what a function's code needs, least first
-LEVELS = ["baseline", "avx2", "avx512"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 OF_AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 
 
 def level_of(instruction):
     """The instruction set of a line that objdump prints, as far as its operation and registers tell."""
+    name = instruction.split()[0]
+    if name.endswith("bf16"):
+        return "avx512bf16"
     if OF_AVX512.search(instruction):
         return "avx512"
-    name = instruction.split()[0]
     return "avx2" if name.startswith("v") and name not in ("verr", "verw") else "baseline"
 
 
@@ -102,4 +104,4 @@ def test_no_function_has_instructions_beyond_those_of_its_namespace():
         for level in levels:
             names_at[level].add(function)
     # and the comparison has seen something: in a build for one instruction set alone there would be nothing to find
-    assert len(names_at["avx512"]) > 50 and len(names_at["avx2"]) > 100 and len(names_at["baseline"]) > 500
+    assert names_at["avx512bf16"] and len(names_at["avx512"]) > 50 and len(names_at["avx2"]) > 100 and len(names_at["baseline"]) > 500

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "philox.h"
 
@@ -18,22 +19,26 @@
 
 #define AUXK_BODY "block_ops.inl"
 #include "instruction_sets.inl"
+#if AUXK_MULTIVERSION
+#include "avx512bf16.inl"
+#endif
 
 namespace auxk {
 
 namespace {
 
 struct Available {
-  const InstructionSet* sets[3];
+  const InstructionSet* sets[4];
   int count = 0;
 
   Available() {
 #if AUXK_MULTIVERSION
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      sets[count++] = &avx512::instruction_set;
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) sets[count++] = &avx512bf16::instruction_set;
+    if (has_avx512) sets[count++] = &avx512::instruction_set;
     if (has_avx2) sets[count++] = &avx2::instruction_set;
 #endif
     sets[count++] = &baseline::instruction_set;

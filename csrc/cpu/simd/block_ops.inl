@@ -213,33 +213,38 @@ static C exp_sum(C* __restrict__ s, C m, int64_t n, const Ahead& first, const Ah
 
 // -- stores ---------------------------------------------------------------------------------------
 
+constexpr int64_t kLine = 64;  // bytes
+
 // A gradient is written once and read much later: past the caches it costs one transfer instead of two (no line is read
-// before it is overwritten). Whole lines only; the ragged ends go the ordinary way.
-static void copy_past_cache(void* out, const void* from, int64_t bytes) {
-  char* o = static_cast<char*>(out);
-  const char* f = static_cast<const char*>(from);
-#if defined(__SSE2__)
-  const int64_t to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(o) & 63);
-  const int64_t head = to_line < bytes ? to_line : bytes;
-  std::memcpy(o, f, static_cast<size_t>(head));
-  int64_t i = head;
-  for (; i + 64 <= bytes; i += 64) {
-#if AUXK_VECTOR_BITS == 512
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(o + i), _mm512_loadu_si512(f + i));
+// before it is overwritten). Whole lines only, `out` at the begin of one; ragged ends go the ordinary way.
+static AUXK_INLINE void stream_line(char* out, const char* from) {
+#if !defined(__SSE2__)
+  std::memcpy(out, from, kLine);
+#elif AUXK_VECTOR_BITS == 512
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(from));
 #elif AUXK_VECTOR_BITS == 256
-    for (int64_t j = 0; j < 64; j += 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(o + i + j),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f + i + j)));
+  for (int64_t j = 0; j < kLine; j += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + j),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j)));
 #else
-    for (int64_t j = 0; j < 64; j += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(o + i + j),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(f + i + j)));
+  for (int64_t j = 0; j < kLine; j += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
 #endif
-  }
-  std::memcpy(o + i, f + i, static_cast<size_t>(bytes - i));
-#else
-  std::memcpy(o, f, static_cast<size_t>(bytes));
-#endif
+}
+
+// how many of n elements lie before the first whole line
+template <class T>
+static AUXK_INLINE int64_t before_line(const T* out, int64_t n) {
+  return std::min(n, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / int64_t{sizeof(T)});
+}
+
+template <class T>
+static void copy_past_cache(T* out, const T* from, int64_t n) {
+  int64_t i = before_line(out, n);
+  std::memcpy(out, from, static_cast<size_t>(i) * sizeof(T));
+  for (; i + kLine / int64_t{sizeof(T)} <= n; i += kLine / int64_t{sizeof(T)})
+    stream_line(reinterpret_cast<char*>(out + i), reinterpret_cast<const char*>(from + i));
+  std::memcpy(out + i, from + i, static_cast<size_t>(n - i) * sizeof(T));
 }
 
 template <class C, class T>
@@ -265,15 +270,35 @@ static void scale_into(const C* __restrict__ e, C factor, C S, const C* __restri
   }
 }
 
+// The same past the caches. What is stored as it was computed goes there line by line from registers.
+template <class C, class T>
+static void scale_past_cache(const C* e, C factor, C S, const C* w, int64_t n, T* out) {
+  if constexpr (std::is_same<C, T>::value) {
+    if (w == nullptr) {
+      constexpr int64_t kAtOnce = kLine / int64_t{sizeof(T)};
+      int64_t i = before_line(out, n);
+      scale_into(e, factor, S, w, i, out);
+      for (; i + kAtOnce <= n; i += kAtOnce) {
+        alignas(64) T line[kAtOnce];
+#pragma omp simd
+        for (int64_t j = 0; j < kAtOnce; ++j) line[j] = e[i + j] * factor + S;
+        stream_line(reinterpret_cast<char*>(out + i), reinterpret_cast<const char*>(line));
+      }
+      return scale_into(e + i, factor, S, w, n - i, out + i);
+    }
+  }
+  alignas(64) T staged[kBlock];
+  scale_into(e, factor, S, w, n, staged);
+  copy_past_cache(out, staged, n);
+}
+
 template <class C>
 static void store_scaled(const C* e, C factor, C S, const C* w, int64_t n, int64_t y, C y_value, DType dtype, void* out,
                          bool stream) {
   AUXK_DISPATCH(dtype, T, {
-    alignas(64) T staged[kBlock];
-    T* place = stream ? staged : static_cast<T*>(out);
-    scale_into(e, factor, S, w, n, place);
+    T* place = static_cast<T*>(out);
+    stream ? scale_past_cache(e, factor, S, w, n, place) : scale_into(e, factor, S, w, n, place);
     if (y >= 0 && y < n) narrow(y_value, place[y]);
-    if (stream) copy_past_cache(out, staged, n * static_cast<int64_t>(sizeof(T)));
   })
 }
 
@@ -304,7 +329,7 @@ static C finish_as(const SourceBlock<C>& source, const C* __restrict__ ds, int64
     }
     narrow(slope * ds[i], place[i]);
   }
-  if (stream) copy_past_cache(out, staged, n * static_cast<int64_t>(sizeof(T)));
+  if (stream) copy_past_cache(out, staged, n);
   return dscale;
 }
 

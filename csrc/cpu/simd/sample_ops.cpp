@@ -39,7 +39,7 @@ namespace {
 const SampleTable& current_table() {
   const char* name = current_instruction_set().name;
 #if AUXK_MULTIVERSION
-  if (std::strcmp(name, "avx512") == 0) return avx512::sample_table;
+  if (std::strncmp(name, "avx512", 6) == 0) return avx512::sample_table;
   if (std::strcmp(name, "avx2") == 0) return avx2::sample_table;
 #endif
   (void)name;

@@ -10,7 +10,7 @@ from oracle import Case, check, expected
 
 from auxkernels import Logits, logit_stats
 
-NAMES = ("baseline", "avx2", "avx512")
+NAMES = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
 class Cpu:
