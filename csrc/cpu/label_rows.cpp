@@ -46,8 +46,8 @@ void gather_labels(const Tables& t, const Selection& s, int64_t num_rows, const 
         is_empty = false;
       }
       if (is_empty) std::fill(sum, sum + size, C(0));
-      void* place = const_cast<void*>(row_block<C>(t, rows, table, n, first, C(1)).values);
-      ops.store_scaled(sum, C(1), C(0), nullptr, size, -1, C(0), rows.dtype, place, stream);
+      const SourceBlock<C> place = row_block<C>(t, rows, table, n, first, C(1));
+      ops.finish(place, sum, size, false, const_cast<void*>(place.values), stream);
     });
   });
 }

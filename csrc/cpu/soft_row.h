@@ -160,7 +160,7 @@ class SoftKernel {
   // row n of m, from `first` on, = factor * x
   void store(const Matrix& m, int64_t n, int64_t first, int64_t size, const C* x, C factor) const {
     char* place = row_of<C>(m, n) + first * size_of(m.dtype);
-    ops.store_scaled(x, factor, C(0), nullptr, size, -1, C(0), m.dtype, place, false);
+    ops.finish({place, m.dtype, factor, C(0)}, x, size, false, place, false);
   }
 
   void store_fields(const SoftFields& fields, int64_t n, double max, double log_denom, double entropy, double max_prob,

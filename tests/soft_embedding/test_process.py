@@ -14,12 +14,14 @@ from soft_oracle import F32, F64, FLOATS, Case, check
 from tolerance import assert_alike
 
 from auxkernels import soft_embedding
+from auxkernels.soft_embedding import native as kernels
 from auxkernels.soft_embedding.segments import segments_to_tokens
 
 COMMON = """
 import os, time, zlib
 import torch
 from auxkernels import soft_embedding
+from auxkernels.soft_embedding import native as kernels
 from auxkernels.soft_embedding.segments import segments_to_tokens
 BACKEND = {backend!r}
 NOISY = dict(gumbel=1.0, seed=3, hard=True)
@@ -281,7 +283,7 @@ def test_hundreds_of_calls_leave_nothing_behind(native):
 # -- instruction sets --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])
 def instruction_set(request, native):
     """One instruction set, and the best one again afterwards."""
     if request.param not in native.instruction_sets():
@@ -323,6 +325,17 @@ def test_every_instruction_set_finds_ties_nan_and_rows_without_a_label(instructi
         order = torch.sort(scores[5:], dim=-1, descending=True, stable=True).indices[:, :4]
         kept = torch.zeros(3, K, dtype=torch.bool).scatter_(1, order, True)
         assert torch.equal(found["out"][5:] > 0, kept)
+
+
+@pytest.mark.parametrize("num_rows", [4, 1100])  # of which many go past the caches
+def test_gathered_rows_keep_the_sign_of_zero_and_a_nan_of_any_bits(instruction_set, num_rows):
+    table = torch.full((1, 3, 1001), -0.0)
+    table[0, 1] = torch.tensor(-1, dtype=torch.int32).view(F32)  # what a rounding to bfloat16 would carry over
+    labels = torch.arange(num_rows).remainder(2).view(-1, 1)
+    for dtype in (F32, torch.bfloat16, torch.float16):
+        out = torch.empty(1, num_rows, 1001, dtype=dtype)
+        kernels.gather(table, labels, None, out, False)
+        assert (out[0, 0::2] == 0).all() and out[0, 0::2].signbit().all() and out[0, 1::2].isnan().all()
 
 
 # -- few long rows -----------------------------------------------------------------------------------------------------

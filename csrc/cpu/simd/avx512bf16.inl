@@ -1,5 +1,5 @@
-// AVX-512 where the processor rounds to bfloat16 by an instruction. Only what spends its time on that has a form of its own:
-// the gradient of a loss.
+// AVX-512 where the processor rounds to bfloat16 by an instruction. Only the gradient of a loss spends its time on that, and
+// has a form of its own. The instruction flushes subnormals, as FlushSubnormals does for all who call this.
 
 namespace auxk {
 namespace avx512bf16 {
@@ -9,12 +9,12 @@ namespace avx512bf16 {
 // out = e * factor + S, past the caches or not
 AUXK_TARGET static void scale_into(const float* e, float factor, float S, int64_t n, bfloat16* out, bool stream) {
   constexpr int64_t kAtOnce = 32;
-  const __m512 factors = _mm512_set1_ps(factor), S_ = _mm512_set1_ps(S);
+  const __m512 factors = _mm512_set1_ps(factor), added = _mm512_set1_ps(S == 0 ? -0.0f : S);
   int64_t i = stream ? avx512::before_line(out, n) : 0;
   avx512::scale_into<float, bfloat16>(e, factor, S, nullptr, i, out);
   for (; i + kAtOnce <= n; i += kAtOnce) {
-    const __m512 low = _mm512_fmadd_ps(_mm512_loadu_ps(e + i), factors, S_);
-    const __m512 high = _mm512_fmadd_ps(_mm512_loadu_ps(e + i + 16), factors, S_);
+    const __m512 low = _mm512_fmadd_ps(_mm512_loadu_ps(e + i), factors, added);
+    const __m512 high = _mm512_fmadd_ps(_mm512_loadu_ps(e + i + 16), factors, added);
     const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     stream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), line) : _mm512_storeu_si512(out + i, line);
   }

@@ -232,7 +232,7 @@ static AUXK_INLINE void stream_line(char* out, const char* from) {
 #endif
 }
 
-// how many of n elements lie before the first whole line
+// how many of n elements lie before the first whole line; `out` is a multiple of an element's size
 template <class T>
 static AUXK_INLINE int64_t before_line(const T* out, int64_t n) {
   return std::min(n, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / int64_t{sizeof(T)});
@@ -270,18 +270,19 @@ static void scale_into(const C* __restrict__ e, C factor, C S, const C* __restri
   }
 }
 
-// The same past the caches. What is stored as it was computed goes there line by line from registers.
+// The same past the caches. Without weights and a conversion, lines go there from registers.
 template <class C, class T>
 static void scale_past_cache(const C* e, C factor, C S, const C* w, int64_t n, T* out) {
   if constexpr (std::is_same<C, T>::value) {
     if (w == nullptr) {
       constexpr int64_t kAtOnce = kLine / int64_t{sizeof(T)};
+      const C added = S == 0 ? C(-0.0) : S;  // x + 0 would lose the sign of -0
       int64_t i = before_line(out, n);
       scale_into(e, factor, S, w, i, out);
       for (; i + kAtOnce <= n; i += kAtOnce) {
         alignas(64) T line[kAtOnce];
 #pragma omp simd
-        for (int64_t j = 0; j < kAtOnce; ++j) line[j] = e[i + j] * factor + S;
+        for (int64_t j = 0; j < kAtOnce; ++j) line[j] = e[i + j] * factor + added;
         stream_line(reinterpret_cast<char*>(out + i), reinterpret_cast<const char*>(line));
       }
       return scale_into(e + i, factor, S, w, n - i, out + i);

@@ -372,8 +372,8 @@ static void softmax_rows(const SoftmaxRows<C>& rows, int64_t first, int64_t last
   AUXK_DISPATCH(rows.scores.dtype, T, { softmax_rows_as<C, T>(rows, first, last, scratch); })
 }
 
-// Row n, from its scores x and the gradient g of its probabilities; p: where these go, or room for them. What saves a pass
-// over mixed dtypes is for float alone: every combination is code of its own.
+// Row n, from its scores x and the gradient g of its probabilities; p: where these go, or room for them. In double, results
+// and g of other dtypes take passes of their own: every combination without them is more code.
 template <class C, class T, class G>
 static AUXK_INLINE void softmax_row_backward(const SoftmaxRows<C>& rows, int64_t n, const T* x, const G* g, C* p) {
   const int64_t K = rows.K;

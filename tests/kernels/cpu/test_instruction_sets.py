@@ -8,7 +8,7 @@ from inputs import WIDTHS_SMALL, confident_row, logits, split_in_two, targets
 from nonfinite import OPTIONS, PATTERNS, TARGET, V, pattern, run, torch_result
 from oracle import Case, check, expected
 
-from auxkernels import Logits, logit_stats
+from auxkernels import Logits, aux_cross_entropy, logit_stats
 
 NAMES = ("baseline", "avx2", "avx512", "avx512bf16")
 
@@ -105,14 +105,43 @@ def test_ranks_count_what_is_greater_and_no_tie(instruction_set, vocab_size):
 def test_halves_are_rounded_to_nearest_even_through_the_whole_range(instruction_set):
     """Gradients of known size, at ties and near them, subnormal and overflowing, against torch's own conversion."""
     numbers = torch.cat([torch.arange(-300, 300) / 256.0 + 1, 2.0 ** torch.arange(-30.0, 18.0), torch.randn(2000)])
-    for dtype in (torch.bfloat16, torch.float16):
-        aux = torch.zeros(len(numbers), 2, dtype=dtype, requires_grad=True)
-        case = Case(
-            torch.zeros(len(numbers), 2), aux, torch.zeros(len(numbers), dtype=torch.int64), {"reduction": "none"}
-        )
+    rows = torch.arange(len(numbers))
+    target, other = rows % 3, 3 + rows % 128  # vectors of numbers, and what is left of them
+    for dtype, vocab_size in itertools.product((torch.bfloat16, torch.float16), (2, 131)):
+        columns = (target, other) if vocab_size > 2 else (rows * 0, rows * 0 + 1)
+        aux = torch.full((len(rows), vocab_size), -torch.inf, dtype=dtype)
+        for column in columns:
+            aux[rows, column] = 0
+        case = Case(torch.zeros(aux.shape), aux.requires_grad_(), columns[0], {"reduction": "none"})
         got = case.run("native", numbers)["aux[0]"]
-        want = torch.stack([-numbers / 2, numbers / 2], -1).to(dtype)  # p is exactly one half
+        want = torch.zeros(aux.shape, dtype=dtype)
+        for column, share in zip(columns, (-numbers / 2, numbers / 2), strict=True):  # p is exactly one half
+            want[rows, column] = share.to(dtype)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": True, "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_gradients_past_the_caches_have_the_bits_of_others(instruction_set, dtype, options):
+    """Those of 2 MiB and more go there by lines, in which rows of an odd width begin anywhere. Signs of zero count."""
+    vocab_size, few = 12289, 20
+    rows = 180 if dtype.itemsize == 2 else 90
+    values = logits(rows, vocab_size, dtype=dtype)
+    values[:, ::3] = 400  # with a negative scale: p = 0, and zeros that have a sign
+    target = torch.randint(vocab_size, (rows,))
+    target[:4] = torch.tensor([0, 1, 4095, vocab_size - 1])
+    given = {**options, "weight": torch.rand(vocab_size).to(dtype) + 0.5} if "weight" in options else options
+    grads = []
+    for n in (rows, few):
+        source = values[:n].clone().requires_grad_()
+        loss = aux_cross_entropy(
+            Logits(source, scale=-0.5), None, target[:n], reduction="none", backend="native", **given
+        )
+        (grad,) = torch.autograd.grad(loss[:few].sum(), source)
+        grads.append(grad[:few])
+    assert values.nbytes > 2 << 20 > few * vocab_size * dtype.itemsize
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(grads[0].view(bits), grads[1].view(bits))
 
 
 def test_an_unknown_instruction_set_is_a_value_error_and_changes_nothing(native):
