@@ -4,10 +4,9 @@
 namespace auxk {
 namespace avx512bf16 {
 
-#define AUXK_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
-
 // out = e * factor + S, past the caches or not
-AUXK_TARGET static void scale_into(const float* e, float factor, float S, int64_t n, bfloat16* out, bool stream) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))) static void scale_into(
+    const float* e, float factor, float S, int64_t n, bfloat16* out, bool stream) {
   constexpr int64_t kAtOnce = 32;
   const __m512 factors = _mm512_set1_ps(factor), added = _mm512_set1_ps(S == 0 ? -0.0f : S);
   int64_t i = stream ? avx512::before_line(out, n) : 0;
@@ -29,8 +28,6 @@ static void store_scaled(const float* e, float factor, float S, const float* w, 
   scale_into(e, factor, S, n, place, stream);
   if (y >= 0 && y < n) narrow(y_value, place[y]);
 }
-
-#undef AUXK_TARGET
 
 static constexpr BlockOps<float> table() {
   BlockOps<float> ops = avx512::table<float>();

@@ -216,7 +216,7 @@ static C exp_sum(C* __restrict__ s, C m, int64_t n, const Ahead& first, const Ah
 constexpr int64_t kLine = 64;  // bytes
 
 // A gradient is written once and read much later: past the caches it costs one transfer instead of two (no line is read
-// before it is overwritten). Whole lines only, `out` at the begin of one; ragged ends go the ordinary way.
+// before it is overwritten). Whole lines only, `out` at the start of one; ragged ends go the ordinary way.
 static AUXK_INLINE void stream_line(char* out, const char* from) {
 #if !defined(__SSE2__)
   std::memcpy(out, from, kLine);
@@ -232,7 +232,7 @@ static AUXK_INLINE void stream_line(char* out, const char* from) {
 #endif
 }
 
-// how many of n elements lie before the first whole line; `out` is a multiple of an element's size
+// how many of n elements lie before the first whole line; `out` lies at a multiple of an element's size
 template <class T>
 static AUXK_INLINE int64_t before_line(const T* out, int64_t n) {
   return std::min(n, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) & (kLine - 1)) / int64_t{sizeof(T)});
