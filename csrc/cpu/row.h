@@ -398,11 +398,12 @@ class Kernel {
     const double w_y = p.weight == nullptr ? 1 : (y >= 0 && y < size ? static_cast<double>(weights(k)[y]) : 0);
     const double p_y = std::exp(row.target_logit - row.max) / row.denom;
     const double at_y = g.target_term + p_y * g.A + static_cast<double>(g.row.S) * w_y;
+    const C* smoothing = g.row.S == 0 ? nullptr : weights(k);  // else only the target's is used
     for (const auto& [grad, source] : {std::make_pair(out.grad_base, &p.base), std::make_pair(out.grad_aux, &p.aux)}) {
       if (grad == nullptr) continue;
       const double scale = static_cast<double>(Kernel::scale(*source, n));
       ops.store_scaled(e, static_cast<C>(share * static_cast<double>(g.row.p_factor) * scale),
-                       static_cast<C>(static_cast<double>(g.row.S) * scale), weights(k), size, y,
+                       static_cast<C>(static_cast<double>(g.row.S) * scale), smoothing, size, y,
                        static_cast<C>(at_y * scale), source->dtype,
                        grad_row(grad, *source, n) + k * kBlock * size_of(source->dtype), stream(p.num_rows, *source));
       if (k + 1 == num_blocks) zero_tail(grad, *source, n);

@@ -99,8 +99,8 @@ struct BlockOps {
   int64_t (*first_nan)(const C* s, int64_t n);
   // sum_v w_v (s_v - m); w null: 1
   C (*weighted_sum)(const C* s, const C* w, C m, int64_t n);
-  // out = e * factor + S w, element `y` (if in the block) replaced by `y_value`; `stream`: past the caches. If an e may be
-  // NaN, so must be the factor
+  // out = e * factor + S w, element `y` (if in the block) replaced by `y_value`; `stream`: past the caches. Where an
+  // e is NaN, the factor must be too
   void (*store_scaled)(const C* e, C factor, C S, const C* w, int64_t n, int64_t y, C y_value, DType, void* out,
                        bool stream);
   // ds, and the base's own ds_b = ds + D p + Q_b q, of the backward form, without the terms at v = y

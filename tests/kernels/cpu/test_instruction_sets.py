@@ -102,27 +102,46 @@ def test_ranks_count_what_is_greater_and_no_tie(instruction_set, vocab_size):
         assert not logit_stats(*sources, target, backend="native").target_rank.any()
 
 
+HALVES = torch.cat([torch.arange(-300, 300) / 256.0 + 1, 2.0 ** torch.arange(-30.0, 18.0), torch.arange(1, 2001) / 700])
+
+
 def test_halves_are_rounded_to_nearest_even_through_the_whole_range(instruction_set):
     """Gradients of known size, at ties and near them, subnormal and overflowing, against torch's own conversion."""
-    numbers = torch.cat([torch.arange(-300, 300) / 256.0 + 1, 2.0 ** torch.arange(-30.0, 18.0), torch.randn(2000)])
-    rows = torch.arange(len(numbers))
-    target, other = rows % 3, 3 + rows % 128  # vectors of numbers, and what is left of them
-    for dtype, vocab_size in itertools.product((torch.bfloat16, torch.float16), (2, 131)):
-        columns = (target, other) if vocab_size > 2 else (rows * 0, rows * 0 + 1)
-        aux = torch.full((len(rows), vocab_size), -torch.inf, dtype=dtype)
-        for column in columns:
-            aux[rows, column] = 0
-        case = Case(torch.zeros(aux.shape), aux.requires_grad_(), columns[0], {"reduction": "none"})
+    numbers = torch.cat([HALVES, torch.randn(2000)])
+    for dtype in (torch.bfloat16, torch.float16):
+        aux = torch.zeros(len(numbers), 2, dtype=dtype, requires_grad=True)
+        case = Case(
+            torch.zeros(len(numbers), 2), aux, torch.zeros(len(numbers), dtype=torch.int64), {"reduction": "none"}
+        )
         got = case.run("native", numbers)["aux[0]"]
-        want = torch.zeros(aux.shape, dtype=dtype)
-        for column, share in zip(columns, (-numbers / 2, numbers / 2), strict=True):  # p is exactly one half
-            want[rows, column] = share.to(dtype)
+        want = torch.stack([-numbers / 2, numbers / 2], -1).to(dtype)  # p is exactly one half
         assert torch.equal(got, want)
+
+
+def test_whole_vectors_of_a_summed_loss_are_rounded_so_too(instruction_set):
+    """Class weights are the sizes here: of a loss that is summed, the pass that computes it makes the gradient."""
+    vocab_size = 131
+    numbers = torch.cat([HALVES[HALVES > 0], torch.rand(500)])
+    for part in numbers.split(vocab_size):
+        rows = torch.arange(len(part))
+        other = (rows * 7 + 1 + rows % 5) % vocab_size
+        other = torch.where(other == rows, (other + 1) % vocab_size, other)
+        for dtype in (torch.bfloat16, torch.float16):
+            aux = torch.full((len(rows), vocab_size), -torch.inf, dtype=dtype)
+            aux[rows, rows], aux[rows, other] = 0, 0
+            weight = torch.ones(vocab_size)
+            weight[rows] = part
+            loss = aux_cross_entropy(aux.requires_grad_(), None, rows, weight=weight, reduction="sum", backend="native")
+            (got,) = torch.autograd.grad(loss, aux)
+            want = torch.zeros(aux.shape, dtype=dtype)
+            want[rows, rows], want[rows, other] = (-part / 2).to(dtype), (part / 2).to(dtype)
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": True, "label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_gradients_past_the_caches_have_the_bits_of_others(instruction_set, dtype, options):
+@pytest.mark.parametrize("reduction", ["sum", "none"])  # made by the pass that computes the loss, or by a second one
+def test_gradients_past_the_caches_have_the_bits_of_others(instruction_set, reduction, dtype, options):
     """Those of 2 MiB and more go there by lines, in which rows of an odd width begin anywhere. Signs of zero count."""
     vocab_size, few = 12289, 20
     rows = 180 if dtype.itemsize == 2 else 90
@@ -135,9 +154,9 @@ def test_gradients_past_the_caches_have_the_bits_of_others(instruction_set, dtyp
     for n in (rows, few):
         source = values[:n].clone().requires_grad_()
         loss = aux_cross_entropy(
-            Logits(source, scale=-0.5), None, target[:n], reduction="none", backend="native", **given
+            Logits(source, scale=-0.5), None, target[:n], reduction=reduction, backend="native", **given
         )
-        (grad,) = torch.autograd.grad(loss[:few].sum(), source)
+        (grad,) = torch.autograd.grad(loss.sum(), source)
         grads.append(grad[:few])
     assert values.nbytes > 2 << 20 > few * vocab_size * dtype.itemsize
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
